@@ -1,0 +1,91 @@
+"""The console script ``qsens``: look at result files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.results import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from pytest_qsens.results import OpResult, RunResult, Scores
+
+BAD_INPUT = 4
+"""Exit code for a file that cannot be used, as pytest's for a usage error."""
+
+_LEGEND = {
+    "nmse": "nmse: higher is worse",
+    "sqnr_db": "sqnr_db: lower is worse",
+    "fallback nmse": "fallback nmse (all quantized but this op): lower means a more sensitive op",
+    "gain": "gain (total - fallback): higher means a more sensitive op",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="qsens", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    show = commands.add_parser("show", help="print the ops of a result file as a table")
+    show.add_argument("result", type=Path, metavar="RESULT.json", help="written by `pytest --qsens-json`")
+    show.add_argument("--sort", choices=("nmse", "op"), help="worst first, or by name; default: model order")
+    arguments = parser.parse_args(argv)
+    try:
+        result = load(arguments.result)
+    except QsensError as error:
+        sys.stderr.write(f"qsens: {error}\n")
+        return BAD_INPUT
+    sys.stdout.write("\n".join(table(result, arguments.sort)) + "\n")
+    return 0
+
+
+def table(result: RunResult, sort: str | None = None) -> list[str]:
+    """Lines of a table of all ops: with ``sort`` ``nmse`` the most sensitive first, ops without numbers last."""
+    run = result.run
+    orders: dict[str | None, Callable[[OpResult], tuple[float | str, ...]]] = {
+        "nmse": _least_sensitive_last,
+        "op": lambda op: (op.op,),
+    }
+    ops = sorted(result.ops, key=orders[sort]) if sort else list(result.ops)
+    if result.total is not None:
+        ops.append(result.total)
+    columns: dict[str, Callable[[OpResult], str]] = {}
+    if any(op.isolated for op in ops):
+        columns["nmse"] = lambda op: _cell(op.isolated, "nmse")
+        columns["sqnr_db"] = lambda op: _cell(op.isolated, "sqnr_db")
+    if any(op.fallback for op in ops):
+        columns["fallback nmse"] = lambda op: _cell(op.fallback, "nmse")
+        columns["gain"] = lambda op: _cell(op.fallback, "gain")
+    header = ["op", "type", "status", *columns, "reason"]
+    rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
+    return [
+        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}",
+        *(_LEGEND[name] for name in columns),
+        "",
+        *_aligned([header, *rows]),
+    ]
+
+
+def _least_sensitive_last(op: OpResult) -> tuple[float | str, ...]:
+    if op.isolated and op.isolated.get("nmse") is not None:
+        return (0, -(op.isolated["nmse"] or 0.0))
+    if op.fallback and op.fallback.get("nmse") is not None:
+        return (0, op.fallback["nmse"] or 0.0)
+    return (1, 0.0)
+
+
+def _cell(scores: Scores | None, metric: str) -> str:
+    if scores is None or metric not in scores:
+        return "-"
+    value = scores[metric]
+    return "infinite" if value is None else f"{value:.4g}"
+
+
+def _aligned(rows: list[list[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,0 +1,359 @@
+"""The process that sees every report: checks what was asked for, collects results, and alone writes files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_qsens.collect import (
+    SUITE,
+    base_options,
+    case_of,
+    catalogue,
+    check_selection,
+    select,
+    selection,
+    updating,
+    wants_total,
+)
+from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.workers import check_distribution
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pytest_qsens.collect import Model
+    from pytest_qsens.options import Options
+    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.snapshot import Entry, Snapshot
+    from pytest_qsens.thresholds import Verdict
+
+_STOPPED = "the model cannot be measured, see the error below"
+
+
+@dataclass
+class Run:
+    """What the reports of one (model, scheme) have told so far."""
+
+    model: str
+    scheme: str
+    path: Path
+    ops: tuple[Op, ...] = ()
+    facts: list[Payload] = field(default_factory=list)
+    results: dict[str, OpResult] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    mismatch: list[str] = field(default_factory=list)
+    """How the environment of the snapshot differs from that of this run."""
+
+    @property
+    def engines(self) -> list[str]:
+        """Engines in use: one, unless workers differ."""
+        return sorted({facts["engine"] for facts in self.facts})
+
+    @property
+    def engine_reason(self) -> str | None:
+        """Why another engine than the usual one was used."""
+        return next((facts["engine_reason"] for facts in self.facts if facts["engine_reason"]), None)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where scores were measured; of several different places the same one whatever the order of reports."""
+        found: list[dict[str, str]] = [facts["environment"] for facts in self.facts]
+        return min(found, key=lambda environment: sorted(environment.items()), default={})
+
+    @property
+    def data(self) -> str | None:
+        """Short hash of the batches."""
+        return next((facts["data"] for facts in self.facts), None)
+
+    @property
+    def mode(self) -> str:
+        """``isolated``, ``fallback`` or ``both``."""
+        modes = {facts["mode"] for facts in self.facts}
+        return modes.pop() if len(modes) == 1 else "both"
+
+    @property
+    def functional(self) -> list[OpResult]:
+        """Functional ops, which have no tests."""
+        from pytest_qsens.results import from_payload
+
+        return [from_payload(payload) for facts in self.facts[:1] for payload in facts["functional"]]
+
+    @property
+    def total(self) -> OpResult | None:
+        """Result of the whole model."""
+        return self.results.get(TOTAL)
+
+    @property
+    def measured(self) -> list[OpResult]:
+        """Measured ops, in the order in which they came in."""
+        return [result for op, result in self.results.items() if op != TOTAL and result.status == "measured"]
+
+    @property
+    def reference_seconds(self) -> float | None:
+        """Seconds of one unquantized forward, the fastest of all workers."""
+        return min((facts["reference_seconds"] for facts in self.facts), default=None)
+
+    @property
+    def forwards_per_op(self) -> float | None:
+        """Mean time of one op in units of a reference forward."""
+        if not self.measured or not self.reference_seconds:
+            return None
+        return sum(result.seconds for result in self.measured) / len(self.measured) / self.reference_seconds
+
+    def add(self, payload: Payload, *, passed: bool) -> None:
+        """Take one result; the same op may be reported by several tests."""
+        from pytest_qsens.results import from_payload
+        from pytest_qsens.snapshot import Entry, union
+        from pytest_qsens.thresholds import Verdict, combine
+
+        result = from_payload(payload["result"])
+        self.results[result.op] = _joined(self.results.get(result.op), result)
+        if payload["verdict"]:
+            verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
+            known = self.verdicts.get(result.op)
+            self.verdicts[result.op] = combine([known, verdict]) if known else verdict
+        if payload["entry"] and passed:
+            self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
+
+    def add_facts(self, facts: Payload) -> None:
+        """Take what a process tells about its calibrated model."""
+        self.facts.append(facts)
+        self.ops = self.ops or tuple(Op(name, kind) for name, kind in facts["ops"])
+
+    def crashed(self, name: str, reason: str) -> None:
+        """Note an op whose worker died while measuring it."""
+        op = next((op for op in self.ops if op.name == name), Op(TOTAL, TOTAL) if name == TOTAL else None)
+        if op is not None and name not in self.results:
+            self.results[name] = _without_score(op, "failed", reason)
+
+    def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
+        """One result for every op of the model, in model order, then the functional ones."""
+        named = (self.results.get(op.name) or _without_score(op, "unrun", reason(op)) for op in self.ops)
+        return (*named, *self.functional)
+
+
+def _without_score(op: Op, status: str, reason: str) -> OpResult:
+    from pytest_qsens.results import OpResult
+
+    return OpResult(op.name, op.type, op.block, status, reason)  # type: ignore[arg-type]  # callers write literals
+
+
+def _joined(old: OpResult | None, new: OpResult) -> OpResult:
+    """Join two reports of one op: a measurement counts more than none, and modes add up."""
+    if old is None or old.status != "measured":
+        return new
+    return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
+
+
+class Controller:
+    """Registered in every process but xdist's workers. Does nothing unless a report carries something of ours."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.runs: dict[tuple[str, str], Run] = {}
+        self.problems: list[str] = []
+        """What went wrong after measuring, for the summary."""
+        self.written: list[Path] = []
+        self.wall_seconds = 0.0
+        self._abort: str | None = None
+        self._unusable = False
+        self._session: pytest.Session | None = None
+        self._start = time.perf_counter()
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Refuse what cannot work, before xdist starts its workers (`DSession` does that last)."""
+        self._session = session
+        try:
+            self._check()
+        except QsensError as error:
+            raise pytest.UsageError(f"qsens: {error}") from error
+
+    def _check(self) -> None:
+        options = base_options(self.config)
+        if options.model is None:
+            for argument in selection(self.config)[:1]:
+                raise QsensError(f"{argument} needs a model: add --qsens-model MODEL")
+            return
+        if not self.config.pluginmanager.hasplugin("syrupy"):
+            raise QsensError("the scores are compared by syrupy, which is disabled: remove -p no:syrupy")
+        check_distribution(self.config)
+        if options.snapshot_prune and not updating(self.config):
+            raise QsensError("--qsens-snapshot-prune removes lines from a snapshot, so it needs --snapshot-update")
+        if options.snapshot_prune and options.restricted:
+            raise QsensError(
+                "--qsens-snapshot-prune removes what was not measured, so it needs a complete run: remove --qsens-ops "
+                "and --qsens-max-ops"
+            )
+        if options.json is not None and not self.config.option.collectonly:
+            from pytest_qsens.results import check_overwritable
+
+            check_overwritable(options.json)
+        model = catalogue(self.config).model(options)
+        check_selection(self.config, model, options)
+        self._run(model.label, options.scheme).ops = model.ops
+
+    def _run(self, model: str, scheme: str) -> Run:
+        key = model, scheme
+        if key not in self.runs:
+            path = replace(base_options(self.config), scheme=scheme).snapshot_path(model)
+            self.runs[key] = Run(model, scheme, path)
+        return self.runs[key]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a report carries, whichever process it comes from."""
+        payload: Payload | None = getattr(report, "qsens", None)
+        if payload is not None:
+            if "abort" in payload:
+                self._stop(payload["abort"])
+                return
+            for facts in payload["facts"]:
+                self._run(facts["model"], facts["scheme"]).add_facts(facts)
+            for record in payload["records"]:
+                self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
+        elif report.when not in ("setup", "call", "teardown"):  # xdist's report of a worker that died
+            self._crashed(report.nodeid, f"worker crashed: {report.longrepr}")
+
+    def _crashed(self, nodeid: str, reason: str) -> None:
+        case = case_of(nodeid)
+        if case is not None:
+            label, scheme, op = case
+            if (label, scheme) in self.runs:
+                self.runs[label, scheme].crashed(op, reason)
+        for run in self.runs.values():
+            if nodeid == f"{SUITE}::test_total[{run.model}-{run.scheme}]":
+                run.crashed(TOTAL, reason)
+
+    def _stop(self, message: str) -> None:
+        if self._abort is None:
+            self._abort = message
+        distributed = self.config.pluginmanager.getplugin("dsession")
+        if distributed is not None:
+            distributed.shouldstop = _STOPPED
+        elif self._session is not None:
+            self._session.shouldstop = _STOPPED
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note that a test asks for something that cannot be; pytest prints it as a collection error."""
+        self._unusable = self._unusable or "abort" in getattr(report, "qsens", {})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, str] | None:
+        """Leave a stopped run's tests out of the listing: none of them ran, and the error is printed once."""
+        stopped = isinstance(report, pytest.TestReport) and "abort" in getattr(report, "qsens", {})
+        return ("", "", "") if stopped else None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write files and settle the exit code, after syrupy has added its own."""
+        if self._abort is not None or self._unusable:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            return
+        if self.config.option.collectonly:
+            return
+        self.wall_seconds = time.perf_counter() - self._start
+        active = [run for run in self.runs.values() if run.results]
+        for run in active:
+            self._guarded(partial(self._write_snapshot, run))
+        options = base_options(self.config) if active else None
+        if options is not None and options.json is not None:
+            self._guarded(partial(self._write_results, active))
+        if active and not any(result.status == "measured" for run in active for result in run.results.values()):
+            self.problems.append("nothing was measured")
+        if self.problems and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except QsensError as error:
+            self.problems.append(str(error))
+
+    def _write_snapshot(self, run: Run) -> None:
+        from pytest_qsens.snapshot import environment_diff, load, merge, prune, write
+
+        old = load(run.path, model=run.model, scheme=run.scheme)
+        if old.ops and run.facts:
+            run.mismatch = environment_diff(old.environment, run.environment)
+        kept = self._kept(run)
+
+        def update(snapshot: Snapshot) -> Snapshot:
+            if run.entries:
+                snapshot = merge(snapshot, run.entries, run.environment)
+            return snapshot if kept is None else prune(snapshot, kept)
+
+        if updating(self.config) and (run.entries or kept is not None):
+            if write(run.path, update, model=run.model, scheme=run.scheme):
+                self.written.append(run.path)
+            run.mismatch = [] if run.entries else run.mismatch
+
+    def _kept(self, run: Run) -> set[str] | None:
+        """Ops to keep when pruning; ``None`` if nothing may be removed."""
+        if not base_options(self.config).snapshot_prune:
+            return None
+        missing = [op.name for op in run.ops if op.name not in run.results or run.results[op.name].status == "failed"]
+        if missing:
+            self.problems.append(
+                f"{run.path} was not pruned: {len(missing)} ops were not measured in this run, such as {missing[0]}"
+            )
+            return None
+        return {result.op for result in run.measured}
+
+    def _write_results(self, active: list[Run]) -> None:
+        from pytest_qsens.results import Cost, RunInfo, RunResult, write
+
+        options = base_options(self.config)
+        path = options.json
+        if path is None:
+            return
+        if len(active) > 1:
+            names = ", ".join(f"{run.model} {run.scheme}" for run in active)
+            raise QsensError(f"{path} was not written: a result file holds one model and scheme, this run has {names}")
+        run = active[0]
+        chosen: set[str] = set()
+        if options.model is not None:
+            chosen = {op.name for op in select(self._model(options), options)}
+
+        def reason(op: Op) -> str:
+            return "not run" if not chosen or op.name in chosen else "not selected by --qsens-ops or --qsens-max-ops"
+
+        total = run.total
+        if total is None:
+            total = _without_score(
+                Op(TOTAL, TOTAL), "unrun", "not run" if wants_total(options) else "only some ops were asked for"
+            )
+        info = RunInfo(
+            model=run.model,
+            scheme=run.scheme,
+            engine="+".join(run.engines) or options.engine,
+            mode=run.mode if run.facts else options.mode,
+            environment=run.environment,
+            cost=Cost(self.wall_seconds, run.reference_seconds, run.forwards_per_op),
+            engine_reason=run.engine_reason,
+            data=run.data,
+        )
+        write(path, RunResult(info, run.listed(reason), total))
+        self.written.append(path)
+
+    def _model(self, options: Options) -> Model:
+        return catalogue(self.config).known(options.request)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Tell what was found."""
+        if self._abort is None and not self.config.option.collectonly:
+            from pytest_qsens.report.terminal import report
+
+            report(terminalreporter, self)
+
+    def pytest_unconfigure(self) -> None:
+        """Print why the run was stopped, as pytest prints usage errors: last, and with or without a terminal plugin."""
+        if self._abort is not None:
+            print(f"ERROR: qsens: {self._abort}", file=sys.stderr)  # noqa: T201  # what pytest's own main does

@@ -1,0 +1,41 @@
+"""Ways to compute a model's output with some ops quantized; each is one small module with the same protocol."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+
+class Engine(Protocol):
+    """Outputs of the evaluation batches under quantization, one tensor per batch."""
+
+    name: str
+
+    @property
+    def references(self) -> Sequence[Tensor]:
+        """Outputs of the unquantized model, fp32."""
+
+    @property
+    def exercised(self) -> Collection[str]:
+        """Ops that the evaluation batches reach."""
+
+    @property
+    def inlined(self) -> Mapping[str, str]:
+        """Op → the operator that uses its weight in place of the op's own forward: it cannot be quantized."""
+
+    @property
+    def functional(self) -> Sequence[tuple[str, str]]:
+        """``(owner:kind, kind)`` of products that no module owns."""
+
+    def isolated(self, op: str) -> Iterator[Tensor]:
+        """Only this op is quantized."""
+
+    def joint(self) -> Iterator[Tensor]:
+        """Everything the scheme can quantize is quantized."""
+
+    def fallback(self, op: str) -> Iterator[Tensor]:
+        """Everything but this op is quantized."""

@@ -1,0 +1,169 @@
+"""What a test function can take: the calibrated model, one of its ops, and its scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import pytest
+
+from pytest_qsens.collect import Model, catalogue, options_for
+from pytest_qsens.errors import QsensError
+from pytest_qsens.measure import RunAborted, accept_command, bench
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import to_payload
+from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+
+if TYPE_CHECKING:
+    from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.ops import Op
+    from pytest_qsens.options import Options, RunSpec
+    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.syrupy_extension import Score
+    from pytest_qsens.thresholds import Threshold
+
+_RECORDS = pytest.StashKey["list[_Record]"]()
+
+
+class OpFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # an attribute set on a function
+    """An op has no score although it should have one: the test fails, it is not an error in the test."""
+
+
+class _Record:
+    """One result that a test looked at, and the score it was given for it."""
+
+    def __init__(self, options: Options, model: Model, result: OpResult) -> None:
+        self.options = options
+        self.model = model
+        self.result = result
+        self.score: Score | None = None
+
+    def payload(self) -> Payload:
+        verdict = self.score.verdict if self.score else None
+        entry = self.score.entry if self.score else None
+        return {
+            "model": self.model.label,
+            "scheme": self.options.scheme,
+            "result": to_payload(self.result),
+            "verdict": verdict.kind if verdict else None,
+            "lines": list(verdict.lines) if verdict else [],
+            "entry": entry.to_payload() if entry else None,
+        }
+
+
+@pytest.fixture(scope="session")
+def qsens_model(request: pytest.FixtureRequest) -> CalibratedModel:
+    """Calibrated model that all ops share (`pytest_qsens.calibrated.CalibratedModel`)."""
+    spec = cast("RunSpec", _parameter(request, "qsens_model"))
+    try:
+        # The session-scoped request knows no test, and the catalogue has every model that was collected.
+        return bench(request.config).calibrated(spec, catalogue(request.config).known(spec.request))
+    except QsensError as error:
+        raise RunAborted(str(error)) from error
+
+
+@pytest.fixture
+def qsens_op(request: pytest.FixtureRequest) -> Op:
+    """One op of the model (`pytest_qsens.ops.Op`); a test that takes it runs once for each op."""
+    return cast("Op", _parameter(request, "qsens_op"))
+
+
+@pytest.fixture
+def qsens_score(request: pytest.FixtureRequest, qsens_model: CalibratedModel, qsens_op: Op) -> Score:  # noqa: ARG001  # holds the model
+    """Score of ``qsens_op``, for ``assert qsens_score == snapshot``; its numbers are in ``qsens_score.result``.
+
+    A test of an op without a score is skipped with the reason, or fails: see `_without_score`.
+    """
+    options = options_for(request.node)
+    model = catalogue(request.config).model(options)
+    result = bench(request.config).score(options.run_spec, model, qsens_op, options.modes)
+    return _score(request, options, model, result, options.thresholds_for(qsens_op.name))
+
+
+@pytest.fixture
+def qsens_total(request: pytest.FixtureRequest, qsens_model: CalibratedModel) -> Score:  # noqa: ARG001  # holds the model
+    """Score of the whole model, everything that can be quantized quantized at once."""
+    options = options_for(request.node)
+    model = catalogue(request.config).model(options)
+    result = bench(request.config).total(options.run_spec, model)
+    known = {metric for scores in result.modes.values() for metric in scores}
+    # `gain` is of single ops only. What is left gates the whole model, or the default if that is nothing.
+    thresholds = tuple(t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric != "gain")
+    return _score(request, options, model, result, thresholds or parse_fail(DEFAULT_FAIL))
+
+
+def _parameter(request: pytest.FixtureRequest, name: str) -> object:
+    if not hasattr(request, "param"):
+        raise OpFailed(
+            f"qsens: {name} is one item for each op or model, which is decided at collection: name it, or a fixture "
+            "that takes it, in the arguments of the test instead of asking for it while the test runs",
+            pytrace=False,
+        )
+    return request.param
+
+
+def _score(
+    request: pytest.FixtureRequest, options: Options, model: Model, result: OpResult, thresholds: tuple[Threshold, ...]
+) -> Score:
+    record = _Record(options, model, result)
+    node: pytest.Item = request.node
+    node.stash.setdefault(_RECORDS, []).append(record)
+    node.user_properties.append(("status", result.status))
+    for scores in list(result.modes.values())[:1]:
+        node.user_properties += [(metric, scores[metric]) for metric in ("nmse", "sqnr_db") if metric in scores]
+    if result.status != "measured":
+        _without_score(request.config, record)
+
+    from pytest_qsens.syrupy_extension import Score
+
+    record.score = Score(
+        result,
+        thresholds=thresholds,
+        path=options.snapshot_path(model.label),
+        model=model.label,
+        scheme=options.scheme,
+        accept=accept_command(request.config.invocation_params.args),
+    )
+    try:
+        record.score.judge()  # what cannot be judged cannot for any op: stop before hours of measuring
+    except QsensError as error:
+        raise RunAborted(str(error)) from error
+    return record.score
+
+
+def _without_score(config: pytest.Config, record: _Record) -> NoReturn:
+    """Skip the test of an op without a score; fail if the op failed, or if its snapshot shows that it had one."""
+    result, options = record.result, record.options
+    reason = f"{result.op} is {result.status}: {result.reason}"
+    if result.status == "failed":
+        raise OpFailed(reason, pytrace=False)
+    recorded = catalogue(config).snapshot(options, record.model).ops.get(result.op)
+    if recorded is not None and recorded.modes and not options.snapshot_prune:
+        raise OpFailed(
+            f"{reason}, but it was measured when {options.snapshot_path(record.model.label)} was written: this run "
+            "covers less. Give data that reaches it, or remove its line with --snapshot-update "
+            "--qsens-snapshot-prune",
+            pytrace=False,
+        )
+    pytest.skip(reason)
+
+
+def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Put what a test measured on its report as ``report.qsens``, builtin types only, as xdist can carry no others.
+
+    The phase that decides the outcome carries it: the call, or the set-up if that skips or fails.
+    """
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, RunAborted):
+        report.longrepr = f"qsens: {error}"
+        report.qsens = {"abort": str(error)}  # type: ignore[attr-defined]  # reports carry extras
+        return
+    records = item.stash.get(_RECORDS, None)
+    if records is None or call.when == "teardown" or (call.when == "setup" and report.passed):
+        return
+    if isinstance(error, OpFailed):
+        report.when = "call"  # an op that cannot be quantized is a failed test, not an error in its set-up
+    described = (bench(item.config).describe(record.options, record.model) for record in records)
+    report.qsens = {  # type: ignore[attr-defined]  # reports carry extras
+        "records": [record.payload() for record in records],
+        "facts": [facts for facts in described if facts is not None],
+    }

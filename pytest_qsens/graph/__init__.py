@@ -1,0 +1,1 @@
+"""The captured graph of a model: capture, op table, alias groups, replay."""

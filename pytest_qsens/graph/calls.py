@@ -1,0 +1,111 @@
+"""One call of an op, seen alike whether a graph node or Python makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call.
+
+    Attributes:
+        kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d`` or ``embedding``.
+        x: Activations ``(*, in)`` for linear, ``(N, C, *spatial)`` for convolutions; integer indices for embedding.
+        weight: ``(out, in)`` for linear whatever the layout in memory, ``(out, in / groups, *kernel)`` for
+            convolutions, ``(rows, dim)`` for embedding.
+        bias: ``(out,)`` or ``None``.
+        conv: ``stride``, ``padding``, ``dilation`` and ``groups`` of a convolution.
+
+    """
+
+    kind: str
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    conv: Mapping[str, Any] | None = None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    return Call("linear", x, weight, bias)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Call:
+    # GPT-2's Conv1D keeps its weight as (in, out)
+    return Call("linear", x, weight.t(), bias)
+
+
+def _embedding(weight: Tensor, x: Tensor, *_: object, **__: object) -> Call:
+    # the padding index and the gradient options do not change the forward
+    return Call("embedding", x, weight)
+
+
+def _functional_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -> Call:
+    return Call("embedding", x, weight)
+
+
+def _conv(kind: str) -> Callable[..., Call]:
+    def bind(  # the signature of torch.conv1d, conv2d and conv3d
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Call:
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return Call(kind, x, weight, bias, options)
+
+    return bind
+
+
+_BINDERS: dict[Any, Callable[..., Call]] = {
+    aten.linear.default: _linear,
+    torch.nn.functional.linear: _linear,
+    aten.addmm.default: _addmm,
+    torch.addmm: _addmm,
+    aten.embedding.default: _embedding,
+    torch.embedding: _embedding,
+    torch.nn.functional.embedding: _functional_embedding,
+    aten.conv1d.default: _conv("conv1d"),
+    aten.conv1d.padding: _conv("conv1d"),
+    torch.conv1d: _conv("conv1d"),
+    aten.conv2d.default: _conv("conv2d"),
+    aten.conv2d.padding: _conv("conv2d"),
+    torch.conv2d: _conv("conv2d"),
+    aten.conv3d.default: _conv("conv3d"),
+    aten.conv3d.padding: _conv("conv3d"),
+    torch.conv3d: _conv("conv3d"),
+}
+
+_ADDMM = (aten.addmm.default, torch.addmm)
+_WEIGHT_FIRST = (aten.embedding.default, torch.embedding)
+_NAMES = {"input": "x", "indices": "x", "self": "x"}
+_ADDMM_NAMES = {"input": "bias", "self": "bias", "mat1": "x", "mat2": "weight"}
+
+
+def is_op_call(target: object) -> bool:
+    """Whether a graph node's target or a torch function can be a call of an op."""
+    return target in _BINDERS
+
+
+def weight_argument(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tensor or node
+    """Return the weight among the arguments of a call: a tensor, or a graph node."""
+    name, position = ("mat2", 2) if target in _ADDMM else ("weight", 0 if target in _WEIGHT_FIRST else 1)
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def bind(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """Sort the arguments of a call, whatever their order in ``target``'s signature."""
+    names = _ADDMM_NAMES if target in _ADDMM else _NAMES
+    return _BINDERS[target](*args, **{names.get(key, key): value for key, value in kwargs.items()})

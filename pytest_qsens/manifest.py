@@ -1,0 +1,85 @@
+"""The op list of a model, cached as a small file so that collecting tests needs neither torch nor weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import write_atomically
+from pytest_qsens.ops import TOTAL, Op
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_qsens.models.source import ModelSource
+
+SCHEMA = 1
+
+
+def default_cache_dir() -> Path:
+    """Directory for caches of this user on this machine."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("pytest-qsens")
+
+
+def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
+    """Return the ops of a model in registration order.
+
+    They are read from ``cache_dir`` if they were listed before, for the same model and the same versions of torch,
+    transformers and this package; then torch is not imported. Without ``cache_dir``, or if the model cannot tell what
+    it depends on, they are always listed anew.
+
+    Raises:
+        QsensError: If the model has no op that could be quantized, or one whose name is reserved.
+
+    """
+    fingerprint = source.fingerprint()
+    if cache_dir is None or fingerprint is None:
+        return _list(source)
+    path = cache_dir / "manifests" / f"{_key(fingerprint)}.json"
+    ops = _read(path)
+    if ops is None:
+        ops = _list(source)
+        content = {"schema": SCHEMA, "ops": [[op.name, op.type] for op in ops]}
+        with suppress(OSError, QsensError):  # a cache that cannot be written only costs time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(content))
+    return ops
+
+
+def _key(fingerprint: str) -> str:
+    versions = [f"{package}={version(package)}" for package in ("torch", "transformers", "pytest-qsens")]
+    return hashlib.sha256("\0".join([fingerprint, *versions]).encode()).hexdigest()[:32]
+
+
+def _list(source: ModelSource) -> tuple[Op, ...]:
+    from pytest_qsens.graph.modules import list_ops
+
+    ops = list_ops(source.skeleton())
+    if not ops:
+        raise QsensError(
+            f"{source.label} has no op that could be quantized: no linear, convolution or embedding module."
+        )
+    if any(op.name == TOTAL for op in ops):
+        raise QsensError(
+            f"{source.label} has a module called {TOTAL!r}, a name reserved for the whole model. Rename the module."
+        )
+    return ops
+
+
+def _read(path: Path) -> tuple[Op, ...] | None:
+    """Read a cached list; ``None`` if there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["schema"] != SCHEMA:
+            return None
+        ops = tuple(Op(name, kind) for name, kind in content["ops"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    valid = all(isinstance(op.name, str) and isinstance(op.type, str) and op.name != TOTAL for op in ops)
+    return ops if ops and valid else None

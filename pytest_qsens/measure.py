@@ -1,0 +1,144 @@
+"""The calibrated model of this process, and what it has measured."""
+
+from __future__ import annotations
+
+import gc
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import to_payload
+from pytest_qsens.workers import limit_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.collect import Model
+    from pytest_qsens.ops import Op
+    from pytest_qsens.options import Options, RunSpec
+    from pytest_qsens.results import Mode, OpResult, Payload
+
+_BENCH = pytest.StashKey["Bench"]()
+
+
+class RunAborted(Exception):  # noqa: N818  # not an error of the test that meets it: the whole run cannot go on
+    """The model cannot be measured at all; carries the message of the `QsensError` behind it."""
+
+
+class Bench:
+    """Keeps the most recently used calibrated model alive, and no other: one may fill the memory.
+
+    A model that failed to load or calibrate is not tried again.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._spec: RunSpec | None = None
+        self._calibrated: CalibratedModel | None = None
+        self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
+        self._aborted: dict[RunSpec, str] = {}
+        self._described: set[tuple[RunSpec, str]] = set()
+
+    def calibrated(self, spec: RunSpec, model: Model) -> CalibratedModel:
+        """Load and calibrate, or return what is there.
+
+        Raises:
+            RunAborted: If the model cannot be loaded, calibrated or run.
+
+        """
+        if spec in self._aborted:
+            raise RunAborted(self._aborted[spec])
+        if self._calibrated is None or spec != self._spec:
+            self._spec, self._calibrated = spec, None
+            self._results.clear()
+            gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
+            limit_threads(self._config)
+            try:
+                self._calibrated = _calibrate(spec, model)
+            except QsensError as error:
+                self._aborted[spec] = str(error)
+                raise RunAborted(str(error)) from error
+        return self._calibrated
+
+    def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
+        """Measure one op, once however many tests ask for it."""
+        key = op.name, modes
+        calibrated = self.calibrated(spec, model)
+        if key not in self._results:
+            self._results[key] = calibrated.score(op, modes)
+        return self._results[key]
+
+    def total(self, spec: RunSpec, model: Model) -> OpResult:
+        """Measure the whole model, everything quantized at once."""
+        key = TOTAL, ()
+        calibrated = self.calibrated(spec, model)
+        if key not in self._results:
+            self._results[key] = calibrated.total()
+        return self._results[key]
+
+    def describe(self, options: Options, model: Model) -> Payload | None:
+        """Facts about the calibrated model of these options, builtin values only; once for each process."""
+        key = options.run_spec, options.mode
+        if self._calibrated is None or self._spec != options.run_spec or key in self._described:
+            return None
+        self._described.add(key)
+        data = model.source.data_fingerprint()
+        return {
+            "model": model.label,
+            "scheme": options.scheme,
+            "mode": options.mode,
+            "engine": self._calibrated.engine,
+            "engine_reason": self._calibrated.engine_reason,
+            "reference_seconds": float(self._calibrated.reference_seconds),
+            "data": data,
+            "environment": environment(options.device) | ({"data": data} if data else {}),
+            "ops": [[op.name, op.type] for op in model.ops],
+            "functional": [to_payload(result) for result in self._calibrated.functional_ops],
+        }
+
+
+def bench(config: pytest.Config) -> Bench:
+    """Return the bench of this process."""
+    if _BENCH not in config.stash:
+        config.stash[_BENCH] = Bench(config)
+    return config.stash[_BENCH]
+
+
+def environment(device: str) -> dict[str, str]:
+    """Collect what moves scores in their last digits between machines. No host name, time or thread count."""
+    import torch
+
+    kind = torch.device(device).type
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
+        "machine": platform.machine(),
+        "pytest-qsens": version("pytest-qsens"),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
+
+
+def _calibrate(spec: RunSpec, model: Model) -> CalibratedModel:
+    import torch
+
+    from pytest_qsens.calibrated import calibrate
+
+    try:
+        torch.empty(0, device=spec.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts for a backend it was built without
+        raise QsensError(f"device {spec.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return calibrate(model.source.load(), model.ops, spec.scheme, engine=spec.engine, device=spec.device)
+
+
+def accept_command(arguments: Sequence[str]) -> str:
+    """Build the command that accepts what a run measured: the same one, with ``--snapshot-update``."""
+    import shlex
+
+    kept = [argument for argument in arguments if not argument.startswith("--snapshot-update")]
+    return shlex.join(["pytest", *kept, "--snapshot-update"])

@@ -1,0 +1,54 @@
+"""Distances between reference and quantized outputs, summed in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pytest_qsens.results import Scores
+
+
+def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | None:
+    """Score quantized outputs against the reference over all evaluation batches.
+
+    Args:
+        pairs: ``(reference, quantized)`` per batch, of the same shape.
+        logits: Whether the last dimension holds logits of classes.
+
+    Returns:
+        ``sse``, ``mse``, ``nmse`` = SSE / sum(reference²), ``sqnr_db`` = -10 log10(NMSE) (``None`` if nothing differs)
+        and, for logits, ``kl`` = mean KL(reference ‖ quantized) per position in nats and ``top1`` = share of positions
+        with the same most likely class. ``None`` if a quantized output is not finite.
+
+    """
+    sse = energy = kl = agreeing = 0.0
+    count = positions = 0
+    for reference, quantized in pairs:
+        if not bool(torch.isfinite(quantized).all()):
+            return None
+        ref, out = reference.double(), quantized.double()
+        sse += float((out - ref).square().sum())
+        energy += float(ref.square().sum())
+        count += ref.numel()
+        if logits:
+            log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())
+            positions += ref.numel() // ref.shape[-1]
+    nmse = sse / energy
+    result: Scores = {
+        "sse": sse,
+        "mse": sse / count,
+        "nmse": nmse,
+        "sqnr_db": -10 * math.log10(nmse) if nmse else None,
+    }
+    if logits:
+        # the sum of non-negative terms can come out below zero by rounding
+        result |= {"kl": max(kl / positions, 0.0), "top1": agreeing / positions}
+    return result

@@ -1,0 +1,81 @@
+"""Models from a directory with a Hugging Face snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING
+
+from pytest_qsens.models.batches import make_batches, select_samples
+from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
+from pytest_qsens.models.transformers_model import load_class, load_model, on_meta
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from pytest_qsens.models.checkpoint import Checkpoint
+    from pytest_qsens.models.data import Data
+
+
+class DirectorySource:
+    """A checkpoint on disk; follows ``ModelSource``."""
+
+    def __init__(self, checkpoint: Checkpoint, data: Data, label: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.data = data
+        self.label = label or label_of(checkpoint.directory)
+
+    def check(self) -> None:
+        """Check files, headers and data. No torch, unless it must be found out whether the model takes images."""
+        self.checkpoint.check()
+        self.check_data()
+
+    def check_data(self) -> None:
+        """Check the user's data files, and if there are images, that the model takes them."""
+        if self.data.check():
+            model_class, config = load_class(self.checkpoint)
+            task = task_of(model_class, config)
+            if task not in TAKES_IMAGES:
+                select_samples(task, self.data, model_class.__name__)
+
+    def fingerprint(self) -> str:
+        """Hash of the config: it decides the modules."""
+        content = json.dumps(self.checkpoint.config, sort_keys=True)
+        return "transformers:" + hashlib.sha256(content.encode()).hexdigest()
+
+    def data_fingerprint(self) -> str:
+        """Short hash of the data."""
+        return self.data.fingerprint()
+
+    def skeleton(self) -> nn.Module:
+        """Build the model on the meta device; refuses models that batches cannot be made for."""
+        model_class, config = load_class(self.checkpoint)
+        task_of(model_class, config)
+        return on_meta(lambda: model_class(config))
+
+    def load(self) -> ModelSpec:
+        """Load the weights in fp32 and make the batches."""
+        self.checkpoint.check()
+        model = load_model(self.checkpoint)
+        task = task_of(type(model), model.config)
+        batches = make_batches(task, model, self.checkpoint.directory, self.data)
+        return ModelSpec(model, batches.calibration, batches.evaluation, batches.output, batches.logits)
+
+
+def label_of(directory: Path) -> str:
+    """Name a directory; a snapshot inside the Hugging Face cache is named after its repository.
+
+    >>> from pathlib import Path
+    >>> label_of(Path("/models/My model"))
+    'My_model'
+    >>> label_of(Path("/hub/models--org--name/snapshots/0a1b"))
+    'org--name'
+    """
+    name = directory.name
+    if directory.parent.name == "snapshots":
+        name = directory.parent.parent.name.removeprefix("models--")
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)

@@ -1,0 +1,117 @@
+"""Models from the user's own code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.models.transformers_model import on_meta
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+
+class FactorySource:
+    """``package.module:factory``, a function without arguments that returns a ``ModelSpec``; follows ``ModelSource``.
+
+    The working directory can be imported from. There are no fingerprints: what the code does cannot be told from
+    outside.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module, _, self.attribute = name.partition(":")
+        self.label = f"{self.module}.{self.attribute}"
+
+    def check(self) -> None:
+        """Import the factory. It is not called yet: it may load a model."""
+        self._factory()
+
+    def fingerprint(self) -> None:
+        """Return ``None``."""
+
+    def data_fingerprint(self) -> None:
+        """Return ``None``."""
+
+    def skeleton(self) -> nn.Module:
+        """Return the factory's module; a callable is called on the meta device."""
+        model = self._spec.model
+        return model if _is_module(model) else self._built(on_meta(model))
+
+    def load(self) -> ModelSpec:
+        """Call the factory, and the model if it is a callable; in evaluation mode, without gradients."""
+        spec = self._spec
+        model = spec.model if _is_module(spec.model) else self._built(spec.model())
+        model.requires_grad_(requires_grad=False)
+        return replace(spec, model=model.eval())
+
+    def _built(self, model: object) -> nn.Module:
+        if not _is_module(model):
+            raise QsensError(f"{self.name}: `model` returned {type(model).__name__}, not a torch.nn.Module.")
+        return model
+
+    @cached_property
+    def _spec(self) -> ModelSpec:
+        spec = self._factory()()
+        if not isinstance(spec, ModelSpec):
+            raise QsensError(
+                f"{self.name} returned {type(spec).__name__}, not a ModelSpec (`from pytest_qsens import ModelSpec`)."
+            )
+        if not _is_module(spec.model) and not callable(spec.model):
+            raise QsensError(
+                f"{self.name}: `model` is {type(spec.model).__name__}, neither a torch.nn.Module nor a callable that "
+                f"builds one."
+            )
+        if not callable(spec.output):
+            raise QsensError(f"{self.name}: `output` is {spec.output!r}, not a callable of (model output, batch).")
+        for split, batches in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
+            if not isinstance(batches, Sequence) or isinstance(batches, str):
+                raise QsensError(f"{self.name}: `{split}` is {type(batches).__name__}, not a list of batches.")
+            if not batches:
+                raise QsensError(f"{self.name}: `{split}` is empty. Give at least one batch.")
+            for number, batch in enumerate(batches):
+                if not isinstance(batch, Mapping):
+                    raise QsensError(
+                        f"{self.name}: `{split}[{number}]` is {type(batch).__name__}. A batch is a dict with the "
+                        f"keyword arguments of one forward call."
+                    )
+        return spec
+
+    def _factory(self) -> Callable[[], object]:
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (self.module + ".").startswith(error.name + "."):
+                raise QsensError(f"cannot import {self.module} for {self.name}: {error}") from error
+            raise QsensError(
+                f"no module {error.name!r} for --qsens-model {self.name}. Looked in {here} and the installed packages."
+            ) from None
+        except Exception as error:
+            raise QsensError(f"cannot import {self.module} for {self.name}: {type(error).__name__}: {error}") from error
+        factory = getattr(module, self.attribute, None)
+        if factory is None:
+            close = get_close_matches(self.attribute, vars(module), n=1)
+            suggestion = f" (did you mean {close[0]}?)" if close else ""
+            raise QsensError(f"module {self.module} ({module.__file__}) has no {self.attribute!r}{suggestion}.")
+        if not callable(factory):
+            raise QsensError(f"{self.name} is {type(factory).__name__}, not a function that returns a ModelSpec.")
+        return factory  # type: ignore[no-any-return] # its result is checked when it is called
+
+
+def _is_module(value: object) -> TypeGuard[nn.Module]:
+    from torch import nn
+
+    return isinstance(value, nn.Module)

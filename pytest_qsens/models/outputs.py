@@ -1,0 +1,49 @@
+"""Which part of a model's output is scored: positions of real tokens, never padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.utils.generic import ModelOutput
+
+    from pytest_qsens.models.spec import Batch
+
+
+def _real(values: torch.Tensor, batch: Batch, mask: str) -> torch.Tensor:
+    """Keep the positions ``mask`` marks, as (positions, channels); all of them if the batch has no such mask."""
+    return values[batch[mask].bool()] if mask in batch else values
+
+
+def token_logits(out: ModelOutput, batch: Batch) -> torch.Tensor:
+    """Logits of every real token: (tokens, vocabulary)."""
+    return _real(out["logits"], batch, "attention_mask")
+
+
+def token_states(out: ModelOutput, batch: Batch) -> torch.Tensor:
+    """Last hidden state of every real token: (tokens, hidden size)."""
+    return _real(out["last_hidden_state"], batch, "attention_mask")
+
+
+def decoder_logits(out: ModelOutput, batch: Batch) -> torch.Tensor:
+    """Logits of every real decoder token: (tokens, vocabulary)."""
+    return _real(out["logits"], batch, "decoder_attention_mask")
+
+
+def logits(out: ModelOutput, batch: Batch) -> torch.Tensor:  # noqa: ARG001 - the signature ModelSpec.output has
+    """All logits: (samples, classes), or (samples, frames, vocabulary)."""
+    scored: torch.Tensor = out["logits"]
+    return scored
+
+
+def states(out: ModelOutput, batch: Batch) -> torch.Tensor:  # noqa: ARG001 - the signature ModelSpec.output has
+    """Whole last hidden state, of any shape."""
+    scored: torch.Tensor = out["last_hidden_state"]
+    return scored
+
+
+def image_logits(out: ModelOutput, batch: Batch) -> torch.Tensor:  # noqa: ARG001 - the signature ModelSpec.output has
+    """Similarity of every image to every text: (images, texts)."""
+    scored: torch.Tensor = out["logits_per_image"]
+    return scored

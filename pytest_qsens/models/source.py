@@ -1,0 +1,59 @@
+"""Where a model comes from: the request a user makes, and the protocol every kind of source follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qsens.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Everything that decides which model is measured, on which data.
+
+    ``model`` is a preset, a directory, ``hub:org/name`` or ``package.module:factory``; paths are absolute strings.
+    """
+
+    model: str
+    checkpoint: str | None = None
+    calib: str | None = None
+    eval: str | None = None
+    calib_samples: int | None = None
+    allow_pickle: bool = False
+
+
+class ModelSource(Protocol):
+    """A resolved request. Nothing but ``skeleton`` and ``load`` imports torch."""
+
+    @property
+    def label(self) -> str:
+        """Name for node ids and snapshot paths: letters, digits, ``.``, ``_`` and ``-`` only."""
+
+    def check(self) -> None:
+        """Find what is wrong with the checkpoint and the data files without loading weights.
+
+        Raises:
+            QsensError: With what, where, the value and the next step.
+
+        """
+
+    def fingerprint(self) -> str | None:
+        """Key of everything ``skeleton`` depends on, or ``None`` if that cannot be told."""
+
+    def data_fingerprint(self) -> str | None:
+        """Short hash of the calibration and evaluation data, or ``None`` if that cannot be told."""
+
+    def skeleton(self) -> torch.nn.Module:
+        """Build the module on the meta device where the source allows it; no weights are loaded."""
+
+    def load(self) -> ModelSpec:
+        """Load the weights in fp32 and build the batches.
+
+        Raises:
+            QsensError: If weights are missing, damaged or do not fit.
+
+        """

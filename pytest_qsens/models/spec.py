@@ -1,0 +1,37 @@
+"""What a model factory returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = Mapping[str, Any]
+"""Keyword arguments of one forward call. Tensors are moved to the device; other values are passed as they are."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model together with the data it is calibrated and evaluated on.
+
+    Attributes:
+        model: The module, or a callable that builds it. With a callable, collecting the ops calls it under
+            ``torch.device("meta")``, so no weights are loaded before the first op is measured.
+        calibration: Batches the observers see, each the keyword arguments of one forward call.
+        evaluation: Batches the scores are measured on; not the calibration batches, unless that is wanted.
+        output: Picks the tensor to score from the model's return value and the batch, for example
+            ``lambda out, batch: out.logits[batch["attention_mask"].bool()]``. Any shape, floating point. If
+            ``logits``, the last dimension holds the classes.
+        logits: Whether the output holds unnormalized log-probabilities; only then KL divergence and top-1
+            agreement are measured.
+
+    """
+
+    model: torch.nn.Module | Callable[[], torch.nn.Module]
+    calibration: Sequence[Batch]
+    evaluation: Sequence[Batch]
+    output: Callable[[Any, Batch], torch.Tensor]
+    logits: bool = False

@@ -1,0 +1,107 @@
+"""Build and load transformers models: on the meta device from the config, or with weights in fp32."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.models.processors import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from pytest_qsens.models.checkpoint import Checkpoint
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module on the meta device; on the CPU, if something in it cannot be built without values.
+
+    The caller's random state is left as it was.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except (NotImplementedError, RuntimeError):  # weight norms, and code that reads values back
+            return build()
+
+
+def load_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the model class that the checkpoint's config names, and the config.
+
+    Raises:
+        QsensError: If the config does not suit the class.
+
+    """
+    import transformers
+
+    model_class = getattr(transformers, checkpoint.architecture)
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None:
+        raise QsensError(f"{checkpoint.directory / 'config.json'}: {checkpoint.architecture!r} is not a model class.")
+    with explained("config", checkpoint.directory):
+        config = config_class.from_pretrained(checkpoint.directory, local_files_only=True)
+    return model_class, config
+
+
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Load all weights in fp32, in evaluation mode, without gradients.
+
+    Raises:
+        QsensError: If a weight is missing, of another shape, or unreadable.
+
+    """
+    import torch
+
+    model_class, config = load_class(checkpoint)
+    with explained("model", checkpoint.directory), _quiet():
+        loader: Any = model_class  # annotated as if there were no output_loading_info
+        model, info = loader.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=not checkpoint.pickled,
+            weights_only=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    name, directory = model_class.__name__, checkpoint.directory
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise QsensError(
+            f"{len(mismatched)} weights in {directory} have another shape than config.json asks for: {key!r} is "
+            f"{tuple(found)}, {name} needs {tuple(expected)}. Weights and config are of different models."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise QsensError(
+            f"{directory} lacks {len(missing)} weights that {name} needs: {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}. They would be random; check 'architectures' in config.json, or "
+            f"download the checkpoint again."
+        )
+    loaded: PreTrainedModel = model.eval()
+    loaded.requires_grad_(requires_grad=False)
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' progress bars and loading report; what matters in it becomes an error."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.ERROR)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

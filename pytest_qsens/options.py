@@ -1,0 +1,378 @@
+"""What a user asks for: command line, ini and marker, in one frozen value."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.quant.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import pytest
+
+    from pytest_qsens.results import Mode
+    from pytest_qsens.thresholds import Overrides, Threshold
+
+Kind = Literal["text", "path", "count", "flag", "list"]
+
+MODES: dict[str, tuple[Mode, ...]] = {
+    "isolated": ("isolated",),
+    "fallback": ("fallback",),
+    "both": ("isolated", "fallback"),
+}
+ENGINES = ("auto", "replay", "eager")
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    """One option: ``--qsens-NAME`` on the command line, ``qsens_NAME`` in the ini file."""
+
+    name: str
+    kind: Kind
+    help: str
+    metavar: str | None = None
+    marker: bool = False
+    """Whether ``@pytest.mark.qsens`` takes it as well: what decides the scores, not what is done with them."""
+
+    @property
+    def flag(self) -> str:
+        return "--qsens-" + self.name.replace("_", "-")
+
+    @property
+    def key(self) -> str:
+        return "qsens_" + self.name
+
+
+_DECLARATIONS = (
+    _Declaration(
+        "model",
+        "text",
+        "model to measure: a preset (minilm, tiny_qwen2_5_vl, qwen2_5_vl_3b), a directory with a Hugging Face "
+        "snapshot, hub:org/name, or package.module:factory",
+        "MODEL",
+        marker=True,
+    ),
+    _Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
+    _Declaration("scheme", "text", f"{', '.join(SCHEMES)} (default: w8a8)", "SCHEME", marker=True),
+    _Declaration(
+        "mode",
+        "text",
+        "isolated: only the op is quantized (default); fallback: everything but the op; both",
+        "MODE",
+        marker=True,
+    ),
+    _Declaration("ops", "list", "only ops whose name matches GLOB; repeatable", "GLOB", marker=True),
+    _Declaration("max_ops", "count", "only the first N ops", "N", marker=True),
+    _Declaration(
+        "calib",
+        "path",
+        "calibration data: one text per line, or JSONL with text and image (default: a set in the package)",
+        "FILE",
+        marker=True,
+    ),
+    _Declaration("calib_samples", "count", "at most N calibration samples", "N", marker=True),
+    _Declaration("eval", "path", "evaluation data, as --qsens-calib", "FILE", marker=True),
+    _Declaration("engine", "text", f"{', '.join(ENGINES)} (default: auto)", "ENGINE", marker=True),
+    _Declaration(
+        "fail",
+        "text",
+        "what counts as worse: nmse:5%% (default), nmse:1e-4 (absolute), sqnr_db:0.5; several with commas",
+        "METRIC:TOLERANCE",
+        marker=True,
+    ),
+    _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
+    _Declaration("json", "path", "write every score to FILE", "FILE"),
+    _Declaration("cache", "path", "where op lists are cached (default: the user's cache directory)", "DIR"),
+    _Declaration("no_cache", "flag", "neither read nor write the cache"),
+    _Declaration("allow_pickle", "flag", "load pickled weights (*.bin), which can run code", marker=True),
+    _Declaration("snapshot_dir", "path", "where snapshots live (default: qsens_snapshots)", "DIR"),
+    _Declaration("allow_ci_update", "flag", "let --snapshot-update write sensitivity snapshots although CI is set"),
+    _Declaration(
+        "snapshot_prune",
+        "flag",
+        "with --snapshot-update, after a complete run: remove snapshot lines of ops that were not measured",
+    ),
+)
+_INI_TYPES: dict[Kind, Literal["string", "bool", "linelist"]] = {
+    "text": "string",
+    "path": "string",
+    "count": "string",
+    "flag": "bool",
+    "list": "linelist",
+}
+
+MARKER_HELP = (
+    f"qsens({', '.join(f'{d.name}=' for d in _DECLARATIONS if d.marker)}): "
+    "quantization sensitivity test; keywords override the --qsens-* options of the same name."
+)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What decides the numbers of a calibrated model; equal values share one calibrated model."""
+
+    request: ModelRequest
+    scheme: str
+    engine: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option, checked, with absolute paths. Building one imports neither torch nor the model's code."""
+
+    model: str | None
+    checkpoint: Path | None
+    scheme: str
+    mode: str
+    ops: tuple[str, ...]
+    max_ops: int | None
+    calib: Path | None
+    calib_samples: int | None
+    eval: Path | None
+    engine: str
+    fail: str
+    device: str
+    json: Path | None
+    cache: Path | None
+    no_cache: bool
+    allow_pickle: bool
+    snapshot_dir: Path
+    allow_ci_update: bool
+    snapshot_prune: bool
+    fail_overrides: tuple[str, ...]
+    root: Path
+
+    @classmethod
+    def from_config(cls, config: pytest.Config) -> Options:
+        """Read the command line, then the ini file, then defaults.
+
+        Relative paths are taken from where pytest was invoked on the command line, from the root directory in the
+        ini file.
+
+        Raises:
+            QsensError: For a value that cannot be, naming the option it was given with.
+
+        """
+        values: dict[str, Any] = {}
+        for declared in _DECLARATIONS:
+            given = config.getoption(declared.key)
+            origin, base = declared.flag, config.invocation_params.dir
+            if given is None:
+                given = config.getini(declared.key) or None
+                origin, base = f"{declared.key} in the ini file", config.rootpath
+            values[declared.name] = _parse(declared, given, origin, base)
+        overrides = tuple(config.getini("qsens_fail_overrides"))
+        defaults: dict[str, object] = {
+            "scheme": "w8a8",
+            "mode": "isolated",
+            "engine": "auto",
+            "fail": "nmse:5%",
+            "device": "cpu",
+            "ops": (),
+            "snapshot_dir": config.rootpath / "qsens_snapshots",
+        }
+        values |= {name: default for name, default in defaults.items() if values[name] is None}
+        options = cls(**values, fail_overrides=overrides, root=config.rootpath)
+        options.overrides()
+        return options
+
+    def override(self, keywords: Mapping[str, object]) -> Options:
+        """Put those of a ``qsens`` marker over these options; relative paths start at the root directory.
+
+        Raises:
+            QsensError: For an unknown keyword or a value that cannot be.
+
+        """
+        values: dict[str, Any] = {}
+        allowed = {declared.name: declared for declared in _DECLARATIONS if declared.marker}
+        for name, given in keywords.items():
+            if name not in allowed:
+                raise QsensError(unknown("keyword of @pytest.mark.qsens", name, allowed))
+            if given is not None:
+                values[name] = _parse(allowed[name], given, f"{name}= of @pytest.mark.qsens", self.root)
+        return replace(self, **values)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes to measure, in the order of result files."""
+        return MODES[self.mode]
+
+    @property
+    def request(self) -> ModelRequest:
+        """Which model on which data.
+
+        Raises:
+            QsensError: If no model was chosen.
+
+        """
+        if self.model is None:
+            raise QsensError(
+                "no model to measure. Choose one with --qsens-model MODEL, with qsens_model in the ini file or with "
+                "@pytest.mark.qsens(model=...)"
+            )
+        return ModelRequest(
+            model=self.model,
+            checkpoint=_text(self.checkpoint),
+            calib=_text(self.calib),
+            eval=_text(self.eval),
+            calib_samples=self.calib_samples,
+            allow_pickle=self.allow_pickle,
+        )
+
+    @property
+    def run_spec(self) -> RunSpec:
+        """Key of the calibrated model these options ask for."""
+        return RunSpec(self.request, self.scheme, self.engine, self.device)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only some of the ops are asked for."""
+        return bool(self.ops) or self.max_ops is not None
+
+    def cache_dir(self) -> Path | None:
+        """Directory of cached op lists, or ``None`` if nothing may be cached."""
+        if self.no_cache:
+            return None
+        if self.cache is not None:
+            return self.cache
+        from pytest_qsens.manifest import default_cache_dir
+
+        return default_cache_dir()
+
+    def overrides(self) -> Overrides:
+        """Per-op thresholds of the ini file.
+
+        Raises:
+            QsensError: If a line cannot be read.
+
+        """
+        from pytest_qsens.thresholds import Overrides
+
+        return Overrides.parse(self.fail_overrides)
+
+    def thresholds_for(self, op: str) -> tuple[Threshold, ...]:
+        """Thresholds that make this op (or ``total``) count as worse."""
+        from pytest_qsens.thresholds import parse_fail
+
+        return self.overrides().thresholds_for(op, parse_fail(self.fail))
+
+    def snapshot_path(self, label: str) -> Path:
+        """Snapshot file of a model under these options."""
+        return self.snapshot_dir / label / f"{self.scheme}.json"
+
+
+def declare(parser: pytest.Parser) -> None:
+    """Declare every option, its ini twin and the settings that only an ini file has."""
+    group = parser.getgroup("qsens", "quantization sensitivity (pytest-qsens)")
+    for declared in _DECLARATIONS:
+        if declared.kind == "flag":
+            group.addoption(declared.flag, dest=declared.key, action="store_true", default=None, help=declared.help)
+        else:
+            action = "append" if declared.kind == "list" else "store"
+            group.addoption(
+                declared.flag,
+                dest=declared.key,
+                action=action,
+                default=None,
+                metavar=declared.metavar,
+                help=declared.help,
+            )
+        parser.addini(declared.key, f"the ini twin of {declared.flag}", type=_INI_TYPES[declared.kind])
+    parser.addini(
+        "qsens_fail_overrides",
+        "per-op thresholds, one 'GLOB = METRIC:TOLERANCE' a line; the first glob that matches an op decides",
+        type="linelist",
+    )
+
+
+def unknown(what: str, value: object, known: Collection[str]) -> str:
+    """Say that a name does not exist, what was probably meant and what there is."""
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"no {what} {value!r}{hint}. Known: {', '.join(known)}"
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _parse(declared: _Declaration, given: object, origin: str, base: Path) -> object:
+    """Turn what was given into the value of the ``Options`` field; ``None`` stays for options not given."""
+    if given is None or declared.kind == "flag":
+        return bool(given) if declared.kind == "flag" else None
+    if declared.kind == "list":
+        return (given,) if isinstance(given, str) else tuple(cast("Sequence[str]", given))
+    if declared.kind == "count":
+        return _count(given, origin)
+    text = os.fspath(cast("str | os.PathLike[str]", given))
+    if declared.kind == "path":
+        return _absolute(text, base)
+    if declared.name == "model":
+        return _model_name(text, base)
+    if check := _CHECKS.get(declared.name):
+        check(text, origin)
+    return text
+
+
+def _count(given: object, origin: str) -> int:
+    text = str(given)
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise QsensError(f"{origin} takes a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _absolute(text: str, base: Path) -> Path:
+    # Not resolve(): the user's spelling of a symlinked checkpoint is what messages should show.
+    return Path(os.path.normpath(base / Path(text).expanduser()))
+
+
+def _model_name(text: str, base: Path) -> str:
+    """Make a directory absolute, so that every process means the same one; leave other kinds of names alone.
+
+    A bare word is a directory only if it is one here and no preset.
+    """
+    if ":" in text:  # hub:org/name or package.module:factory
+        return text
+    path = _absolute(text, base)
+    if text.startswith((".", "/", "~")) or ("/" in text and path.is_dir()):
+        return str(path)
+    from pytest_qsens.models.presets import PRESETS
+
+    return str(path) if text not in PRESETS and path.is_dir() else text
+
+
+def _check_choice(known: Collection[str]) -> Callable[[str, str], None]:
+    def check(text: str, origin: str) -> None:
+        if text not in known:
+            raise QsensError(unknown(f"value for {origin}:", text, known))
+
+    return check
+
+
+def _check_fail(text: str, _origin: str) -> None:
+    from pytest_qsens.thresholds import parse_fail
+
+    parse_fail(text)
+
+
+def _check_device(text: str, origin: str) -> None:
+    if not re.fullmatch(r"[a-z]+(:[0-9]+)?", text):
+        raise QsensError(f"{origin} takes a torch device such as cpu, cuda or cuda:1, not {text!r}")
+
+
+_CHECKS: dict[str, Callable[[str, str], None]] = {
+    "scheme": _check_choice(SCHEMES),
+    "mode": _check_choice(MODES),
+    "engine": _check_choice(ENGINES),
+    "fail": _check_fail,
+    "device": _check_device,
+}

@@ -1,0 +1,103 @@
+"""Pytest hooks: thin, and free for those who do not measure anything. No torch, transformers or NumPy from here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qsens import collect, options, workers
+from pytest_qsens.controller import Controller
+from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_total
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
+
+__all__ = ["qsens_model", "qsens_op", "qsens_score", "qsens_total"]
+
+# An editable install does not tell pytest which modules belong to a plugin, so assertions there stay plain.
+pytest.register_assert_rewrite("pytest_qsens.builtin_suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare options and ini settings."""
+    options.declare(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Take our node ids out of the arguments, in workers too: these parse the command line again."""
+    config.addinivalue_line("markers", options.MARKER_HELP)
+    collect.take_selection(config)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Controller(config), "qsens-controller")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that takes our fixtures one item for each op."""
+    collect.parametrize(metafunc)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Mark a usage error found at collection, so that the controller knows it from a broken test file."""
+    report = yield
+    call: pytest.CallInfo[object] | None = getattr(report, "call", None)
+    if call is not None and call.excinfo is not None and isinstance(call.excinfo.value, collect.UnusableTest):
+        report.qsens = {"abort": str(call.excinfo.value)}  # type: ignore[attr-defined]  # reports carry extras
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Add the built-in suite before anything selects, deselects or orders tests."""
+    collect.add_suite(session, items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put what a test measured on its report."""
+    report = yield
+    annotate(item, call, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_assertrepr_compare(
+    op: str, left: object, right: object
+) -> Generator[None, list[list[str] | None], list[list[str] | None]]:
+    """Explain a failed comparison of a score, before syrupy does: pytest shows the first explanation."""
+    explained = yield
+    if "Score" in (type(left).__name__, type(right).__name__):  # keeps syrupy unimported in other people's runs
+        from pytest_qsens.syrupy_extension import explain
+
+        explained.insert(0, explain(op, left, right))
+    return explained
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """Share the cores among the workers about to be started."""
+    if collect.base_options(config).model is not None:
+        config.add_cleanup(workers.set_threads(specs))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tell a worker how many there are on its machine."""
+    node.workerinput["qsens_workers"] = workers.workers_beside(node.gateway.spec, node.nodemanager.specs)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:  # noqa: ANN401  # xdist's Producer
+    """Schedule by block. A run whose models are chosen in code alone is not known here, and scheduled as ever."""
+    if collect.base_options(config).model is None:
+        return None
+
+    from pytest_qsens.scheduling import BlockScheduling
+
+    return BlockScheduling(config, log)

@@ -1,0 +1,1 @@
+"""Quantization schemes and their exact simulation."""

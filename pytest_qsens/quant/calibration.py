@@ -1,0 +1,79 @@
+"""Activation ranges: observers of torch.ao over the calibration batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.ao.quantization.observer import HistogramObserver
+
+from pytest_qsens.errors import QsensError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qsens.graph.calls import Call
+    from pytest_qsens.quant.schemes import Scheme
+
+
+class QParams(NamedTuple):
+    """Affine quantization: ``real = (integer - zero_point) * scale``."""
+
+    scale: float
+    zero_point: int
+
+
+class _Range:
+    """A histogram of one tensor's values; the search for its scale, which is slow, is made once and when needed."""
+
+    def __init__(self) -> None:
+        # uint8 over all of 0..255: what torch's x86 backend and Intel Neural Compressor use on machines with VNNI
+        self._observer = HistogramObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine, reduce_range=False)
+        self._qparams: QParams | None = None
+
+    def observe(self, values: Tensor) -> None:
+        self._observer(values)
+
+    def qparams(self) -> QParams:
+        if self._qparams is None:
+            scale, zero_point = self._observer.calculate_qparams()
+            self._qparams = QParams(float(scale), int(zero_point))
+        return self._qparams
+
+
+class Calibration:
+    """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+        self._inputs: dict[str, _Range] = {}
+        self._outputs: dict[str, _Range] = {}
+        self.reached: set[str] = set()
+
+    def observe(self, op: str, call: Call, output: Tensor) -> None:
+        """Record one call.
+
+        Raises:
+            QsensError: If a value is NaN or infinite.
+
+        """
+        self.reached.add(op)
+        if call.kind == "embedding" or self._scheme.activation == "dynamic":
+            return
+        for where, values in (("input", call.x), ("output", output)):
+            if not bool(torch.isfinite(values).all()):
+                raise QsensError(
+                    f"calibration: the {where} of {op} holds NaN or infinite values, so no scale can be found. "
+                    "Check the weights and the calibration data."
+                )
+        self._inputs.setdefault(op, _Range()).observe(call.x)
+        if self._scheme.requantize_output:
+            self._outputs.setdefault(op, _Range()).observe(output)
+
+    def input_qparams(self, op: str) -> QParams:
+        """Scale and zero point of an op's input, uint8."""
+        return self._inputs[op].qparams()
+
+    def output_qparams(self, op: str) -> QParams:
+        """Scale and zero point of an op's output, uint8."""
+        return self._outputs[op].qparams()

@@ -1,0 +1,164 @@
+"""What a quantized op returns, exact in its integers.
+
+The arithmetic is that of torch's x86 kernels (fbgemm), written so that it needs none of them: integer products are
+exact whatever computes them, and the float steps are single operations that every IEEE machine rounds alike. The tests
+compare every step with the kernels bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the per-token primitives
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from pytest_qsens.graph.calls import Call
+    from pytest_qsens.quant.calibration import Calibration, QParams
+    from pytest_qsens.quant.schemes import Scheme
+
+_CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
+    "conv1d": functional.conv1d,
+    "conv2d": functional.conv2d,
+    "conv3d": functional.conv3d,
+}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """An int8 weight, symmetric per output channel.
+
+    Attributes:
+        values: int8, of the weight's shape.
+        scale: float32, ``(out,)``.
+        sums: int32, ``(out,)``: the sum of each channel's integers, for inputs with a zero point.
+
+    """
+
+    values: Tensor
+    scale: Tensor
+    sums: Tensor
+
+
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """Quantize a weight ``(out, ...)`` to int8 by the largest magnitude of each output channel."""
+    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+    observer(weight)
+    scale, zero_point = observer.calculate_qparams()
+    primitives: Any = torch.ops.quantized_decomposed
+    values = primitives.quantize_per_channel(weight, scale, zero_point, 0, -128, 127, torch.int8)
+    return QuantizedWeight(values, scale, values.flatten(1).sum(1, dtype=torch.int32))
+
+
+def quantize_activation(values: Tensor, qparams: QParams) -> Tensor:
+    """Round to uint8, per tensor; the integers come as int32.
+
+    The kernels compute round_half_even(fma(x, 1 / scale, zero_point)) in fp32. float64 holds the product and the sum
+    exactly for every value in range, so rounding it to fp32 is the one rounding of the fma.
+    """
+    inverse = 1 / torch.tensor(qparams.scale, dtype=torch.float32, device=values.device)
+    scaled = (values.double() * inverse.double() + qparams.zero_point).float()
+    return scaled.round().clamp(0, 255).to(torch.int32)
+
+
+def quantized_embedding(rows: Tensor) -> Tensor:
+    """Round looked-up embedding rows ``(*, dim)`` to uint8 with a scale and float zero point per row, and back.
+
+    Each row is quantized on its own, so quantizing the looked-up ones equals looking up in a quantized table.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams)
+    observer(flat)
+    scale, zero_point = observer.calculate_qparams()
+    scale, zero_point = scale[:, None], zero_point[:, None]
+    integers = (flat / scale + zero_point).round().clamp(0, 255)
+    # embedding_byte computes fma(q, scale, bias) with bias = -scale * zero_point rounded to fp32; float64 holds the
+    # product exactly, which makes the one rounding at the end that of the fma
+    bias = -scale * zero_point
+    values: Tensor = (integers.double() * scale.double() + bias.double()).float()
+    return values.reshape(rows.shape)
+
+
+def _per_channel(values: Tensor, kind: str) -> Tensor:
+    """Shape ``(out,)`` so that it broadcasts over an op's output."""
+    return values if kind == "linear" else values.view(-1, *[1] * int(kind[4]))
+
+
+def _float64_mm(left: Tensor, right: Tensor) -> Tensor:
+    return left.double() @ right.double()
+
+
+def _integer_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply int8 ``(*, in)`` by int8 ``(out, in)`` exactly; the result is integer-valued, ``(*, out)``."""
+    rows = x.reshape(-1, x.shape[-1])
+    # _int_mm of other devices asks for sizes that models don't have; float64 is exact below 2**53
+    multiply = torch._int_mm if x.device.type == "cpu" else _float64_mm  # noqa: SLF001 - torch's only int8 product
+    product = multiply(rows, weight.t())
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Simulator:
+    """Computes the outputs of quantized ops; every weight is quantized once."""
+
+    def __init__(self, scheme: Scheme, calibration: Calibration) -> None:
+        self._scheme = scheme
+        self._calibration = calibration
+        self._weights: dict[str, QuantizedWeight] = {}
+
+    def output(self, op: str, call: Call) -> Tensor:
+        """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
+
+        An input with NaN or infinite values gives NaN everywhere, where a kernel would turn them into some integer.
+        """
+        if call.kind == "embedding":
+            return quantized_embedding(functional.embedding(call.x, call.weight))
+        weight = self._weights.get(op)
+        if weight is None:
+            weight = self._weights[op] = quantize_weight(call.weight)
+        output = self._static(op, call, weight) if self._scheme.activation == "static" else self._dynamic(call, weight)
+        return output if bool(torch.isfinite(call.x).all()) else torch.full_like(output, torch.nan)
+
+    def forget(self, op: str) -> None:
+        """Free the quantized weight of an op that is done."""
+        self._weights.pop(op, None)
+
+    def _static(self, op: str, call: Call, weight: QuantizedWeight) -> Tensor:
+        x = self._calibration.input_qparams(op)
+        scale = _per_channel(torch.tensor(x.scale, device=call.x.device) * weight.scale, call.kind)
+        products = _uint8_products(call, weight, x)
+        bias = None if call.bias is None else _per_channel(call.bias, call.kind)
+        if not self._scheme.requantize_output:
+            product: Tensor = products.float() * scale
+            return product if bias is None else product + bias
+        y = self._calibration.output_qparams(op)
+        y_scale = torch.tensor(y.scale, device=call.x.device)
+        accumulated = products.float() if bias is None else products.float() + bias / scale
+        integers = ((accumulated * (scale / y_scale)).round() + y.zero_point).clamp(0, 255)
+        dequantized: Tensor = (integers - y.zero_point) * y_scale
+        return dequantized
+
+    @staticmethod
+    def _dynamic(call: Call, weight: QuantizedWeight) -> Tensor:
+        primitives: Any = torch.ops.quantized_decomposed
+        scale, zero_point = primitives.choose_qparams_per_token(call.x, torch.int8)
+        integers = primitives.quantize_per_token(call.x, scale, zero_point, -128, 127, torch.int8)
+        output: Tensor = _integer_linear(integers, weight.values).float() * scale * weight.scale
+        return output if call.bias is None else output + call.bias
+
+
+def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
+    """Sum (x - zero_point) * weight over integers, exactly: int32 or integer-valued float64."""
+    integers = quantize_activation(call.x, x)
+    if call.kind == "linear":
+        shifted = (integers - 128).to(torch.int8)
+        return _integer_linear(shifted, weight.values) + (128 - x.zero_point) * weight.sums
+    # padding is with real zeros, which is integer zero once the zero point is taken off
+    centred = (integers - x.zero_point).double()
+    return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))

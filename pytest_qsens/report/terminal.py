@@ -1,0 +1,176 @@
+"""The section of a run in pytest's terminal summary."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pytest_qsens.measure import accept_command
+from pytest_qsens.ops import TOTAL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import pytest
+
+    from pytest_qsens.controller import Controller, Run
+    from pytest_qsens.results import OpResult, Scores
+
+WORST = 10
+_BAR = 16
+_INDEX = re.compile(r"\.\d+")
+
+
+def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
+    """Write a section for each (model, scheme) of the run; with ``-q`` only what needs attention."""
+    config = controller.config
+    for run in controller.runs.values():
+        if not run.results:
+            continue
+        engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
+        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{engine}")
+        terminal.write_line(_counts(run))
+        if config.option.verbose >= 0:
+            for line in worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal)):  # noqa: SLF001  # its width
+                terminal.write_line(line)
+        for line in _attention(run):
+            terminal.write_line(line, yellow=True)
+        if config.option.verbose >= 0 and run.reference_seconds is not None:
+            terminal.write_line(_cost(run, controller.wall_seconds))
+        if _to_accept(run) and run.path not in controller.written:
+            terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
+    for path in controller.written:
+        terminal.write_line(f"qsens: wrote {path}")
+    for problem in controller.problems:
+        terminal.write_line(f"qsens: {problem}", red=True)
+
+
+def _counts(run: Run) -> str:
+    results = [result for op, result in run.results.items() if op != TOTAL]
+    statuses = Counter(result.status for result in results)
+    unrun = len(run.ops) - sum(op.name in run.results for op in run.ops)
+    found = [f"{count} {status}" for status, count in statuses.items()]
+    found += [f"{unrun} not run"] if unrun else []
+    if run.functional:
+        found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
+    verdicts = Counter(verdict.kind for verdict in run.verdicts.values())
+    compared = [f"{verdicts[kind]} {kind}" for kind in ("regressed", "improved", "new") if verdicts[kind]]
+    against = f"; against the snapshot: {', '.join(compared)}" if compared else ""
+    return f"{len(run.ops)} ops: {', '.join(found)}{against}"
+
+
+def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
+    """Tables of the ops that hurt most, one for each mode, and the line of the whole model.
+
+    Args:
+        run: The results.
+        width: Columns of the terminal.
+        bar: Character that bars are drawn with.
+
+    """
+    total = run.total
+    for mode, metric, direction in (
+        ("isolated", "nmse", "only this op quantized; higher nmse is worse"),
+        (
+            "fallback",
+            "gain",
+            "all but this op quantized; gain: total nmse minus its nmse, high: keep it in fp32",
+        ),
+    ):
+        scores = {result.op: result.modes[mode] for result in run.measured if mode in result.modes}
+        if scores:
+            yield f"worst ops, {mode} ({direction})"
+            yield from _table(scores, metric, width, bar)
+    if total is not None and total.isolated is not None:
+        yield f"total, everything quantized: {_numbers(total.isolated)}"
+    elif total is not None:
+        yield f"total, everything quantized: {total.status}, {total.reason}"
+
+
+def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iterator[str]:
+    ranked = sorted(scores, key=lambda op: (-(scores[op][metric] or 0.0), op))[:WORST]
+    values = [scores[op][metric] or 0.0 for op in ranked]
+    longest = max(map(len, ranked))
+    numbers = 2 + 10 + 11  # spaces and two numbers
+    name_width = max(12, min(longest, width - numbers - 1))
+    bar_width = min(_BAR, width - numbers - name_width - 3)
+    for op, value in zip(ranked, values, strict=True):
+        drawn = f"  {bar * _length(value, values, bar_width)}" if bar_width > 3 else ""
+        sqnr = scores[op]["sqnr_db"]
+        decibels = "identical" if sqnr is None else f"{sqnr:6.1f} dB"
+        yield f"  {_shortened(op, name_width):<{name_width}} {value:10.3g} {decibels:>9}{drawn}".rstrip()
+
+
+def _length(value: float, values: Sequence[float], width: int) -> int:
+    """Length of a bar, logarithmic: errors of ops differ by orders of magnitude."""
+    positive = [v for v in values if v > 0]
+    if value <= 0:
+        return 0
+    span = math.log10(max(positive) / min(positive)) or 1.0
+    return 1 + round((width - 1) * math.log10(value / min(positive)) / span) if len(positive) > 1 else width
+
+
+def _shortened(name: str, width: int) -> str:
+    """Cut the middle out: the layer number and the end tell ops apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 2) * 2 // 3
+    return f"{name[: width - 2 - tail]}..{name[-tail:]}"
+
+
+def _numbers(scores: Scores) -> str:
+    names = {"nmse": "nmse", "sqnr_db": "sqnr", "kl": "kl", "top1": "top-1 agreement"}
+    parts = []
+    for metric, name in names.items():
+        if metric in scores:
+            value = scores[metric]
+            parts.append(f"{name} infinite" if value is None else f"{name} {value:.4g}{' dB' * (metric == 'sqnr_db')}")
+    return ", ".join(parts)
+
+
+def _attention(run: Run) -> Iterator[str]:
+    """Lines that must not be missed, with ``-q`` either."""
+    listed = [result for op, result in run.results.items() if op != TOTAL]
+    unexercised = [result for result in listed if result.status == "unexercised"]
+    if unexercised:
+        yield (
+            f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} ops have no score, nothing is known about them: "
+            f"{_grouped(unexercised)}"
+        )
+        for reason in sorted({result.reason or "" for result in unexercised}):
+            yield f"  {reason}"
+    for result in listed:
+        if result.status == "failed":
+            yield f"FAILED: {result.op}: {result.reason}"
+    if run.engine_reason:
+        yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
+    if run.mismatch:
+        yield f"the snapshot was measured elsewhere, scores may differ for that alone: {'; '.join(run.mismatch)}"
+    if len({tuple(sorted(facts["environment"].items())) for facts in run.facts}) > 1:
+        yield "workers run in different environments, scores may differ for that alone"
+
+
+def _grouped(results: Iterable[OpResult]) -> str:
+    """Count ops by block, with the layer number left out: ``visual.blocks.* (12)``."""
+    blocks = Counter(_INDEX.sub(".*", result.block) or result.op for result in results)
+    return ", ".join(f"{block} ({count})" for block, count in blocks.items())
+
+
+def _cost(run: Run, wall_seconds: float) -> str:
+    cost = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
+    return cost if run.forwards_per_op is None else f"{cost}; {run.forwards_per_op:.2f} forwards per op"
+
+
+def _to_accept(run: Run) -> bool:
+    return any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
+
+
+def _bar_character(terminal: pytest.TerminalReporter) -> str:
+    encoding = getattr(terminal._tw._file, "encoding", None) or "ascii"  # noqa: SLF001  # where lines go
+    try:
+        "█".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "#"
+    return "█"

@@ -1,0 +1,246 @@
+"""Results of a run: per op, with a status; as plain values that travel between processes and into files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import (
+    Fields,
+    check_writable,
+    finite,
+    parse_json,
+    read_text,
+    typed,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+SCHEMA = 1
+
+Status = Literal["measured", "estimated", "unexercised", "unquantizable", "failed", "unrun"]
+"""``unrun``: an op of the model that this run did not select or did not reach."""
+
+Mode = Literal["isolated", "fallback"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+Scores = dict[str, float | None]
+"""Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite)."""
+
+Payload = dict[str, Any]
+"""Values of builtin types only: what a test report and JSON can carry."""
+
+
+@dataclass(frozen=True)
+class OpResult:
+    """What is known about one op after a run.
+
+    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``; ``reason`` explains every other
+    status, and notes an output identical to the reference.
+    """
+
+    op: str
+    type: str
+    block: str
+    status: Status
+    reason: str | None = None
+    isolated: Scores | None = None
+    fallback: Scores | None = None
+    seconds: float = 0.0
+
+    @property
+    def modes(self) -> dict[Mode, Scores]:
+        """The modes that were measured, with their scores."""
+        return {mode: scores for mode in MODES if (scores := getattr(self, mode)) is not None}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took. ``forwards_per_op`` is the time of one op in units of ``reference_seconds``."""
+
+    wall_seconds: float
+    reference_seconds: float | None = None
+    forwards_per_op: float | None = None
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What was run: enough to tell whether two results can be compared.
+
+    ``mode`` is ``isolated``, ``fallback`` or ``both``; ``data`` a short hash of the batches, ``None`` if the model
+    comes from a factory; ``engine_reason`` says why another engine than the usual one was used.
+    """
+
+    model: str
+    scheme: str
+    engine: str
+    mode: str
+    environment: Mapping[str, str]
+    cost: Cost
+    engine_reason: str | None = None
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A result file: one entry per op of the model in model order, and the whole model's."""
+
+    run: RunInfo
+    ops: tuple[OpResult, ...]
+    total: OpResult | None = None
+
+
+def round_score(value: float) -> float:
+    """``value`` at the 6 significant digits that snapshots hold; never a negative zero."""
+    return float(f"{value:.6g}") + 0.0
+
+
+def to_payload(result: OpResult) -> Payload:
+    """Turn an `OpResult` into builtin values, at full precision (xdist cannot carry NumPy's).
+
+    Raises:
+        ValueError: If a score is not finite: that op has failed, and a failed op has no numbers.
+
+    """
+    payload = asdict(result)
+    payload["seconds"] = float(result.seconds)
+    for mode, scores in result.modes.items():
+        payload[mode] = {metric: None if value is None else float(value) for metric, value in sorted(scores.items())}
+        try:
+            read_scores(payload[mode], mode)
+        except QsensError as error:
+            raise ValueError(f"{result.op}: {error}") from error
+    return payload
+
+
+def from_payload(payload: object, where: str = "payload") -> OpResult:
+    """Rebuild the `OpResult` that `to_payload` took apart.
+
+    Raises:
+        QsensError: If something in it is missing, unknown or of a wrong type; names ``where``.
+
+    """
+    fields = Fields(payload, where)
+    op = fields.text("op")
+    if op:
+        fields.where = f"{where} {op!r}"
+    status = cast("Status", fields.choice("status", get_args(Status)))
+    result = OpResult(
+        op=op,
+        type=fields.text("type"),
+        block=fields.text("block"),
+        status=status,
+        reason=fields.optional_text("reason"),
+        isolated=_optional_scores(fields, "isolated"),
+        fallback=_optional_scores(fields, "fallback"),
+        seconds=fields.number("seconds"),
+    )
+    fields.end()
+    return result
+
+
+def _optional_scores(fields: Fields, mode: Mode) -> Scores | None:
+    value = fields.take(mode)
+    return None if value is None else read_scores(value, fields.at(mode))
+
+
+def read_scores(value: object, where: str) -> Scores:
+    """Scores from parsed JSON: an object of finite numbers, where only ``sqnr_db`` may be null.
+
+    Raises:
+        QsensError: With the place and the offending value.
+
+    """
+    return {
+        metric: None if number is None and metric == "sqnr_db" else finite(number, f"{where}, {metric!r}")
+        for metric, number in typed(value, dict, where).items()
+    }
+
+
+def dump(result: RunResult) -> str:
+    """Text of a result file: floats at full precision, one op a line."""
+    run = json.dumps(asdict(result.run), ensure_ascii=False, indent=2).replace("\n", "\n  ")
+    ops = ",\n    ".join(_line(op) for op in result.ops)
+    total = "null" if result.total is None else _line(result.total)
+    listed = f"[\n    {ops}\n  ]" if ops else "[]"
+    return f'{{\n  "schema": {SCHEMA},\n  "run": {run},\n  "ops": {listed},\n  "total": {total}\n}}\n'
+
+
+def _line(result: OpResult) -> str:
+    return json.dumps(to_payload(result), ensure_ascii=False, allow_nan=False)
+
+
+def load(path: Path) -> RunResult:
+    """Read a result file.
+
+    Raises:
+        QsensError: If it is missing, malformed, of a newer schema, or no result file; names the place in it.
+
+    """
+    text = read_text(path)
+    if text is None:
+        raise QsensError(f"there is no result file {path}. `pytest --qsens-json FILE` writes one.")
+    fields = Fields(parse_json(text, path), str(path))
+    fields.schema(SCHEMA)
+    run = _read_run(Fields(fields.take("run"), fields.at("run")))
+    ops = tuple(from_payload(op, f"{path}, op") for op in typed(fields.take("ops"), list, fields.at("ops")))
+    total = fields.take("total")
+    result = RunResult(run, ops, None if total is None else from_payload(total, fields.at("total")))
+    fields.end()
+    return result
+
+
+def _read_run(fields: Fields) -> RunInfo:
+    cost = Fields(fields.take("cost"), fields.at("cost"))
+    run = RunInfo(
+        model=fields.text("model"),
+        scheme=fields.text("scheme"),
+        engine=fields.text("engine"),
+        mode=fields.choice("mode", (*MODES, "both")),
+        environment=fields.texts("environment"),
+        cost=Cost(
+            wall_seconds=cost.number("wall_seconds"),
+            reference_seconds=cost.optional_number("reference_seconds"),
+            forwards_per_op=cost.optional_number("forwards_per_op"),
+        ),
+        engine_reason=fields.optional_text("engine_reason"),
+        data=fields.optional_text("data"),
+    )
+    cost.end()
+    fields.end()
+    return run
+
+
+def write(path: Path, result: RunResult) -> None:
+    """Write a result file in one step.
+
+    Raises:
+        QsensError: If it cannot be written; an older file is untouched.
+
+    """
+    write_atomically(path, dump(result))
+
+
+def check_overwritable(path: Path) -> None:
+    """Make sure before a run that its result can go to ``path`` and destroys nothing but an older result.
+
+    Raises:
+        QsensError: If something other than a result file of ours is there, or the directory is missing or read-only.
+
+    """
+    if not path.parent.is_dir():
+        raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
+    if path.exists():
+        try:
+            load(path)
+        except QsensError as error:
+            raise QsensError(
+                f"{path} exists and is not a result file of this version; it is left untouched ({error}). "
+                "Choose another name or remove it."
+            ) from error
+    check_writable(path.parent)

@@ -1,0 +1,59 @@
+"""Which worker measures which op. Needs pytest-xdist; imported only while it distributes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it ships no types
+
+from pytest_qsens.collect import case_of
+from pytest_qsens.ops import Op
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
+
+
+class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped base
+    """Hands out the ops of a model block by block, and every other test on its own.
+
+    The ops of one block share recomputed values, so a block stays on one worker.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        case = case_of(nodeid)
+        if case is None:
+            return nodeid
+        label, scheme, op = case
+        return f"{label}-{scheme}-{Op(op, '').block}"
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Take a worker out; what it had not finished goes to others, except the test it crashed in.
+
+        `LoadScopeScheduling` hands that test out again with the rest of its unit, and it kills worker after worker.
+        """
+        workload: dict[str, dict[str, bool]] = self.assigned_work.pop(node)
+        pending = [nodeid for unit in workload.values() for nodeid, done in unit.items() if not done]
+        if not pending:
+            return None
+        crashed = pending[0]  # workers run their items in the order in which they got them
+        for scope, unit in workload.items():
+            rest = {nodeid: False for nodeid, done in unit.items() if not done and nodeid != crashed}
+            if rest:
+                self.workqueue[scope] = rest
+        for other in self.nodes:
+            self._reschedule(other)
+        return crashed
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Keep a worker supplied, and let it go when nothing is left.
+
+        A worker starts an item only when it knows the next one or that there is none. So it needs at least two, and a
+        unit that a crash has left with a single item would wait for ever. It is let go only at its last item, because
+        a worker that was told to stop takes no more, and another one may crash yet.
+        """
+        if node.shutting_down or node not in self.registered_collections:
+            return  # the second: a replacement that is still collecting; `schedule` comes back to it
+        while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+            self._assign_work_unit(node)
+        if not self.workqueue and self._pending_of(self.assigned_work[node]) <= 1:
+            node.shutdown()

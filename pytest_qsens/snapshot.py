@@ -1,0 +1,312 @@
+"""The reviewed file of every op's score for one (model, scheme): reading, merging, and writing it safely.
+
+One op is one line, keys are sorted and numbers have 6 significant digits, so that a change reads well as a diff::
+
+    {
+      "schema": 1,
+      "model": "minilm",
+      "scheme": "w8a8",
+      "environment": {
+        "torch": "2.13.0"
+      },
+      "ops": {
+        "encoder.layer.0.output.dense": {"isolated": {"nmse": 0.0312, "sqnr_db": 15.0585}, "type": "linear"}
+      },
+      "total": {"isolated": {"nmse": 0.0547, "sqnr_db": 12.6201}, "type": "total"}
+    }
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import (
+    Fields,
+    check_writable,
+    parse_json,
+    read_text,
+    temporary_prefix,
+    typed,
+    write_atomically,
+)
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import MODES, Mode, Payload, Scores, read_scores, round_score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+__all__ = [
+    "Entry",
+    "Snapshot",
+    "check_writable",
+    "dumps",
+    "environment_diff",
+    "load",
+    "merge",
+    "prune",
+    "union",
+    "write",
+]
+
+SCHEMA = 1
+
+LOCK_TIMEOUT_SECONDS = 60.0
+"""A writer holds the lock for milliseconds; one that does not let go is stuck."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is recorded of one op: its type, and its scores in each mode that was accepted so far."""
+
+    type: str
+    isolated: Scores | None = None
+    fallback: Scores | None = None
+
+    @property
+    def modes(self) -> dict[Mode, Scores]:
+        """The recorded modes, with their scores."""
+        return {mode: scores for mode in MODES if (scores := getattr(self, mode)) is not None}
+
+    def to_payload(self) -> Payload:
+        """Builtin values with sorted keys and rounded numbers, as a test report and the file carry them."""
+        payload: Payload = {
+            mode: {
+                metric: None if value is None else round_score(float(value)) for metric, value in sorted(scores.items())
+            }
+            for mode, scores in sorted(self.modes.items())
+        }
+        return {**payload, "type": self.type}
+
+    @classmethod
+    def from_payload(cls, payload: object, where: str = "payload") -> Entry:
+        """Rebuild what `to_payload` gave.
+
+        Raises:
+            QsensError: If something is missing, unknown or of a wrong type; names ``where``.
+
+        """
+        fields = Fields(payload, where)
+        modes = {
+            mode: read_scores(value, fields.at(mode)) for mode in MODES if (value := fields.take(mode)) is not None
+        }
+        entry = cls(fields.text("type"), **modes)
+        fields.end()
+        return entry
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot file. ``ops`` maps the names of ops, and `TOTAL` for the whole model, to their entries.
+
+    ``environment`` is where the latest update was measured.
+    """
+
+    model: str
+    scheme: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ops: Mapping[str, Entry] = field(default_factory=dict)
+
+
+def dumps(snapshot: Snapshot) -> str:
+    """Text of the file; the same snapshot always gives the same bytes."""
+    ops = {name: _line(snapshot.ops[name]) for name in sorted(snapshot.ops)}
+    total = ops.pop(TOTAL, None)
+    environment = {name: _quoted(value) for name, value in sorted(snapshot.environment.items())}
+    members = {
+        "schema": str(SCHEMA),
+        "model": _quoted(snapshot.model),
+        "scheme": _quoted(snapshot.scheme),
+        "environment": _object(environment, "  "),
+        "ops": _object(ops, "  "),
+    }
+    if total is not None:
+        members["total"] = total
+    return _object(members, "") + "\n"
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(entry.to_payload(), ensure_ascii=False, allow_nan=False)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _object(members: Mapping[str, str], indent: str) -> str:
+    if not members:
+        return "{}"
+    lines = f",\n{indent}  ".join(f"{_quoted(name)}: {text}" for name, text in members.items())
+    return f"{{\n{indent}  {lines}\n{indent}}}"
+
+
+def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> Snapshot:
+    """Read a snapshot file; a missing one is an empty snapshot of ``model`` and ``scheme``.
+
+    Raises:
+        QsensError: If it is malformed, of a newer schema, or belongs to another model or scheme than given; names
+            the file and the place in it. Nothing is changed.
+
+    """
+    text = read_text(path)
+    if text is None:
+        return Snapshot(model or "", scheme or "")
+    fields = Fields(parse_json(text, path), str(path))
+    fields.schema(SCHEMA)
+    snapshot = Snapshot(fields.text("model"), fields.text("scheme"), fields.texts("environment"))
+    for kind, wanted, found in (("model", model, snapshot.model), ("scheme", scheme, snapshot.scheme)):
+        if wanted is not None and found != wanted:
+            raise QsensError(
+                f"{path} is the snapshot of {kind} {found!r}, not {wanted!r}. "
+                "Move it away, or choose another snapshot directory."
+            )
+    listed = typed(fields.take("ops"), dict, fields.at("ops"))
+    ops = {name: Entry.from_payload(entry, f"{path}, op {name!r}") for name, entry in listed.items()}
+    if TOTAL in ops:
+        raise QsensError(f"{path}: {TOTAL!r} belongs beside 'ops', not in it")
+    total = fields.take("total")
+    if total is not None:
+        ops[TOTAL] = Entry.from_payload(total, fields.at("total"))
+    fields.end()
+    return replace(snapshot, ops=ops)
+
+
+def union(*batches: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Put the entries of several reports together; neither order nor repetition matters.
+
+    One op can be reported more than once: by two tests, by a rerun, after a worker's crash. Where two reports of the
+    same op and mode differ at the file's precision, the one with the larger NMSE is taken (then the larger text): a
+    value that was really measured, and the one a later run is least likely to be flagged against.
+
+    Raises:
+        QsensError: If two reports disagree about the type of an op.
+
+    """
+    result: dict[str, Entry] = {}
+    for batch in batches:
+        for name, entry in batch.items():
+            result[name] = _larger(name, result[name], entry) if name in result else entry
+    return result
+
+
+def _larger(name: str, one: Entry, other: Entry) -> Entry:
+    if one.type != other.type:
+        types = " and ".join(sorted((one.type, other.type)))
+        raise QsensError(f"op {name!r} was reported with two types, {types}")
+    modes = {
+        mode: max((entry.modes[mode] for entry in (one, other) if mode in entry.modes), key=_rank)
+        for mode in MODES
+        if mode in one.modes or mode in other.modes
+    }
+    return Entry(one.type, **modes)
+
+
+def _rank(scores: Scores) -> tuple[float, str]:
+    rounded = {metric: None if value is None else round_score(value) for metric, value in sorted(scores.items())}
+    return rounded.get("nmse") or 0.0, json.dumps(rounded)
+
+
+def merge(old: Snapshot, entries: Mapping[str, Entry], environment: Mapping[str, str]) -> Snapshot:
+    """Put newly accepted entries in place of the old ones, op by op and mode by mode; everything else stays."""
+    ops = dict(old.ops)
+    for name, entry in entries.items():
+        kept = ops[name].modes if name in ops else {}
+        ops[name] = Entry(entry.type, **{**kept, **entry.modes})
+    return replace(old, ops=ops, environment=dict(environment))
+
+
+def prune(snapshot: Snapshot, keep_ops: Collection[str]) -> Snapshot:
+    """Remove every op that is not in ``keep_ops``. The whole model's entry is no op, and stays."""
+    return replace(
+        snapshot,
+        ops={name: entry for name, entry in snapshot.ops.items() if name == TOTAL or name in keep_ops},
+    )
+
+
+def write(
+    path: Path,
+    update: Callable[[Snapshot], Snapshot],
+    *,
+    model: str,
+    scheme: str,
+    lock_dir: Path | None = None,
+) -> bool:
+    """Read the file anew, apply ``update`` and replace it in one step, while no other process does the same.
+
+    Args:
+        path: The snapshot file; its directory is created.
+        update: Gets the present snapshot and returns the new one, for example by `merge`.
+        model: Label the file must have.
+        scheme: Scheme the file must have.
+        lock_dir: Where lock files are kept, so that none lies among the snapshots; by default in the user's cache
+            directory. Writers exclude each other only if they use the same one.
+
+    Returns:
+        Whether the text changed. If not, the file is not touched.
+
+    Raises:
+        QsensError: If the file is malformed or foreign, or cannot be written. It is as it was.
+
+    """
+    with _locked(path, lock_dir):
+        text = dumps(update(load(path, model=model, scheme=scheme)))
+        if text == read_text(path):
+            return False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QsensError(f"{path.parent} cannot be created: {error.strerror}") from error
+        _remove_leftovers(path)
+        write_atomically(path, text)
+        return True
+
+
+def _remove_leftovers(path: Path) -> None:
+    # A writer that was killed leaves its temporary file. Holding the lock, nobody is writing one now.
+    target = Path(os.path.realpath(path))
+    for leftover in target.parent.glob(f"{glob.escape(temporary_prefix(target))}*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path, lock_dir: Path | None) -> Iterator[None]:
+    if lock_dir is None:
+        from platformdirs import user_cache_path
+
+        lock_dir = user_cache_path("pytest-qsens") / "locks"
+    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+    lock = FileLock(lock_dir / f"{key}.lock", timeout=LOCK_TIMEOUT_SECONDS)
+    try:
+        lock_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise QsensError(
+            f"{path} is locked by another process for more than {LOCK_TIMEOUT_SECONDS:.0f} s ({lock.lock_file}). "
+            "Wait for the other run to end, or end it."
+        ) from error
+    except OSError as error:
+        raise QsensError(
+            f"cannot lock {path}: {lock_dir} is not writable ({error.strerror}). Choose another cache directory."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def environment_diff(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """List what differs between two environments, a line for each key, such as ``torch 2.12.1 → 2.13.0``."""
+    return [
+        f"{name} {old.get(name, 'not recorded')} → {new.get(name, 'not known')}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,247 @@
+"""``assert score == snapshot`` with syrupy's own fixture: our file, our judgement, its options and its summary.
+
+The file is read here, in whichever process runs the test, and written by the controller alone, after the run. So
+this extension stores nothing, discovers nothing and deletes nothing: syrupy's unused-snapshot cleanup never sees the
+file, and its snapshots beside ours are handled as ever.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from syrupy.assertion import SnapshotAssertion
+from syrupy.data import SnapshotCollection, SnapshotCollections
+from syrupy.extensions.amber import AmberDataSerializer, AmberDataSerializerPlugin
+from syrupy.extensions.base import AbstractSyrupyExtension
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.snapshot import Entry, load
+from pytest_qsens.thresholds import combine, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pytest_qsens.results import Mode, OpResult, Scores
+    from pytest_qsens.thresholds import Threshold, Verdict
+
+WRONG_WAY_ROUND = (
+    "write `assert score == snapshot`, with the score on the left; "
+    "the other way round syrupy would keep it in a file of its own"
+)
+
+
+class Score:
+    """The result of one op, to be compared with its snapshot: ``assert score == snapshot``.
+
+    Afterwards ``verdict`` says what the comparison found, and ``accepted`` whether ``--snapshot-update`` or
+    ``--snapshot-update-new-only`` allowed to record it; `entry` is what to record then.
+
+    Args:
+        result: The op's result.
+        thresholds: What gates it.
+        path: The snapshot file.
+        model: Label the file must have.
+        scheme: Scheme the file must have.
+        accept: The command that records the present scores, for messages.
+
+    """
+
+    def __init__(
+        self,
+        result: OpResult,
+        *,
+        thresholds: Sequence[Threshold],
+        path: Path,
+        model: str,
+        scheme: str,
+        accept: str,
+    ) -> None:
+        self.result = result
+        self.thresholds = tuple(thresholds)
+        self.path = path
+        self.model = model
+        self.scheme = scheme
+        self.accept = accept
+        self.verdict: Verdict | None = None
+        self.accepted = False
+        self._old: Mapping[Mode, Scores] = {}
+        self._verdicts: dict[Mode, Verdict] = {}
+        _refuse_amber()
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(_lines(self.result.modes)) or self.result.status
+        return f"<Score of {self.result.op}: {numbers}>"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with the snapshot, if ``other`` is syrupy's fixture, or with another score by value.
+
+        Raises:
+            QsensError: If the op has no score, the snapshot file cannot be used, or none of the gated metrics was
+                measured.
+
+        """
+        if isinstance(other, SnapshotAssertion):
+            return self._matches(other)
+        if isinstance(other, Score):
+            return self.result == other.result
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # the typing of a class that is unhashable on purpose
+
+    def judge(self) -> Verdict:
+        """Compare with the snapshot file as it is now; keeps the verdict.
+
+        Raises:
+            QsensError: If the op has no score, the file cannot be used, or none of the gated metrics was measured.
+
+        """
+        if self.result.status != "measured":
+            reason = f" ({self.result.reason})" if self.result.reason else ""
+            raise QsensError(f"{self.result.op} has no score to compare: it is {self.result.status}{reason}.")
+        measured = self.result.modes
+        gated = [threshold.metric for threshold in self.thresholds]
+        known = {metric for scores in measured.values() for metric in scores}
+        if not known.intersection(gated):
+            raise QsensError(
+                f"{self.result.op}: none of the gated metrics ({', '.join(gated)}) was measured. "
+                f"Gate on some of {', '.join(sorted(known))}."
+            )
+        snapshot = load(self.path, model=self.model, scheme=self.scheme)
+        recorded = snapshot.ops.get(self.result.op)
+        self._old = recorded.modes if recorded else {}
+        self._verdicts = {
+            mode: judge(self._old.get(mode), scores, self.thresholds, mode) for mode, scores in measured.items()
+        }
+        self.verdict = combine(self._verdicts.values())
+        return self.verdict
+
+    def _matches(self, snapshot: SnapshotAssertion) -> bool:
+        verdict = self.judge()
+
+        class Extension(ScoreExtension):
+            score = self
+            # An improvement passes as it is, and is recorded if updating is asked for.
+            equal = verdict.kind == "ok" or (verdict.kind == "improved" and not snapshot.update_snapshots)
+            recorded = None if verdict.kind == "new" else "\n".join(_lines(self._old))
+
+        execution = snapshot.num_executions
+        # On the fixture itself: a copy from `use_extension` would leave it without the execution that syrupy's
+        # `pytest_assertrepr_compare` looks up. Extension and name hold for this comparison only.
+        passed = snapshot(extension_class=Extension, name=self.result.op) == self
+        outcome = snapshot.executions[execution]
+        if outcome.exception is not None:
+            raise outcome.exception
+        self.accepted = self.accepted or outcome.created or outcome.updated
+        return passed
+
+    @property
+    def entry(self) -> Entry | None:
+        """What the snapshot file gets if the test passes; ``None`` if nothing was accepted.
+
+        Modes within their thresholds are left as recorded: small moves make no diff, and do not add up unseen. Where
+        only metrics are new, the recorded ones stay too.
+        """
+        if not self.accepted:
+            return None
+        modes: dict[Mode, Scores] = {}
+        for mode, verdict in self._verdicts.items():
+            if verdict.kind == "new":
+                modes[mode] = {**self.result.modes[mode], **self._old.get(mode, {})}
+            elif verdict.kind != "ok":
+                modes[mode] = self.result.modes[mode]
+        return Entry(self.result.type, **modes)
+
+    def explain(self) -> list[str]:
+        """Why the comparison failed, and the command that accepts the present scores."""
+        verdict = self.verdict or self.judge()
+        headline = "no snapshot yet for" if verdict.kind == "new" else "worse than the snapshot of"
+        lines = (f"  {line}" for line in verdict.lines)
+        return [f"{headline} {self.result.op} in {self.path}", *lines, f"accept with: {self.accept}"]
+
+
+def explain(op: str, left: object, right: object) -> list[str] | None:
+    """Lines for `pytest_assertrepr_compare` when a `Score` is compared with syrupy's fixture; ``None`` otherwise."""
+    if isinstance(left, Score) and isinstance(right, SnapshotAssertion) and op == "==":
+        return left.explain()
+    if isinstance(left, SnapshotAssertion) and isinstance(right, Score):
+        return [WRONG_WAY_ROUND]
+    return None
+
+
+class ScoreExtension(AbstractSyrupyExtension):
+    """What syrupy asks for during one comparison. `Score` derives a class for each, as syrupy passes classes."""
+
+    score: ClassVar[Score]
+    equal: ClassVar[bool]
+    recorded: ClassVar[str | None]
+
+    def serialize(self, data: Score, **_: Any) -> str:  # noqa: ANN401  # syrupy's filters, which need an object's fields
+        """Scores as the text that syrupy shows when nothing better explains a failure."""
+        return "\n".join(_lines(data.result.modes))
+
+    def matches(self, **_: Any) -> bool:  # noqa: ANN401  # the serialized texts; the numbers were judged already
+        """Whether the score passes as it is."""
+        return self.equal
+
+    @classmethod
+    def get_location(cls, **_: Any) -> str:  # noqa: ANN401  # the test's place, which the file does not depend on
+        """Path of the snapshot file."""
+        return str(cls.score.path)
+
+    @classmethod
+    def get_snapshot_name(cls, **_: Any) -> str:  # noqa: ANN401  # the test, which the name does not depend on
+        """Name of the op."""
+        return cls.score.result.op
+
+    def read_snapshot_data_from_location(self, **_: Any) -> str | None:  # noqa: ANN401  # the place, which is the score's
+        """Give the recorded scores as text, or ``None`` if there is something to record that was not there."""
+        return self.recorded
+
+    def read_snapshot_collection(self, *, snapshot_location: str) -> SnapshotCollection:
+        """Nothing that syrupy could find unused."""
+        return SnapshotCollection(location=snapshot_location)
+
+    def discover_snapshots(self, **_: Any) -> SnapshotCollections:  # noqa: ANN401  # the test's place, see above
+        """Nothing that syrupy could find unused."""
+        return SnapshotCollections()
+
+    def delete_snapshots(self, *, snapshot_location: str, snapshot_names: set[str]) -> None:
+        """Nothing: removing lines is explicit (`pytest_qsens.snapshot.prune`)."""
+
+    @classmethod
+    def write_snapshot(cls, **_: Any) -> None:  # noqa: ANN401  # what would be written
+        """Nothing: the controller records what was accepted, after the run.
+
+        syrupy calls this method final; its own one creates the directory, in every worker.
+        """
+
+    @classmethod
+    def write_snapshot_collection(cls, **_: Any) -> None:  # noqa: ANN401  # what would be written
+        """Nothing, as `write_snapshot`."""
+
+
+def _lines(modes: Mapping[Mode, Scores]) -> list[str]:
+    return [
+        f"{mode} {metric} {'infinite' if value is None else f'{value:.6g}'}"
+        for mode, scores in modes.items()
+        for metric, value in sorted(scores.items())
+    ]
+
+
+class _RefuseAmber(AmberDataSerializerPlugin):
+    """Stops ``snapshot == score``, which Python gives to syrupy's fixture and its serializer, not to `Score`."""
+
+    @classmethod
+    def is_data_serializable(cls, data: object) -> bool:
+        return isinstance(data, Score)
+
+    @classmethod
+    def serialize(cls, data: object, **_: Any) -> NoReturn:  # noqa: ANN401  # syrupy's filters
+        raise QsensError(f"{data!r}: {WRONG_WAY_ROUND}")
+
+
+def _refuse_amber() -> None:
+    plugins = AmberDataSerializer.serializer_plugins or ()
+    if _RefuseAmber not in plugins:
+        AmberDataSerializer.serializer_plugins = (*plugins, _RefuseAmber)

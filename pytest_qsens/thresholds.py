@@ -1,0 +1,233 @@
+"""When a score is worse than its snapshot: thresholds, and the judgement of one op."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.results import round_score
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from pytest_qsens.results import Scores
+
+Kind = Literal["regressed", "new", "improved", "ok"]
+"""What a comparison found, the gravest first."""
+
+SEVERITY: tuple[Kind, ...] = ("regressed", "new", "improved", "ok")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How values of one metric compare.
+
+    ``floor`` is an absolute slack below which differences are rounding, not quantization. fp32 inference carries a
+    relative error of up to about 1e-5 in its outputs, which is an NMSE of 1e-10; KL divergence grows with the
+    square of the logits' error likewise. ``sse`` and ``mse`` are in the output's own unit and ``top1`` in steps of
+    one sample, so no floor fits them. ``ceiling`` is the same for decibels: 100 dB is an NMSE of 1e-10.
+    """
+
+    higher_is_worse: bool
+    floor: float = 0.0
+    ceiling: float = math.inf
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "nmse": Metric(higher_is_worse=True, floor=1e-10),
+        "mse": Metric(higher_is_worse=True),
+        "sse": Metric(higher_is_worse=True),
+        "kl": Metric(higher_is_worse=True, floor=1e-10),
+        "gain": Metric(higher_is_worse=True, floor=1e-10),
+        "sqnr_db": Metric(higher_is_worse=False, ceiling=100.0),
+        "top1": Metric(higher_is_worse=False),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How much worse a metric may get: by ``rtol`` of its old value, or by ``atol``. One of the two is zero."""
+
+    metric: str
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __str__(self) -> str:
+        """Give the text that `parse_fail` reads as this threshold."""
+        return f"{self.metric}:{self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """The part after the colon, ``5%`` or ``0.0001``."""
+        if self.rtol:
+            return f"{Decimal(repr(self.rtol)).scaleb(2).normalize():f}%"
+        return repr(self.atol)
+
+    def limit(self, old: float, slack_sign: int = 1) -> float:
+        """Tell the worst value that passes after ``old``; with ``slack_sign`` -1, the best that is no improvement."""
+        metric = METRICS[self.metric]
+        slack = abs(old) * self.rtol + self.atol + metric.floor
+        worse = slack if metric.higher_is_worse else -slack
+        # At the precision of the values themselves, so that 0.021 is within 5 % of 0.02 whatever the binary
+        # fractions say, and so that the printed limit is the one applied.
+        return round_score(old + slack_sign * worse)
+
+    def compare(self, old: float | None, new: float | None) -> Kind:
+        """Judge one pair of values of this metric; ``None`` is an infinite SQNR."""
+        metric = METRICS[self.metric]
+        before, now = _comparable(metric, old), _comparable(metric, new)
+        worst, best = self.limit(before), self.limit(before, -1)
+        if not metric.higher_is_worse:
+            now, worst, best = -now, -worst, -best
+        if now > worst:
+            return "regressed"
+        return "improved" if now < best else "ok"
+
+
+def _comparable(metric: Metric, value: float | None) -> float:
+    return metric.ceiling if value is None else min(round_score(value), metric.ceiling)
+
+
+DEFAULT_FAIL = "nmse:5%"
+
+_AMOUNT = re.compile(r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<percent>%?)", re.ASCII | re.IGNORECASE)
+
+
+def parse_fail(text: str, where: str = "--qsens-fail") -> tuple[Threshold, ...]:
+    """Read thresholds such as ``nmse:5%`` (relative), ``sqnr_db:0.5`` (absolute) or ``nmse:5%,kl:1e-3``.
+
+    Raises:
+        QsensError: For an unknown or repeated metric, or an amount that is no number of at least 0.
+
+    """
+    thresholds: dict[str, Threshold] = {}
+    for part in text.split(","):
+        name, colon, amount = (piece.strip() for piece in part.partition(":"))
+        if name not in METRICS:
+            close = get_close_matches(name, METRICS, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise QsensError(f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}.")
+        if name in thresholds:
+            raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")
+        match = _AMOUNT.fullmatch(amount)
+        value = _value(match) if match else math.inf
+        if not colon or match is None or not math.isfinite(value):
+            raise QsensError(
+                f"{where} {text!r}: {amount!r} is not an amount for {name}. "
+                f"Write {name}:5% (relative to the snapshot) or {name}:0.001 (absolute), 0 or more."
+            )
+        thresholds[name] = Threshold(name, rtol=value) if match["percent"] and value else Threshold(name, atol=value)
+    return tuple(thresholds.values())
+
+
+def _value(match: re.Match[str]) -> float:
+    try:
+        number = Decimal(match["number"])
+        # In decimal, so that 7% is 0.07 and printing it gives 7% again.
+        return float(number.scaleb(-2) if match["percent"] else number)
+    except ArithmeticError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Thresholds of single ops: the first rule whose glob matches the op's name replaces the default ones."""
+
+    rules: tuple[tuple[str, tuple[Threshold, ...]], ...] = ()
+
+    @classmethod
+    def parse(cls, lines: Iterable[str], where: str = "qsens_fail_overrides") -> Overrides:
+        """Read lines ``GLOB = THRESHOLDS``, such as ``*.lm_head = nmse:10%,kl:1e-3``.
+
+        Raises:
+            QsensError: If a line has no glob or its thresholds cannot be read.
+
+        """
+        rules = []
+        for line in lines:
+            glob, equals, fail = (piece.strip() for piece in line.partition("="))
+            if not glob or not equals:
+                raise QsensError(f"{where}: {line!r} is not 'GLOB = THRESHOLDS', such as '*.lm_head = nmse:10%'.")
+            rules.append((glob, parse_fail(fail, f"{where}, {glob}:")))
+        return cls(tuple(rules))
+
+    def thresholds_for(self, op: str, default: tuple[Threshold, ...]) -> tuple[Threshold, ...]:
+        """Thresholds that gate ``op``."""
+        return next((thresholds for glob, thresholds in self.rules if fnmatchcase(op, glob)), default)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comparing new scores with old ones gave.
+
+    ``lines`` explain the kind, one for each metric that decided it; there are none for ``ok``.
+    """
+
+    kind: Kind
+    lines: tuple[str, ...] = ()
+
+
+def judge(old: Scores | None, new: Scores, thresholds: Sequence[Threshold], mode: str) -> Verdict:
+    """Compare the scores of one op in one mode with its snapshot.
+
+    The comparison is one-sided, at the 6 significant digits the snapshot has: worse by more than the threshold is
+    ``regressed``, better by more than it is ``improved``. A gated metric that the snapshot lacks is ``new``, like a
+    missing op: it passes once it is accepted, so that gating a metric never silently compares nothing. A gated
+    metric that the snapshot has and that was not measured now is ``regressed``. A metric in neither (``gain`` in
+    isolated mode) is no part of the comparison.
+    """
+    found: list[tuple[Kind, str]] = []
+    for threshold in thresholds:
+        name = threshold.metric
+        if old is None or name not in old:
+            if name in new:
+                found.append(("new", f"{mode} {name} {_text(new[name])}"))
+        elif name not in new:
+            line = f"{mode} {name} {_text(old[name])} → not measured"
+            found.append(("regressed", line))
+        else:
+            kind = threshold.compare(old[name], new[name])
+            found.append((kind, f"{mode} {_change(threshold, kind, old[name], new[name])}"))
+    if old is None and not found:
+        found.append(("new", f"{mode} (none of its metrics is gated)"))
+    return _gravest([Verdict(kind, () if kind == "ok" else (line,)) for kind, line in found])
+
+
+def combine(verdicts: Iterable[Verdict]) -> Verdict:
+    """One verdict for several modes: the gravest kind, with the lines of every mode it was found in."""
+    return _gravest(list(verdicts))
+
+
+def _gravest(verdicts: list[Verdict]) -> Verdict:
+    kind = min((verdict.kind for verdict in verdicts), key=SEVERITY.index, default=SEVERITY[-1])
+    return Verdict(kind, tuple(line for verdict in verdicts if verdict.kind == kind for line in verdict.lines))
+
+
+def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | None) -> str:
+    metric = METRICS[threshold.metric]
+    before, now = _comparable(metric, old), _comparable(metric, new)
+    parts = []
+    if threshold.metric == "sqnr_db":
+        if old is not None and new is not None:
+            parts.append(f"{new - old:+.3g} dB")
+    elif before:
+        percent = (now - before) / abs(before) * 100
+        parts.append(f"{percent:+.1f} %" if abs(percent) >= 0.1 else f"{percent:+.2g} %")
+    if kind == "regressed":
+        sign = "+" if metric.higher_is_worse else "-"
+        parts.append(f"limit {_text(threshold.limit(before))} = {sign}{threshold.amount.replace('%', ' %')}")
+    details = f" ({', '.join(parts)})" if parts else ""
+    return f"{threshold.metric} {_text(old)} → {_text(new)}{details}"
+
+
+def _text(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.6g}"

@@ -1,0 +1,83 @@
+"""Sharing a machine between the workers of pytest-xdist. Works without pytest-xdist installed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pytest_qsens.errors import QsensError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import pytest
+
+_THREADS = "OMP_NUM_THREADS"
+_UNFIT = {
+    "loadscope": "puts a whole model on one worker",
+    "loadfile": "puts a whole model on one worker",
+    "loadgroup": "does not group on current pytest (pytest-xdist issue 1386) and separates the ops of a block",
+    "each": "measures every op in every worker",
+}
+
+
+def check_distribution(config: pytest.Config) -> None:
+    """Refuse the ``--dist`` modes that defeat measuring in parallel.
+
+    Raises:
+        QsensError: Naming the mode, why, and what to use.
+
+    """
+    mode = config.getoption("dist", "no")
+    if mode in _UNFIT:
+        raise QsensError(
+            f"--dist {mode} {_UNFIT[mode]}. Leave --dist out: -n N alone spreads the blocks of the model over N workers"
+        )
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(specs: Sequence[Any]) -> Callable[[], None]:
+    """Let workers started from here share the cores, unless the user has set ``OMP_NUM_THREADS``.
+
+    Args:
+        specs: The execnet specs of all workers.
+
+    Returns:
+        What restores the environment after the run.
+
+    """
+    if _THREADS in os.environ:
+        return lambda: None
+    os.environ[_THREADS] = str(_share(cores(), sum(not _machine(spec) for spec in specs)))
+
+    def restore() -> None:
+        os.environ.pop(_THREADS, None)
+
+    return restore
+
+
+def workers_beside(spec: Any, specs: Sequence[Any]) -> int:  # noqa: ANN401  # execnet has no types
+    """How many of the workers run on the machine that ``spec`` names, itself included."""
+    return sum(_machine(other) == _machine(spec) for other in specs)
+
+
+def limit_threads(config: pytest.Config) -> None:
+    """In a worker: give torch its share of the cores, unless ``OMP_NUM_THREADS`` is set here."""
+    workers = getattr(config, "workerinput", {}).get("qsens_workers")
+    if workers and _THREADS not in os.environ:
+        import torch
+
+        torch.set_num_threads(_share(cores(), workers))
+
+
+def _share(available: int, workers: int) -> int:
+    return max(1, available // max(1, workers))
+
+
+def _machine(spec: Any) -> str:  # noqa: ANN401  # execnet has no types
+    """Name the machine a spec runs on; the empty string is this one."""
+    return str(spec.via or spec.ssh or spec.socket or "")

@@ -1,0 +1,140 @@
+"""The scheduler alone, against workers that finish and die in every order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import execnet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_qsens.collect import case_of
+from pytest_qsens.scheduling import BlockScheduling
+from pytest_qsens.workers import workers_beside
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(eq=False)
+class Worker:
+    """What xdist's worker does with its queue: it starts an item only when it knows what comes next."""
+
+    # ruff: noqa: D102  # the interface of xdist's `WorkerController`
+
+    name: str
+    queue: list[int] = field(default_factory=list)
+    shutting_down: bool = False
+    collected: bool = False
+
+    @property
+    def gateway(self) -> SimpleNamespace:
+        return SimpleNamespace(id=self.name)
+
+    def send_runtest_some(self, indices: Sequence[int]) -> None:
+        assert not self.shutting_down, "a worker that was told to stop gets no more work"
+        self.queue.extend(indices)
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
+
+    @property
+    def ready(self) -> bool:
+        return not self.collected or len(self.queue) > 1 or self.shutting_down
+
+
+class Session:
+    """What xdist's ``DSession`` does around a scheduler, one event at a time."""
+
+    def __init__(self, ids: Sequence[str], crashing: set[str], workers: int) -> None:
+        config: Any = SimpleNamespace(
+            getvalue=lambda _: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
+        )
+        self.scheduler = BlockScheduling(config, SimpleNamespace(loadscopesched=lambda *_: None))
+        self.ids, self.crashing = list(ids), crashing
+        self.ran: list[str] = []
+        self.workers: list[Worker] = []
+        self.closing = False
+        for _ in range(workers):
+            self.start()
+
+    def start(self) -> None:
+        worker = Worker(f"gw{len(self.workers)}")
+        self.workers.append(worker)
+        self.scheduler.add_node(worker)
+
+    def step(self, worker: Worker) -> None:
+        if not worker.collected:
+            worker.collected = True
+            if not self.closing:
+                self.scheduler.add_node_collection(worker, self.ids)
+                if self.scheduler.collection_is_completed:
+                    self.scheduler.schedule()
+        elif worker.queue:
+            self.run(worker, worker.queue.pop(0))
+        else:
+            self.workers.remove(worker)
+            if worker in self.scheduler.nodes:
+                assert self.scheduler.remove_node(worker) is None
+        if self.scheduler.tests_finished and not self.closing:
+            self.closing = True
+            for node in self.scheduler.nodes:
+                node.shutdown()
+
+    def run(self, worker: Worker, index: int) -> None:
+        assert self.ids[index] not in self.ran, "a test runs once"
+        self.ran.append(self.ids[index])
+        if self.ids[index] not in self.crashing:
+            self.scheduler.mark_test_complete(worker, index)
+            return
+        self.workers.remove(worker)
+        assert self.scheduler.remove_node(worker) == self.ids[index]
+        self.closing = False
+        self.start()
+
+
+OPS = st.lists(
+    st.builds(lambda block, name: f"qsens::test_op[m-w8a8-layers.{block}.{name}]", st.integers(0, 4), st.integers(0, 4))
+    | st.builds(lambda number: f"test_file.py::test_{number}", st.integers(0, 9)),
+    min_size=1,
+    max_size=16,
+    unique=True,
+)
+
+
+@given(ids=OPS, workers=st.integers(1, 4), data=st.data())
+def test_every_test_runs_once_whatever_crashes(ids: list[str], workers: int, data: st.DataObject) -> None:
+    """In any order of events, with any tests killing their worker, each test runs exactly once and the run ends."""
+    crashing = data.draw(st.sets(st.sampled_from(ids)))
+    session = Session(ids, crashing, workers)
+    while session.workers:
+        ready = [worker for worker in session.workers if worker.ready]
+        assert ready, f"all wait for each other; ran {session.ran}"
+        session.step(data.draw(st.sampled_from(ready)))
+    assert sorted(session.ran) == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "case"),
+    [
+        ("qsens::test_op[minilm-w8a8-pooler.dense]", ("minilm", "w8a8", "pooler.dense")),
+        ("a/test_b.py::C::test_d[x-y-w8a8_static-layers.0.q:qk]", ("x-y", "w8a8_static", "layers.0.q:qk")),
+        ("t.py::t[v1.0-w8a8_dynamic-a.1.b-extra]", ("v1.0", "w8a8_dynamic", "a.1.b-extra")),
+        ("t.py::t[m-w8a8]", None),
+        ("t.py::t", None),
+    ],
+)
+def test_ids_name_the_op(nodeid: str, case: tuple[str, str, str] | None) -> None:
+    """Model, scheme and op are read back from node ids, for the scheduler and for crash reports."""
+    assert case_of(nodeid) == case
+
+
+def test_workers_of_one_machine_share_it() -> None:
+    """Only workers on the same machine count when cores are shared."""
+    specs = [
+        execnet.XSpec(s) for s in ("popen", "popen//id=b", "ssh=far", "ssh=far//id=d", "popen//via=px", "socket=s")
+    ]
+    assert [workers_beside(spec, specs) for spec in specs] == [2, 2, 2, 2, 1, 1]

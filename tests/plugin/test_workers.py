@@ -1,0 +1,191 @@
+"""Measuring in parallel: the same numbers, nothing lost to a crash, cores shared."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from pytest_qsens.workers import cores
+from tests.plugin.harness import MODEL, OPS, op_id, snapshot_file, snapshot_ops, write_model
+
+COUNT = len(OPS) + 1
+
+REVERSED = """
+import pytest
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items): items.reverse()
+"""
+
+
+def run(pytester: pytest.Pytester, workers: int, *args: str) -> pytest.RunResult:
+    """Run the built-in suite; without workers in a process of its own, as torch reads ``OMP_NUM_THREADS`` once."""
+    start = pytester.runpytest_inprocess if workers else pytester.runpytest_subprocess
+    return start("--qsens-model", MODEL, "-n", str(workers), "-p", "no:randomly", *args)
+
+
+def test_the_snapshot_does_not_depend_on_how_it_was_measured(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At equal threads the file is identical byte for byte: without workers, with 2 and 4, in any order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_model(pytester, spare="used")
+    found = set()
+    for workers, conftest in ((0, ""), (0, REVERSED), (2, ""), (4, ""), (2, REVERSED)):
+        pytester.makeconftest(conftest)
+        run(pytester, workers, "--snapshot-update", "--qsens-mode", "both").assert_outcomes(passed=COUNT + 1)
+        found.add(snapshot_file(pytester).read_bytes())
+        snapshot_file(pytester).unlink()
+    assert len(found) == 1
+
+
+def test_syrupy_counts_with_workers(pytester: pytest.Pytester) -> None:
+    """Syrupy's own summary and exit code are right with workers, with its snapshots beside ours."""
+    write_model(pytester)
+    pytester.makepyfile(test_amber="def test_a(snapshot): assert 1 == snapshot")
+    run(pytester, 2, "--snapshot-update").assert_outcomes(passed=COUNT + 1)
+    result = run(pytester, 2)
+    result.assert_outcomes(passed=COUNT + 1)
+    result.stdout.fnmatch_lines([f"{COUNT + 1} snapshots passed."])
+
+
+CRASH = """
+import os, signal
+def pytest_runtest_call(item):
+    if "{op}]" in item.nodeid and "PYTEST_XDIST_WORKER" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("op", ["embed", "blocks.1.up"])
+def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, op: str) -> None:
+    """``kill -9`` fails the op under measurement alone, which keeps its line; it is not tried on other workers."""
+    write_model(pytester)
+    run(pytester, 0, "--snapshot-update")
+    recorded = snapshot_ops(pytester)
+    content = json.loads(snapshot_file(pytester).read_text())
+    for entry in content["ops"].values():
+        entry["isolated"] = {"nmse": 1.0}
+    snapshot_file(pytester).write_text(json.dumps(content))
+    pytester.makeconftest(CRASH.format(op=op))
+    result = run(pytester, 2, "--snapshot-update", "--qsens-json", "out.json")
+    result.assert_outcomes(passed=COUNT - 1, failed=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert result.stdout.str().count("replacing crashed worker") == 1
+    after = snapshot_ops(pytester)
+    assert after.pop(op)["isolated"] == {"nmse": 1.0}
+    assert after == {name: entry for name, entry in recorded.items() if name != op}
+    ops = {entry["op"]: entry for entry in json.loads((pytester.path / "out.json").read_text())["ops"]}
+    assert (ops[op]["status"], ops[op]["isolated"]) == ("failed", None)
+    assert "crashed" in ops[op]["reason"]
+    assert {entry["status"] for name, entry in ops.items() if name != op} == {"measured"}
+
+
+def test_several_crashes_lose_nothing(pytester: pytest.Pytester) -> None:
+    """However many ops kill their worker, every other op is measured and the run ends."""
+    write_model(pytester)
+    pytester.makeconftest(CRASH.replace('"{op}]" in item.nodeid', '".up]" in item.nodeid'))
+    result = run(pytester, 2, "--snapshot-update")
+    result.assert_outcomes(passed=COUNT - 3, failed=3)
+    assert set(snapshot_ops(pytester)) == {op for op in OPS if not op.endswith(".up")}
+
+
+def test_a_crash_without_replacements(pytester: pytest.Pytester) -> None:
+    """With restarts disabled, what the other worker measures is kept, and the rest is listed as not run."""
+    write_model(pytester)
+    pytester.makeconftest(CRASH.format(op="blocks.0.up"))
+    result = run(pytester, 2, "--snapshot-update", "--max-worker-restart", "0", "--qsens-json", "out.json")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    statuses = {op["op"]: op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]}
+    assert statuses["blocks.0.up"] == "failed"
+    assert {status for op, status in statuses.items() if op != "blocks.0.up"} <= {"measured", "unrun"}
+    assert set(snapshot_ops(pytester)) == {op for op, status in statuses.items() if status == "measured"}
+
+
+def test_blocks_stay_together(pytester: pytest.Pytester) -> None:
+    """The ops of one block run on one worker, which shares what it recomputes for them."""
+    write_model(pytester)
+    pytester.makeconftest(
+        """
+        import os
+        def pytest_runtest_call(item):
+            with open("where.txt", "a") as file:
+                file.write(item.nodeid + " " + os.environ["PYTEST_XDIST_WORKER"] + "\\n")
+        """
+    )
+    run(pytester, 2, "--snapshot-update").assert_outcomes(passed=COUNT)
+    where = dict(line.split() for line in (pytester.path / "where.txt").read_text().splitlines())
+    for block in range(3):
+        assert where[op_id(f"blocks.{block}.up")] == where[op_id(f"blocks.{block}.down")]
+    assert len(set(where.values())) == 2
+
+
+def test_stopping_early(pytester: pytest.Pytester) -> None:
+    """``-x`` ends a distributed run, and what was not run is listed so."""
+    write_model(pytester)
+    result = run(pytester, 2, "-x", "--qsens-json", "out.json")
+    assert result.ret in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.TESTS_FAILED)
+    assert len(json.loads((pytester.path / "out.json").read_text())["ops"]) == len(OPS)
+
+
+@pytest.mark.parametrize("dist", ["load", "worksteal"])
+def test_fit_distribution_modes(pytester: pytest.Pytester, dist: str) -> None:
+    """Modes that spread tests one by one are taken to mean ours."""
+    write_model(pytester)
+    result = run(pytester, 2, "--dist", dist, "--snapshot-update", "-v", op_id("head"))
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*scheduling tests via BlockScheduling"])
+
+
+def test_other_tests_are_spread_one_by_one(pytester: pytest.Pytester) -> None:
+    """Tests beside ours run on all workers, as without us."""
+    write_model(pytester)
+    pytester.makepyfile(
+        test_other="""
+        import os, time, pytest
+        @pytest.mark.parametrize("n", range(12))
+        def test_it(n):
+            time.sleep(0.1)
+            with open("where.txt", "a") as file: file.write(os.environ["PYTEST_XDIST_WORKER"] + "\\n")
+        """
+    )
+    run(pytester, 2, "--snapshot-update", "-k", "test_other").assert_outcomes(passed=12)
+    assert len(set((pytester.path / "where.txt").read_text().split())) == 2
+
+
+THREADS = """
+import os, torch
+def test_threads(qsens_model):
+    with open("threads.txt", "a") as file:
+        file.write(f"{torch.get_num_threads()} {os.environ.get('OMP_NUM_THREADS')}\\n")
+"""
+
+
+@pytest.mark.parametrize("workers", [1, cores() + 1])
+def test_threads_share_the_cores(pytester: pytest.Pytester, workers: int) -> None:
+    """Every worker gets its share of the cores, at least one thread, whether an option or a marker names the model."""
+    write_model(pytester)
+    share = max(1, cores() // workers)
+    pytester.makepyfile(test_user=THREADS)
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "-n", str(workers), "-k", "test_threads")
+    assert (pytester.path / "threads.txt").read_text().split() == [str(share), str(share)]
+    (pytester.path / "threads.txt").unlink()
+    pytester.makepyfile(test_user=f"import pytest\npytestmark = pytest.mark.qsens(model='{MODEL}'){THREADS}")
+    pytester.runpytest_inprocess("-n", str(workers))
+    assert (pytester.path / "threads.txt").read_text().split() == [str(share), "None"]
+
+
+def test_the_users_thread_count_is_respected(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``OMP_NUM_THREADS`` in the environment decides, and the run leaves the environment as it was."""
+    write_model(pytester)
+    pytester.makepyfile(test_user=THREADS)
+    run = ("--qsens-model", MODEL, "-n", "1", "-k", "test_threads")
+    pytester.runpytest_inprocess(*run)
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert (pytester.path / "threads.txt").read_text().split() == [str(cores())] * 2
+    (pytester.path / "threads.txt").unlink()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pytester.runpytest_inprocess(*run)
+    assert (pytester.path / "threads.txt").read_text().split() == ["1", "1"]
+    assert os.environ["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,121 @@
+"""The simulation's integers are those of torch's own int8 kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pytest_qsens.graph.calls import Call
+from pytest_qsens.quant.calibration import Calibration, QParams
+from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.simulate import Simulator, quantize_activation, quantize_weight, quantized_embedding
+
+# torch announces the end of its quantized tensor types; while they exist, they are the reference
+pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Return seeded normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kernel_weight(weight: Tensor) -> Tensor:
+    """Quantize a weight with torch's own per-channel type."""
+    scale = quantize_weight(weight).scale
+    return torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scale=st.floats(1e-4, 10), zero_point=st.integers(0, 255), seed=st.integers(0, 1000))
+def test_activation_integers(scale: float, zero_point: int, seed: int) -> None:
+    """Activation integers equal torch.quantize_per_tensor's."""
+    values = randn(1003, seed=seed) * 50 * scale
+    expected = torch.quantize_per_tensor(values, scale, zero_point, torch.quint8).int_repr()
+    assert torch.equal(quantize_activation(values, QParams(scale, zero_point)), expected.int())
+
+
+@settings(max_examples=50, deadline=None)
+@given(scale=st.floats(1e-4, 10), zero_point=st.integers(0, 255), seed=st.integers(0, 1000))
+def test_quantize_after_dequantize_is_the_identity(scale: float, zero_point: int, seed: int) -> None:
+    """Rounding what was rounded before changes nothing."""
+    qparams = QParams(scale, zero_point)
+    once = quantize_activation(randn(257, seed=seed) * 50 * scale, qparams)
+    real = (once - zero_point) * torch.tensor(scale)
+    assert torch.equal(quantize_activation(real, qparams), once)
+
+
+def test_weight_integers() -> None:
+    """Weight integers equal torch.quantize_per_channel's."""
+    weight = randn(64, 3, 7, 7) * torch.rand(64, 1, 1, 1)
+    assert torch.equal(quantize_weight(weight).values, kernel_weight(weight).int_repr())
+
+
+def test_embedding_equals_the_kernel() -> None:
+    """Looked-up rows equal embedding_byte's to the last bit."""
+    table, indices = randn(100, 64), torch.randint(0, 100, (5, 7))
+    observer = torch.ao.quantization.observer.PerChannelMinMaxObserver(
+        ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams
+    )
+    observer(table)
+    scale, zero_point = observer.calculate_qparams()
+    quantized = torch.quantize_per_channel(table, scale.float(), zero_point.float(), 0, torch.quint8)
+    packed = torch.ops.quantized.embedding_bag_prepack(quantized)
+    expected = torch.ops.quantized.embedding_byte(packed, indices, pruned_weights=False)
+    assert torch.equal(quantized_embedding(table[indices]), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d"])
+def test_w8a8_equals_the_kernels(kind: str, bias: bool) -> None:
+    """An op's output under w8a8 equals torch's int8 kernel with the same scales, to the last bit."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.fail("this torch build has no fbgemm kernels to compare with")
+    torch.backends.quantized.engine = "fbgemm"
+    offset = randn(16, seed=3) if bias else None
+    if kind == "linear":
+        call = Call(kind, randn(5, 9, 33, seed=1), randn(16, 33, seed=2), offset)
+        plain = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    else:
+        n = int(kind[4])
+        options = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
+        call = Call(kind, randn(2, 8, *[13] * n, seed=1), randn(16, 4, *[3] * n, seed=2), offset, options)
+        plain = getattr(torch.nn.functional, kind)(call.x, call.weight, call.bias, **options)
+    calibration = Calibration(SCHEMES["w8a8"])
+    calibration.observe("op", call, plain)
+    simulated = Simulator(SCHEMES["w8a8"], calibration).output("op", call)
+
+    x, y = calibration.input_qparams("op"), calibration.output_qparams("op")
+    quantized = torch.quantize_per_tensor(call.x, x.scale, x.zero_point, torch.quint8)
+    if kind == "linear":
+        packed = torch.ops.quantized.linear_prepack(kernel_weight(call.weight), offset)
+        expected = torch.ops.quantized.linear(quantized, packed, y.scale, y.zero_point)
+    else:
+        prepack = getattr(torch.ops.quantized, f"{kind}_prepack")
+        packed = prepack(kernel_weight(call.weight), offset, [2] * n, [1] * n, [1] * n, 2)
+        expected = getattr(torch.ops.quantized, kind)(quantized, packed, y.scale, y.zero_point)
+    assert torch.equal(simulated, expected.dequantize())
+    assert not torch.equal(simulated, plain)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_static", "w8a8_dynamic"])
+def test_other_schemes_are_near(scheme: str) -> None:
+    """Without output rounding the error is that of 8-bit inputs and weights: small, and not zero."""
+    call = Call("linear", randn(64, 256), randn(32, 256, seed=1), randn(32, seed=2))
+    plain = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    calibration = Calibration(SCHEMES[scheme])
+    calibration.observe("op", call, plain)
+    error = Simulator(SCHEMES[scheme], calibration).output("op", call) - plain
+    assert 1e-6 < float(error.square().sum() / plain.square().sum()) < 1e-3
+
+
+def test_not_finite_input_stays_so() -> None:
+    """NaN is not rounded away into some integer."""
+    x = randn(4, 8)
+    call = Call("linear", x, randn(3, 8, seed=1))
+    calibration = Calibration(SCHEMES["w8a8"])
+    calibration.observe("op", call, torch.nn.functional.linear(x, call.weight))
+    bad = Call("linear", x.clone().fill_(torch.nan), call.weight)
+    assert Simulator(SCHEMES["w8a8"], calibration).output("op", bad).isnan().all()

@@ -1,0 +1,452 @@
+"""The snapshot file: its text, merging, and writing it without losing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pytest_qsens import snapshot as module
+from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import Scores, round_score
+from pytest_qsens.snapshot import (
+    Entry,
+    Snapshot,
+    check_writable,
+    dumps,
+    environment_diff,
+    load,
+    merge,
+    prune,
+    union,
+    write,
+)
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
+SCORES = st.dictionaries(st.sampled_from(["kl", "mse", "nmse", "sse", "top1"]), NUMBER).flatmap(
+    lambda scores: st.sampled_from([scores, scores | {"sqnr_db": None}, scores | {"sqnr_db": 30.0}])
+)
+ENTRY = st.builds(Entry, st.just("linear"), isolated=st.none() | SCORES, fallback=st.none() | SCORES)
+NAME = st.sampled_from(["a.0", "a.1", "ü", TOTAL]) | TEXT
+ENTRIES = st.dictionaries(NAME, ENTRY, max_size=4)
+ENVIRONMENT = st.dictionaries(TEXT, TEXT, max_size=3)
+SNAPSHOT = st.builds(Snapshot, TEXT, TEXT, ENVIRONMENT, ENTRIES)
+
+CANONICAL = """\
+{
+  "schema": 1,
+  "model": "minilm",
+  "scheme": "w8a8",
+  "environment": {
+    "arch": "x86_64",
+    "torch": "2.13.0"
+  },
+  "ops": {
+    "encoder.0": {"fallback": {"gain": -0.0001, "nmse": 0.05}, "isolated": {"nmse": 0.0312346}, "type": "linear"},
+    "encoder.1": {"isolated": {"nmse": 0.0, "sqnr_db": null}, "type": "linear"}
+  },
+  "total": {"isolated": {"nmse": 1e-05}, "type": "total"}
+}
+"""
+
+
+def entry(nmse: float, **modes: Scores) -> Entry:
+    """Make an entry with this isolated NMSE, and other modes."""
+    return Entry("linear", isolated={"nmse": nmse}, **modes)
+
+
+def rounded(snapshot: Snapshot) -> Snapshot:
+    """Give what a file can keep of a snapshot."""
+    ops = {name: Entry.from_payload(value.to_payload()) for name, value in snapshot.ops.items()}
+    return Snapshot(snapshot.model, snapshot.scheme, snapshot.environment, ops)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Path of a snapshot that does not exist yet."""
+    return tmp_path / "snapshots" / "minilm" / "w8a8.json"
+
+
+@pytest.fixture
+def locks(tmp_path: Path) -> Path:
+    """Directory for lock files."""
+    return tmp_path / "locks"
+
+
+def put(path: Path, locks: Path, entries: dict[str, Entry], **environment: str) -> bool:
+    """Write entries into the file of minilm, w8a8."""
+    return write(path, lambda old: merge(old, entries, environment), model="minilm", scheme="w8a8", lock_dir=locks)
+
+
+def test_text_of_the_file(tmp_path: Path) -> None:
+    """One op a line, keys sorted, 6 significant digits, the whole model beside the ops, a newline at the end."""
+    snapshot = Snapshot(
+        "minilm",
+        "w8a8",
+        {"torch": "2.13.0", "arch": "x86_64"},
+        {
+            TOTAL: Entry("total", isolated={"nmse": 1e-5}),
+            "encoder.1": Entry("linear", isolated={"sqnr_db": None, "nmse": -0.0}),
+            "encoder.0": entry(0.03123456789, fallback={"nmse": 0.05, "gain": -0.0001}),
+        },
+    )
+    assert dumps(snapshot) == CANONICAL
+    file = tmp_path / "w8a8.json"
+    file.write_text(CANONICAL)
+    assert load(file, model="minilm", scheme="w8a8") == rounded(snapshot)
+
+
+@given(SNAPSHOT)
+def test_loading_what_was_dumped_is_the_identity(tmp_path_factory: pytest.TempPathFactory, snapshot: Snapshot) -> None:
+    """A snapshot at the file's precision survives the file, and the file's bytes survive being rewritten."""
+    file = tmp_path_factory.getbasetemp() / "identity.json"
+    file.write_bytes(dumps(snapshot).encode())
+    loaded = load(file)
+    assert loaded == rounded(snapshot)
+    assert dumps(loaded).encode() == file.read_bytes()
+
+
+@given(SNAPSHOT)
+def test_order_of_measuring_leaves_no_trace(snapshot: Snapshot) -> None:
+    """The same entries give the same bytes whichever came first."""
+    backwards = Snapshot(
+        snapshot.model,
+        snapshot.scheme,
+        dict(reversed([*snapshot.environment.items()])),
+        dict(reversed([*snapshot.ops.items()])),
+    )
+    assert dumps(backwards) == dumps(snapshot)
+
+
+@given(NUMBER)
+def test_rounding_is_idempotent_and_keeps_six_digits(value: float) -> None:
+    """Rounding again changes nothing, and loses at most half a unit of the sixth digit."""
+    once = round_score(value)
+    assert round_score(once) == once
+    assert abs(once - value) <= 5.000001e-6 * abs(value)
+
+
+def test_a_missing_file_is_an_empty_snapshot(path: Path) -> None:
+    """Before the first update there is nothing to compare with, and that is no error."""
+    assert load(path, model="minilm", scheme="w8a8") == Snapshot("minilm", "w8a8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"nmse": 0.0,', '"nmse": 0.0', r"w8a8\.json, line 11: malformed JSON"),
+        ("{\n", "<<<<<<< HEAD\n{\n", r"line 1: malformed JSON .* merge conflicts"),
+        ('"encoder.1"', '"encoder.0"', "'encoder.0' is there twice"),
+        ('"schema": 1', '"schema": 2', r"schema 2 is newer than 1.*Upgrade pytest-qsens"),
+        ('"schema": 1', '"schema": 0', "schema is 0, not 1"),
+        ('"schema": 1', '"schema": true', "schema is True, not 1"),
+        ('"schema": 1,', "", "schema is None, not 1"),
+        ('"minilm"', "7", "'model': a string is needed, found 7"),
+        ('"minilm"', '"bert"', "is the snapshot of model 'bert', not 'minilm'"),
+        ('"w8a8"', '"w4a16"', "is the snapshot of scheme 'w4a16', not 'w8a8'"),
+        ('"2.13.0"', "2.13", "'environment', 'torch': a string is needed, found 2.13"),
+        ('"type": "linear"', '"type": null', "op 'encoder.[01]', 'type': a string is needed, found nothing"),
+        ('"type": "linear"', '"typ": "linear"', "op 'encoder.[01]', 'type': a string is needed"),
+        ('"isolated": {"nmse": 0.0312346}', '"isolated": 3', "'isolated': an object is needed, found 3"),
+        ('"isolated": {"nmse": 0.0312346}', '"other": {}', "op 'encoder.0': unknown key 'other'"),
+        ("0.0312346", "NaN", "w8a8.json: NaN is not a score"),
+        ("0.0312346", "-Infinity", "-Infinity is not a score"),
+        ("0.0312346", "1e999", "'nmse': a finite number is needed, found inf"),
+        ("0.0312346", "1" + 400 * "0", "'nmse': a finite number is needed, found 10000"),
+        ("0.0312346", "1" + 5000 * "0", "malformed JSON"),
+        ("0.0312346", "null", "'nmse': a finite number is needed, found nothing"),
+        ("0.0312346", "true", "'nmse': a finite number is needed, found True"),
+        ("0.0312346", '"0.03"', "'nmse': a finite number is needed, found '0.03'"),
+        ('"encoder.1"', '"total"', "'total' belongs beside 'ops'"),
+        ('"total": {', '"sum": {}, "total": {', "unknown key 'sum'"),
+        ("\n", 100_000 * "[", "malformed JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_refused_and_left_untouched(
+    path: Path, locks: Path, old: str, new: str, message: str
+) -> None:
+    """Reading names the file and the place; writing refuses too, so the user can still repair it."""
+    assert old in CANONICAL
+    text = CANONICAL.replace(old, new)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(QsensError, match=message) as caught:
+        load(path, model="minilm", scheme="w8a8")
+    assert str(path) in str(caught.value)
+    with pytest.raises(QsensError, match=message):
+        put(path, locks, {"encoder.0": entry(0.5)})
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"minilm"'])
+def test_json_of_another_shape_is_refused(path: Path, text: str) -> None:
+    """Valid JSON that is no object is named as such."""
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(QsensError, match="an object is needed"):
+        load(path)
+
+
+def test_a_file_that_is_no_text_is_refused(path: Path) -> None:
+    """Binary rubbish and directories are errors that name the path, not tracebacks."""
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(QsensError, match=r"w8a8\.json is not UTF-8 text"):
+        load(path)
+    with pytest.raises(QsensError, match="cannot be read: Is a directory"):
+        load(path.parent)
+
+
+@given(ENTRIES, ENTRIES, ENTRIES)
+def test_union_of_reports_does_not_depend_on_their_order(
+    one: dict[str, Entry], two: dict[str, Entry], three: dict[str, Entry]
+) -> None:
+    """Reports arrive in any order and more than once, even contradicting: the file's text is always the same."""
+
+    def text(*batches: dict[str, Entry]) -> str:
+        return dumps(Snapshot("", "", {}, union(*batches)))
+
+    assert text(one, two) == text(two, one)
+    assert text(one, one) == text(one)
+    assert text(union(one, two), three) == text(one, union(two, three))
+
+
+def test_union_takes_the_larger_of_two_contradicting_reports() -> None:
+    """Of two scores of one op the larger NMSE is kept; modes reported apart come together."""
+    both = union({"a": entry(0.1, fallback={"nmse": 1.0})}, {"a": entry(0.2)})
+    assert both == {"a": entry(0.2, fallback={"nmse": 1.0})}
+
+
+def test_union_refuses_an_op_of_two_types() -> None:
+    """One name for two kinds of op is a bug upstream that must not reach the file."""
+    with pytest.raises(QsensError, match="op 'a' was reported with two types, conv2d and linear"):
+        union({"a": Entry("linear")}, {"a": Entry("conv2d")})
+
+
+@given(SNAPSHOT, ENTRIES, ENVIRONMENT)
+def test_merging_twice_is_merging_once(
+    snapshot: Snapshot, entries: dict[str, Entry], environment: dict[str, str]
+) -> None:
+    """Accepting the same entries again changes nothing."""
+    once = merge(snapshot, entries, environment)
+    assert merge(once, entries, environment) == once
+
+
+@given(SNAPSHOT, ENTRIES, ENTRIES, ENVIRONMENT)
+def test_merging_disjoint_entries_commutes(
+    snapshot: Snapshot, one: dict[str, Entry], two: dict[str, Entry], environment: dict[str, str]
+) -> None:
+    """Two processes that measured different ops can write in any order."""
+    assume(not one.keys() & two.keys())
+    assert merge(merge(snapshot, one, environment), two, environment) == merge(
+        merge(snapshot, two, environment), one, environment
+    )
+
+
+@given(SNAPSHOT, ENTRIES)
+def test_merging_removes_nothing(snapshot: Snapshot, entries: dict[str, Entry]) -> None:
+    """Ops and modes that were not measured stay as they were; those that were have the new scores."""
+    merged = merge(snapshot, entries, {})
+    assert merged.ops.keys() == snapshot.ops.keys() | entries.keys()
+    for name, result in merged.ops.items():
+        old = snapshot.ops[name].modes if name in snapshot.ops else {}
+        new = entries[name].modes if name in entries else {}
+        assert result.modes == {**old, **new}
+
+
+def test_updating_one_mode_keeps_the_other() -> None:
+    """A run in isolated mode leaves the fallback scores in the file."""
+    old = Snapshot("minilm", "w8a8", {"torch": "2.12"}, {"a": entry(0.1, fallback={"nmse": 0.7})})
+    new = merge(old, {"a": entry(0.2)}, {"torch": "2.13"})
+    assert new.ops["a"] == entry(0.2, fallback={"nmse": 0.7})
+    assert new.environment == {"torch": "2.13"}
+
+
+def test_pruning_removes_what_is_not_kept() -> None:
+    """Only the ops named stay, and the whole model's entry with them."""
+    snapshot = Snapshot("m", "s", {}, {"a": entry(0.1), "b": entry(0.2), TOTAL: Entry("total")})
+    assert list(prune(snapshot, {"b"}).ops) == ["b", TOTAL]
+
+
+def test_environments_are_compared_key_by_key() -> None:
+    """Changed, added and vanished keys each get a line; equal ones none."""
+    lines = environment_diff(
+        {"torch": "2.12", "arch": "x86_64", "gone": "1"}, {"torch": "2.13", "arch": "x86_64", "cpu": "AVX512"}
+    )
+    assert lines == ["cpu not recorded → AVX512", "gone 1 → not known", "torch 2.12 → 2.13"]
+
+
+def test_writing_makes_directories_and_leaves_nothing_else(path: Path, locks: Path) -> None:
+    """After a write the snapshot directory holds the snapshot and no lock or temporary file."""
+    assert put(path, locks, {"a": entry(0.1)}, torch="2.13")
+    assert load(path, model="minilm", scheme="w8a8").ops == {"a": entry(0.1)}
+    assert [file.name for file in path.parent.parent.rglob("*")] == ["minilm", "w8a8.json"]
+
+
+def test_writing_the_same_touches_nothing(path: Path, locks: Path) -> None:
+    """A file whose text would not change keeps its inode and time stamp."""
+    put(path, locks, {"a": entry(0.1)})
+    os.utime(path, (1, 1))
+    before = path.stat()
+    assert not put(path, locks, {"a": entry(0.1 + 1e-9)})
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_written_file_has_the_mode_of_a_new_one(path: Path, locks: Path) -> None:
+    """The umask decides, as for any file a program makes; a temporary file's 0600 would not suit a repository."""
+    old = os.umask(0o027)
+    try:
+        put(path, locks, {"a": entry(0.1)})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_link_is_followed(path: Path, locks: Path, tmp_path: Path) -> None:
+    """A snapshot kept elsewhere through a symbolic link is updated there and the link stays."""
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "elsewhere.json")
+    put(path, locks, {"a": entry(0.1)})
+    assert path.is_symlink()
+    assert load(tmp_path / "elsewhere.json").ops == {"a": entry(0.1)}
+
+
+def test_locks_lie_in_the_cache_by_default(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a lock directory the user's cache directory is used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(path, lambda old: old, model="minilm", scheme="w8a8")
+    assert len(list((tmp_path / "cache" / "pytest-qsens" / "locks").iterdir())) == 1
+
+
+def test_a_lock_that_is_not_let_go_ends_in_an_error(path: Path, locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stuck process does not hang everyone else without a word."""
+    put(path, locks, {"a": entry(0.1)})
+    (lock,) = locks.iterdir()
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 0.1)
+    with FileLock(lock), pytest.raises(QsensError, match=r"w8a8.json is locked by another process"):
+        put(path, locks, {"a": entry(0.2)})
+
+
+def test_unwritable_places_are_named(path: Path) -> None:
+    """Each thing that can fail in writing says which directory it was, even for root."""
+    readonly = Path("/sys/kernel/snapshots")
+    with pytest.raises(QsensError, match=r"cannot lock .*: /sys/kernel/snapshots is not writable"):
+        put(path, readonly, {"a": entry(0.1)})
+    with pytest.raises(QsensError, match="/sys/kernel/snapshots cannot be created"):
+        put(readonly / "w8a8.json", path.parent, {"a": entry(0.1)})
+    with pytest.raises(QsensError, match=r"/sys/kernel/w8a8\.json cannot be written"):
+        put(readonly.parent / "w8a8.json", path.parent, {"a": entry(0.1)})
+
+
+def test_probing_a_directory(tmp_path: Path) -> None:
+    """The probe tells read-only places, below which nothing exists yet, from writable ones, and leaves no trace."""
+    check_writable(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(QsensError, match=r"/sys/kernel/a/b is not writable: .* \(/sys/kernel\)"):
+        check_writable(Path("/sys/kernel/a/b"))
+    with pytest.raises(QsensError, match=r"/sys/kernel is not writable: [^()]*\. Choose"):
+        check_writable(Path("/sys/kernel"))
+    (tmp_path / "file").touch()
+    with pytest.raises(QsensError, match=r"file/below is not writable: Not a directory"):
+        check_writable(tmp_path / "file" / "below")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from pytest_qsens.snapshot import Entry, merge, write
+
+path, locks, prefix, count = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+for i in range(count):
+    entries = {f"{prefix}.{i % 50}": Entry("linear", isolated={"nmse": i / 1000, "sse": 1.5})}
+    write(path, lambda old: merge(old, entries, {"torch": "2.13.0"}), model="m", scheme="s", lock_dir=locks)
+"""
+
+
+def writer(path: Path, locks: Path, prefix: str, count: int) -> subprocess.Popen[str]:
+    """Start a process that makes ``count`` updates, ready to go once a line is sent to it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(locks), prefix, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    """Let a writer begin."""
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def test_two_writers_lose_nothing(path: Path, locks: Path) -> None:
+    """Two processes that update different ops at the same time both end up in the file."""
+    processes = [writer(path, locks, prefix, 50) for prefix in ("one", "two")]
+    for process in processes:
+        go(process)
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    wanted = {f"{prefix}.{i}" for prefix in ("one", "two") for i in range(50)}
+    assert load(path, model="m", scheme="s").ops.keys() == wanted
+
+
+@pytest.mark.parametrize("delay_ms", [5, 20, 50, 110])
+def test_a_killed_writer_leaves_a_whole_file(path: Path, locks: Path, delay_ms: int) -> None:
+    """``kill -9`` in the middle of many writes: the file is always complete, and the next write clears up."""
+    process = writer(path, locks, "op", 1_000_000)
+    go(process)
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(delay_ms / 1000)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    text = path.read_text()
+    snapshot = load(path, model="m", scheme="s")
+    assert dumps(snapshot) == text
+    assert snapshot.ops
+    (path.parent / f".{path.name}.99999.tmp").write_text('{"schema"')  # what a kill between two steps leaves
+    write(path, lambda old: merge(old, {"next": entry(1.0)}, {}), model="m", scheme="s", lock_dir=locks)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert load(path).ops.keys() == {*snapshot.ops, "next"}
+
+
+def test_readers_never_see_a_part(path: Path, locks: Path) -> None:
+    """While one process writes, another one that reads gets a whole file each time."""
+    put(path, locks, {f"op.{i}": entry(i / 7) for i in range(200)})
+    stop = threading.Event()
+
+    def read() -> set[int]:
+        seen = set()
+        while not stop.is_set():
+            seen.add(len(json.loads(path.read_text())["ops"]))
+        return seen
+
+    with ThreadPoolExecutor() as pool:
+        seen = pool.submit(read)
+        for i in range(40):
+            put(path, locks, {"op.0": entry(float(i))})
+        stop.set()
+        assert seen.result() == {200}
