@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+OUTSIDE = {"CI", "PYTEST_ADDOPTS", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
 
 
 @pytest.fixture(autouse=True)
@@ -17,5 +20,7 @@ def _hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    for name in ("CI", "PYTEST_ADDOPTS", "PYTEST_XDIST_AUTO_NUM_WORKERS", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        # PYTEST_XDIST_*: a run started by a test that runs in a worker is no worker's run.
+        if name in OUTSIDE or name.startswith("PYTEST_XDIST_"):
+            monkeypatch.delenv(name)
