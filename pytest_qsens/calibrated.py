@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _IDENTICAL = "identical to the reference"
 _NOT_FINITE = "the output holds NaN or infinite values"
+_QUANTIZED = {"isolated": "only this op is", "fallback": "everything but this op is"}
 
 
 class CalibratedModel:
@@ -63,8 +65,7 @@ class CalibratedModel:
         self._simulator = simulator
         self._engine = engine
         self._logits = logits
-        self._joint: Scores | None = None
-        self._joint_known = False
+        self._joint: Scores | str | None = None
 
     @property
     def engine(self) -> str:
@@ -82,9 +83,7 @@ class CalibratedModel:
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         """Measure one op in each of the modes; an op that has no score says why."""
         refusal = self._scheme.refusal(op.type)
-        by = self._engine.inlined.get(op.name)
-        if refusal is None and by is not None:
-            refusal = f"its weight is used by {by} outside of its own forward"
+        refusal = refusal or self._engine.out_of_reach.get(op.name)
         if refusal is not None:
             return _result(op, "unquantizable", reason=refusal)
         if op.name not in self._engine.exercised:
@@ -94,36 +93,45 @@ class CalibratedModel:
         start = time.perf_counter()
         with torch.no_grad():
             measured = {mode: self._measure(op.name, mode) for mode in modes}
-        seconds = time.perf_counter() - start
-        return _measured(op, measured, seconds)
+        failures = [
+            f"{values} when {_QUANTIZED[mode]} quantized"
+            for mode, values in measured.items()
+            if isinstance(values, str)
+        ]
+        return _measured(op, measured, failures, time.perf_counter() - start)
 
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
         start = time.perf_counter()
         with torch.no_grad():
             joint = self._joint_scores()
-        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, time.perf_counter() - start)
+        failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
+        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, failures, time.perf_counter() - start)
 
-    def _measure(self, op: str, mode: Mode) -> Scores | None:
+    def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
             result = self._scores(self._engine.isolated(op))
-            if not self._joint_known:  # nothing else needs this weight quantized
+            if self._joint is None:  # nothing else needs this weight quantized
                 self._simulator.forget(op)
             return result
         joint = self._joint_scores()
         result = self._scores(self._engine.fallback(op))
-        if result is not None and joint is not None:
+        if not isinstance(result, str) and not isinstance(joint, str):
             result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
         return result
 
-    def _joint_scores(self) -> Scores | None:
-        if not self._joint_known:
+    def _joint_scores(self) -> Scores | str:
+        if self._joint is None:
             self._joint = self._scores(self._engine.joint())
-            self._joint_known = True
         return self._joint
 
-    def _scores(self, outputs: Iterator[Tensor]) -> Scores | None:
-        return scores(zip(self._engine.references, outputs, strict=True), logits=self._logits)
+    def _scores(self, outputs: Iterator[Tensor]) -> Scores | str:
+        """Score what an engine computes; why there is no score, if there is none."""
+        try:
+            found = scores(zip(self._engine.references, outputs, strict=True), logits=self._logits)
+        except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
+            return f"the model fails ({_first_line(error)})"
+        return _NOT_FINITE if found is None else found
 
 
 def _number(value: float | None) -> float:
@@ -134,24 +142,23 @@ def _result(op: Op, status: Status, *, reason: str) -> OpResult:
     return OpResult(op.name, op.type, op.block, status, reason)
 
 
-def _measured(op: Op, measured: dict[Mode, Scores | None], seconds: float) -> OpResult:
-    bad = [mode for mode, values in measured.items() if values is None]
-    if bad:
-        what = "everything" if op.name == TOTAL or bad == ["fallback"] else "only this op"
-        return OpResult(
-            op.name, op.type, op.block, "failed", f"{_NOT_FINITE} when {what} is quantized", seconds=seconds
-        )
-    identical = all(values is not None and values["sse"] == 0 for values in measured.values())
+def _measured(op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str], seconds: float) -> OpResult:
+    found: dict[str, Scores] = {mode: values for mode, values in measured.items() if not isinstance(values, str)}
+    identical = not failures and all(values["sse"] == 0 for values in found.values())
     return OpResult(
         op.name,
         op.type,
         op.block,
-        "measured",
-        _IDENTICAL if identical else None,
-        isolated=measured.get("isolated"),
-        fallback=measured.get("fallback"),
+        "failed" if failures else "measured",
+        "; ".join(failures) or (_IDENTICAL if identical else None),
+        isolated=found.get("isolated"),
+        fallback=found.get("fallback"),
         seconds=seconds,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def calibrate(
@@ -167,8 +174,8 @@ def calibrate(
         device: A torch device.
 
     Raises:
-        QsensError: If the model is not deterministic, its reference output is not finite or all zero, calibration meets
-            NaN, or ``replay`` is asked for and refused.
+        QsensError: If the model cannot be run or is not deterministic, its reference output is not finite or all zero,
+            no finite value calibrates an op, or ``replay`` is asked for and refused.
 
     """
     reproducible_sums()
@@ -180,8 +187,8 @@ def calibrate(
     batches = [_placed(batch, device) for batch in spec.evaluation]
     with torch.no_grad():
         with one_thread():
-            for batch in spec.calibration:
-                _observe(model, _placed(batch, device), spec, calibration)
+            for number, batch in enumerate(spec.calibration, 1):
+                _observe(model, _placed(batch, device), number, spec, calibration)
         seconds = _check_reference(model, batches, spec)
         quantizable = [op.name for op in ops if op.name in calibration.reached and chosen.refusal(op.type) is None]
         built, reason = _build_engine(engine, model, batches, spec, simulator, quantizable)
@@ -228,27 +235,28 @@ def _placed(batch: Batch, device: str) -> Batch:
     return placed
 
 
-def _observe(model: nn.Module, batch: Batch, spec: ModelSpec, calibration: Calibration) -> None:
+def _observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calibration: Calibration) -> None:
     def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
         output = run()
         calibration.observe(op, call, output)
         return output
 
     with unchanged_state(model), OpInterceptor(model, handler):
-        run_model(model, batch, spec.output)
+        _run(model, batch, spec, f"calibration batch {number}")
 
 
 def _check_reference(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> float:
     """Run the unquantized model once; returns the seconds it took."""
     seconds = energy = 0.0
     for number, batch in enumerate(batches, 1):
+        where = f"evaluation batch {number}"
         start = time.perf_counter()
         with unchanged_state(model):
-            reference = run_model(model, batch, spec.output)
+            reference = _run(model, batch, spec, where)
         seconds += time.perf_counter() - start
         if not bool(torch.isfinite(reference).all()):
             raise QsensError(
-                f"the reference output of evaluation batch {number} holds NaN or infinite values "
+                f"the reference output of {where} holds NaN or infinite values "
                 f"({_first_not_finite(model, batch, spec)}). Check the weights and the evaluation data."
             )
         energy += float(reference.double().square().sum())
@@ -257,15 +265,48 @@ def _check_reference(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec
     return seconds
 
 
+def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:
+    """Run the scored forward and check what it gives.
+
+    Raises:
+        QsensError: If the model or the spec's ``output`` raises, or gives something that cannot be scored.
+
+    """
+    try:
+        scored: object = run_model(model, batch, spec.output)
+    except QsensError:
+        raise
+    except Exception as error:
+        raise QsensError(
+            f"the model cannot be run on {where} (keys {', '.join(batch)}): {_first_line(error)} "
+            f"({_raised_at(error)}). Check the batch, and the `output` function that picks what is scored."
+        ) from error
+    if not isinstance(scored, torch.Tensor):
+        raise QsensError(f"`output` gives {type(scored).__name__} on {where}, not the tensor to score")
+    if not scored.is_floating_point() or not scored.numel() or (spec.logits and not scored.dim()):
+        raise QsensError(
+            f"`output` gives {str(scored.dtype).removeprefix('torch.')} of shape {tuple(scored.shape)} on {where}: "
+            "what is scored must be floating point and not empty, and logits need a dimension of classes"
+        )
+    return scored
+
+
+def _raised_at(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
 def _first_not_finite(model: nn.Module, batch: Batch, spec: ModelSpec) -> str:
     found: list[str] = []
 
-    def handler(op: str, _: Call, run: Callable[[], Tensor]) -> Tensor:
+    def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
         output = run()
-        if not bool(torch.isfinite(output).all()):
-            found.append(op)
+        if not bool(torch.isfinite(call.x).all()):
+            found.append(f"already in the input of op {op}")
+        elif not bool(torch.isfinite(output).all()):
+            found.append(f"first in op {op}")
         return output
 
     with unchanged_state(model), OpInterceptor(model, handler):
         run_model(model, batch, spec.output)
-    return f"first in op {found[0]}" if found else "in no op's output, so after the last op"
+    return found[0] if found else "in no op's output, so after the last op"

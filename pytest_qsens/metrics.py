@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Scores
 
 
+def same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit; NaN equals NaN."""
+    return left.shape == right.shape and torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
 def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | None:
     """Score quantized outputs against the reference over all evaluation batches.
 
@@ -26,10 +31,15 @@ def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | 
         and, for logits, ``kl`` = mean KL(reference ‖ quantized) per position in nats and ``top1`` = share of positions
         with the same most likely class. ``None`` if a quantized output is not finite.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     """
     sse = energy = kl = agreeing = 0.0
     count = positions = 0
     for reference, quantized in pairs:
+        if quantized.shape != reference.shape:
+            raise ValueError(f"the output has shape {tuple(quantized.shape)}, not {tuple(reference.shape)}")
         if not bool(torch.isfinite(quantized).all()):
             return None
         ref, out = reference.double(), quantized.double()

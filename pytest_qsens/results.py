@@ -40,8 +40,8 @@ Payload = dict[str, Any]
 class OpResult:
     """What is known about one op after a run.
 
-    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``; ``reason`` explains every other
-    status, and notes an output identical to the reference.
+    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``, or ``failed`` for the other mode
+    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference.
     """
 
     op: str

@@ -21,11 +21,11 @@ class Engine(Protocol):
 
     @property
     def exercised(self) -> Collection[str]:
-        """Ops that the evaluation batches reach."""
+        """Ops that the evaluation batches reach with at least one row."""
 
     @property
-    def inlined(self) -> Mapping[str, str]:
-        """Op → the operator that uses its weight in place of the op's own forward: it cannot be quantized."""
+    def out_of_reach(self) -> Mapping[str, str]:
+        """Op → why nothing can be put in its place, in at least one batch: it cannot be quantized."""
 
     @property
     def functional(self) -> Sequence[tuple[str, str]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
-
-import torch
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
+from pytest_qsens.metrics import same
+from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class EagerEngine:
-    """Runs the model itself for every score.
+    """Runs the model itself for every score, on one thread if kernels round by the number of threads.
 
     Raises:
         QsensError: If two runs of the unquantized model differ.
@@ -40,14 +42,15 @@ class EagerEngine:
         quantizable: Collection[str],
     ) -> None:
         self._model = model
+        self._threads: Callable[[], AbstractContextManager[None]] = nullcontext
         self._batches = batches
         self._output = output
         self._simulator = simulator
-        self._quantizable = frozenset(quantizable)
         self.exercised: set[str] = set()
-        self.inlined: dict[str, str] = {}
+        self.out_of_reach: dict[str, str] = {}
         self.functional: Sequence[tuple[str, str]] = ()  # only a graph shows them
         self.references = list(self._reference())
+        self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
 
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
@@ -66,23 +69,31 @@ class EagerEngine:
             return self._simulator.output(op, call) if op in quantized else run()
 
         for batch in self._batches:
-            with unchanged_state(self._model), OpInterceptor(self._model, handler):
-                yield run_model(self._model, batch, self._output)
+            with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler):
+                output = run_model(self._model, batch, self._output)
+            yield output
 
     def _reference(self) -> Iterator[Tensor]:
-        def handler(op: str, _: Call, run: Callable[[], Tensor]) -> Tensor:
-            self.exercised.add(op)
-            return run()
-
         for number, batch in enumerate(self._batches, 1):
-            with unchanged_state(self._model):
+            with one_thread(), unchanged_state(self._model):
                 reference = run_model(self._model, batch, self._output)
-            with unchanged_state(self._model), OpInterceptor(self._model, handler) as interceptor:
-                again = run_model(self._model, batch, self._output)
-            if again.shape != reference.shape or not torch.equal(again.nan_to_num(), reference.nan_to_num()):
-                raise QsensError(
-                    f"the model is not deterministic: two runs of evaluation batch {number} differ. "
-                    "Scores would measure that, not quantization; look for dropout and random sampling in its forward."
-                )
-            self.inlined |= {op: by for op, by in interceptor.inlined.items() if op not in self.exercised}
+            if not same(self._watched(batch), reference):
+                self._threads = one_thread
+                if not same(self._watched(batch), reference):
+                    raise QsensError(
+                        f"the model is not deterministic: two runs of evaluation batch {number} differ. Scores would "
+                        "measure that, not quantization; look for dropout and random sampling in its forward."
+                    )
             yield reference
+
+    def _watched(self, batch: Batch) -> Tensor:
+        def handler(op: str, _: Call, run: Callable[[], Tensor]) -> Tensor:
+            output = run()
+            if output.numel():
+                self.exercised.add(op)
+            return output
+
+        with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler) as interceptor:
+            output = run_model(self._model, batch, self._output)
+        self.out_of_reach |= interceptor.out_of_reach()
+        return output

@@ -94,6 +94,21 @@ _NAMES = {"input": "x", "indices": "x", "self": "x"}
 _ADDMM_NAMES = {"input": "bias", "self": "bias", "mat1": "x", "mat2": "weight"}
 
 
+def finite_rows(values: Tensor, kind: str) -> Tensor:
+    """Whether each independent part of an op's input or output is finite.
+
+    Returns:
+        Booleans: ``(*,)`` for a linear's ``(*, in)``, ``(N,)`` for a convolution's ``(N, C, *spatial)``, ``()`` for one
+        without the batch dimension.
+
+    """
+    finite = torch.isfinite(values)
+    if kind == "linear":
+        return finite.all(-1)
+    batched = values.dim() == int(kind[4]) + 2
+    return finite.flatten(1).all(1) if batched else finite.all()
+
+
 def is_op_call(target: object) -> bool:
     """Whether a graph node's target or a torch function can be a call of an op."""
     return target in _BINDERS

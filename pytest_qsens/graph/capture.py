@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pytest_qsens.graph.calls import is_op_call, weight_argument
 from pytest_qsens.graph.functional import functional_kinds
@@ -39,7 +39,7 @@ class Graph:
         constants: ``get_attr`` node → parameter, buffer or lifted constant, the model's own objects.
         output: The node whose value is the scored output.
         calls: Op name → the nodes that call it.
-        inlined: Op name → the operator that uses its weight in place of its own forward; nothing can be swapped there.
+        out_of_reach: Op name → why nothing can be put in its place, although it takes part.
         functional: ``(owner:kind, kind)`` of products of activations that no module owns.
 
     """
@@ -49,13 +49,26 @@ class Graph:
     constants: dict[Node, Any]
     output: Node
     calls: dict[str, tuple[Node, ...]]
-    inlined: dict[str, str]
+    out_of_reach: dict[str, str]
     functional: tuple[tuple[str, str], ...]
 
 
 def run_model(model: nn.Module, batch: Batch, output: Output) -> Tensor:
-    """Run the scored forward as it is."""
-    return output(model(**batch), batch)
+    """Run the scored forward, on a copy of the batch, which the model may write into.
+
+    Fused kernels of attention modules are off: what they are given depends on who is watching, and so would the bits.
+    """
+    copied: Batch = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, dict(batch))
+    return _forward(model, copied, output)
+
+
+def _forward(model: nn.Module, batch: Batch, output: Output) -> Tensor:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(value=False)
+    try:
+        return output(model(**batch), batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(value=fused)
 
 
 def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
@@ -74,7 +87,7 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
         values = list(leaves)
         for position, tensor in zip(positions, tensors, strict=True):
             values[position] = tensor
-        return run_model(model, tree_unflatten(values, tree), output)
+        return _forward(model, tree_unflatten(values, tree), output)
 
     inputs = [leaves[i].clone() for i in positions]
     marks: list[Node | None] = []
@@ -104,16 +117,22 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     op_nodes = {node for call in calls.values() for node in call}
     dependent = _downstream(nodes, op_nodes)
     _refuse_data_dependence(nodes, dependent)
+    _refuse_autocast(nodes)
     originals = [leaves[i] for i in positions]
-    inlined = _weight_users(index, nodes, constants)
+    users = _weight_users(index, [node for node in nodes if node not in op_nodes], constants)
+    by = {op: str(node.target) for node, ops in users.items() for op in ops}
+    out_of_reach = index.out_of_reach(calls, scopes.entered, by)
+    parameters = {node for node, value in constants.items() if isinstance(value, nn.Parameter)}
+    products = dependent | (_downstream(nodes, parameters) & _downstream(nodes, set(placeholders)))
+    explained = {node for node, ops in users.items() if ops <= out_of_reach.keys()}
     return Graph(
         nodes=tuple(nodes),
         inputs=dict(zip(placeholders, originals, strict=True)),
         constants=constants,
         output=output_node,
         calls=calls,
-        inlined={op: str(node.target) for node, op in inlined.items() if op not in calls},
-        functional=_functional(nodes, dependent - op_nodes - set(inlined)),
+        out_of_reach=out_of_reach,
+        functional=_functional(nodes, products - op_nodes - explained),
     )
 
 
@@ -152,8 +171,9 @@ def _op_calls(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> 
     calls: dict[str, tuple[Node, ...]] = {}
     for node in nodes:
         if node.op == "call_function" and is_op_call(node.target):
-            weight = constants.get(weight_argument(node.target, node.args, node.kwargs))
-            op = index.called(node.meta.get(_OWNER, ""), weight)
+            weight = weight_argument(node.target, node.args, node.kwargs)
+            shape = weight.meta["val"].shape if "val" in getattr(weight, "meta", {}) else None
+            op = index.called(node.meta.get(_OWNER, ""), constants.get(weight), shape)
             if op is not None:
                 calls[op] = (*calls.get(op, ()), node)
     return calls
@@ -187,19 +207,25 @@ def _refuse_data_dependence(nodes: list[Node], dependent: set[Node]) -> None:
             raise CaptureRefused(f"{node.target} in {where} makes shapes or control flow depend on activations")
 
 
-def _weight_users(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> dict[Node, str]:
-    """Nodes that combine an op's weight, as it is or reshaped, with something else: node → op."""
-    weights: dict[Node, str] = {}
-    users: dict[Node, str] = {}
+def _refuse_autocast(nodes: list[Node]) -> None:
+    """Refuse a graph that switches autocast on: a replay of a part of it would run outside of it."""
+    for node in nodes:
+        if getattr(node.target, "__name__", "") == "_enter_autocast" and any(a is True for a in node.args[2:3]):
+            raise CaptureRefused("the model uses torch.autocast, which a replay of a part of it would leave out")
+
+
+def _weight_users(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> dict[Node, frozenset[str]]:
+    """Nodes that combine ops' weights, as they are or reshaped, with something else: node → ops."""
+    weights: dict[Node, frozenset[str]] = {}
+    users: dict[Node, frozenset[str]] = {}
     for node in nodes:
         if node in constants:
-            op = index.owner(constants[node])
-            if op is not None:
-                weights[node] = op
+            if owners := index.owners(constants[node]):
+                weights[node] = frozenset(owners)
         elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in weights:
             weights[node] = weights[node.all_input_nodes[0]]
-        else:
-            users.update((node, weights[argument]) for argument in node.all_input_nodes if argument in weights)
+        elif used := frozenset[str]().union(*(weights.get(argument, ()) for argument in node.all_input_nodes)):
+            users[node] = used
     return users
 
 

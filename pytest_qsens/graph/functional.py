@@ -22,6 +22,14 @@ _KINDS: dict[object, tuple[str, ...]] = {
     aten.conv_transpose1d.default: ("conv_transpose1d",),
     aten.conv_transpose2d.input: ("conv_transpose2d",),
     aten.conv_transpose3d.input: ("conv_transpose3d",),
+    aten.lstm.input: ("lstm",),
+    aten.lstm.data: ("lstm",),
+    aten.gru.input: ("gru",),
+    aten.gru.data: ("gru",),
+    aten.rnn_tanh.input: ("rnn",),
+    aten.rnn_tanh.data: ("rnn",),
+    aten.rnn_relu.input: ("rnn",),
+    aten.rnn_relu.data: ("rnn",),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pytest_qsens.graph.calls import Call, bind, is_op_call, weight_argument
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
@@ -15,22 +16,20 @@ from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 Handler = Callable[[str, Call, Callable[[], Tensor]], Tensor]
 """Gets the op's name, its call and what the call would compute; returns the value to use."""
 
+_METADATA = {"device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "requires_grad", "shape"}
+"""Attributes of a weight that are no use of its values."""
+
 
 class OpInterceptor(TorchFunctionMode):
-    """While entered, every call of an op of ``model`` goes through ``handler``.
-
-    Attributes:
-        inlined: Op name → a function that uses its weight in another way than the op's own call. An op can be here
-            and be called as well.
-
-    """
+    """While entered, every call of an op of ``model`` goes through ``handler``."""
 
     def __init__(self, model: nn.Module, handler: Handler) -> None:
         super().__init__()
         self._index = OpIndex(model)
         self._scopes = ModuleScopes(model)
         self._handler = handler
-        self.inlined: dict[str, str] = {}
+        self._called: set[str] = set()
+        self._users: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._scopes.__enter__()
@@ -51,16 +50,23 @@ class OpInterceptor(TorchFunctionMode):
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = kwargs or {}
         if is_op_call(func):
-            op = self._index.called(self._scopes.current, weight_argument(func, args, kwargs))
+            weight = weight_argument(func, args, kwargs)
+            op = self._index.called(self._scopes.current, weight, getattr(weight, "shape", None))
             if op is not None:
+                self._called.add(op)
                 return self._handler(op, bind(func, args, kwargs), lambda: func(*args, **kwargs))
         name = getattr(func, "__name__", str(func))
-        if name != "__get__":  # reading .dtype or .device of a weight is no use of it
-            for argument in (*args, *kwargs.values()):
-                op = self._index.owner(argument)
-                if op is not None:
-                    self.inlined.setdefault(op, name)
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)  # the attribute, such as T
+        if name not in _METADATA:
+            for argument in tree_leaves((args, kwargs)):
+                for op in self._index.owners(argument):
+                    self._users.setdefault(op, name)
         return func(*args, **kwargs)
+
+    def out_of_reach(self) -> dict[str, str]:
+        """Ops that took part in what ran so far but not by a call of their own, and why."""
+        return self._index.out_of_reach(self._called, self._scopes.entered, self._users)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ OP_TYPES: dict[type[nn.Module], str] = {
 
 def op_type(module: nn.Module) -> str | None:
     """Op type of a module, or ``None`` if it is none of ours."""
-    return next((name for cls, name in OP_TYPES.items() if isinstance(module, cls)), None)
+    kind = next((name for cls, name in OP_TYPES.items() if isinstance(module, cls)), None)
+    return kind if isinstance(getattr(module, "weight", None), torch.Tensor) else None
 
 
 def list_ops(model: nn.Module) -> tuple[Op, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Self, cast
 
 from pytest_qsens.graph.modules import op_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
+    import torch
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +18,10 @@ class ModuleScopes:
     """While entered, knows the qualified name of the module whose forward is running.
 
     ``on_enter`` and ``on_exit``, if given, are called with the name around each module's forward.
+
+    Attributes:
+        entered: Names of the modules whose forwards have started.
+
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class ModuleScopes:
         self._on_enter = on_enter
         self._on_exit = on_exit
         self._stack: list[str] = []
+        self.entered: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -51,6 +56,7 @@ class ModuleScopes:
     def _hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def enter(*_: object) -> None:
             self._stack.append(name)
+            self.entered.add(name)
             if self._on_enter is not None:
                 self._on_enter(name)
 
@@ -66,22 +72,50 @@ class OpIndex:
     """Finds the op that a call or a weight belongs to."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights: dict[str, Tensor] = {
-            name: cast("Tensor", module.weight)  # every op type has one
-            for name, module in model.named_modules()
-            if op_type(module) is not None
-        }
-        owners = Counter(id(weight) for weight in self._weights.values())
-        self._by_weight = {id(w): name for name, w in self._weights.items() if owners[id(w)] == 1}
+        self._weights: dict[str, Tensor] = {}
+        # weight norms, parametrizations and pruning compute the weight anew for every call
+        self._computed: dict[str, torch.Size] = {}
+        self._owners: dict[int, tuple[str, ...]] = {}
+        for name, module in model.named_modules():
+            if op_type(module) is None:
+                continue
+            weight = cast("Tensor", module.weight)  # every op type has one
+            if "weight" in module._parameters:  # noqa: SLF001 - tells a parameter from a computed attribute
+                self._weights[name] = weight
+                self._owners[id(weight)] = (*self._owners.get(id(weight), ()), name)
+            else:
+                self._computed[name] = weight.shape
 
-    def called(self, module: str, weight: object) -> str | None:
+    def called(self, module: str, weight: object, shape: torch.Size | None) -> str | None:
         """Name of the op if ``module``, which is running, is one and calls it with its own weight.
 
-        The running module decides, not the weight, so that tied weights stay two ops.
+        The running module decides, not the weight, so that tied weights stay two ops. A computed weight is told by
+        its shape.
         """
+        if module in self._computed:
+            return module if shape == self._computed[module] else None
         own = self._weights.get(module)
         return module if own is not None and own is weight else None
 
-    def owner(self, weight: object) -> str | None:
-        """Name of the only op that has this weight, if there is one."""
-        return self._by_weight.get(id(weight))
+    def owners(self, weight: object) -> tuple[str, ...]:
+        """Names of the ops that have this weight."""
+        return self._owners.get(id(weight), ())
+
+    def out_of_reach(
+        self, called: Collection[str], entered: Collection[str], users: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Why ops that took part in a run could not be replaced in it.
+
+        Args:
+            called: Ops whose own call was seen.
+            entered: Modules whose forwards ran.
+            users: Op → function or operator that used its weight in another way.
+
+        """
+        found = {
+            op: f"its weight is used by {by} outside of its own forward" for op, by in users.items() if op not in called
+        }
+        for op in (*self._weights, *self._computed):
+            if op in entered and op not in called:
+                found.setdefault(op, "its forward ran, but makes no call with its weight that could be replaced")
+        return found

@@ -46,23 +46,32 @@ class FactorySource:
     def skeleton(self) -> nn.Module:
         """Return the factory's module; a callable is called on the meta device."""
         model = self._spec.model
-        return model if _is_module(model) else self._built(on_meta(model))
+        return model if _is_module(model) else self._built(lambda: on_meta(model))
 
     def load(self) -> ModelSpec:
         """Call the factory, and the model if it is a callable; in evaluation mode, without gradients."""
         spec = self._spec
-        model = spec.model if _is_module(spec.model) else self._built(spec.model())
+        model = spec.model if _is_module(spec.model) else self._built(spec.model)
         model.requires_grad_(requires_grad=False)
         return replace(spec, model=model.eval())
 
-    def _built(self, model: object) -> nn.Module:
+    def _built(self, build: Callable[[], object]) -> nn.Module:
+        model = self._called(build, "`model`")
         if not _is_module(model):
             raise QsensError(f"{self.name}: `model` returned {type(model).__name__}, not a torch.nn.Module.")
         return model
 
+    def _called(self, function: Callable[[], object], what: str) -> object:
+        try:
+            return function()
+        except QsensError:
+            raise
+        except Exception as error:
+            raise QsensError(f"{self.name}: {what} raised {type(error).__name__}: {error}") from error
+
     @cached_property
     def _spec(self) -> ModelSpec:
-        spec = self._factory()()
+        spec = self._called(self._factory(), "it")
         if not isinstance(spec, ModelSpec):
             raise QsensError(
                 f"{self.name} returned {type(spec).__name__}, not a ModelSpec (`from pytest_qsens import ModelSpec`)."

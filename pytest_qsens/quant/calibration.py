@@ -8,6 +8,7 @@ import torch
 from torch.ao.quantization.observer import HistogramObserver
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.graph.calls import finite_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,18 @@ class _Range:
         return self._qparams
 
 
+def _finite(values: Tensor, kind: str, what: str) -> Tensor:
+    rows = finite_rows(values, kind)
+    if bool(rows.all()):
+        return values
+    if not bool(rows.any()):
+        raise QsensError(
+            f"calibration: the {what} holds NaN or infinite values, so no scale can be found. "
+            "Check the weights and the calibration data."
+        )
+    return values[rows]
+
+
 class Calibration:
     """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op."""
 
@@ -51,24 +64,22 @@ class Calibration:
         self.reached: set[str] = set()
 
     def observe(self, op: str, call: Call, output: Tensor) -> None:
-        """Record one call.
+        """Record one call, unless it computes nothing.
+
+        Rows with NaN or infinite values, which attention makes at padded positions, are left out.
 
         Raises:
-            QsensError: If a value is NaN or infinite.
+            QsensError: If there is no other row.
 
         """
+        if not output.numel():
+            return
         self.reached.add(op)
         if call.kind == "embedding" or self._scheme.activation == "dynamic":
             return
-        for where, values in (("input", call.x), ("output", output)):
-            if not bool(torch.isfinite(values).all()):
-                raise QsensError(
-                    f"calibration: the {where} of {op} holds NaN or infinite values, so no scale can be found. "
-                    "Check the weights and the calibration data."
-                )
-        self._inputs.setdefault(op, _Range()).observe(call.x)
+        self._inputs.setdefault(op, _Range()).observe(_finite(call.x, call.kind, f"input of {op}"))
         if self._scheme.requantize_output:
-            self._outputs.setdefault(op, _Range()).observe(output)
+            self._outputs.setdefault(op, _Range()).observe(_finite(output, call.kind, f"output of {op}"))
 
     def input_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's input, uint8."""

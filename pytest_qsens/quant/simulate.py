@@ -1,19 +1,22 @@
 """What a quantized op returns, exact in its integers.
 
 The arithmetic is that of torch's x86 kernels (fbgemm), written so that it needs none of them: integer products are
-exact whatever computes them, and the float steps are single operations that every IEEE machine rounds alike. The tests
-compare every step with the kernels bit for bit.
+exact if what computes them is, which is tried before it is believed, and the float steps are single operations that
+every IEEE machine rounds alike. The tests compare every step with the kernels bit for bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the per-token primitives
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.nn import functional
+
+from pytest_qsens.graph.calls import finite_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +41,7 @@ class QuantizedWeight:
     Attributes:
         values: int8, of the weight's shape.
         scale: float32, ``(out,)``.
-        sums: int32, ``(out,)``: the sum of each channel's integers, for inputs with a zero point.
+        sums: int64, ``(out,)``: the sum of each channel's integers, for inputs with a zero point.
 
     """
 
@@ -54,7 +57,7 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
     scale, zero_point = observer.calculate_qparams()
     primitives: Any = torch.ops.quantized_decomposed
     values = primitives.quantize_per_channel(weight, scale, zero_point, 0, -128, 127, torch.int8)
-    return QuantizedWeight(values, scale, values.flatten(1).sum(1, dtype=torch.int32))
+    return QuantizedWeight(values, scale, values.flatten(1).sum(1))
 
 
 def quantize_activation(values: Tensor, qparams: QParams) -> Tensor:
@@ -91,15 +94,37 @@ def _per_channel(values: Tensor, kind: str) -> Tensor:
     return values if kind == "linear" else values.view(-1, *[1] * int(kind[4]))
 
 
+_INT32_LENGTH = 2**31 // (128 * 128)
+"""So many products of int8 can be added before int32 overflows."""
+
+
 def _float64_mm(left: Tensor, right: Tensor) -> Tensor:
     return left.double() @ right.double()
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Try torch's int8 product on the largest integers.
+
+    Without VNNI instructions oneDNN adds pairs of products in int16, which saturates
+    (https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html).
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 33):
+        left = torch.randint(0, 2, (rows, 256), generator=generator).mul(255).sub(128).to(torch.int8)
+        right = torch.randint(0, 2, (256, 48), generator=generator).mul(254).sub(127).to(torch.int8)
+        for other in (right, right.fill_(127)):
+            if not torch.equal(torch._int_mm(left, other).double(), _float64_mm(left, other)):  # noqa: SLF001
+                return False
+    return True
 
 
 def _integer_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 ``(*, in)`` by int8 ``(out, in)`` exactly; the result is integer-valued, ``(*, out)``."""
     rows = x.reshape(-1, x.shape[-1])
     # _int_mm of other devices asks for sizes that models don't have; float64 is exact below 2**53
-    multiply = torch._int_mm if x.device.type == "cpu" else _float64_mm  # noqa: SLF001 - torch's only int8 product
+    fast = x.device.type == "cpu" and rows.shape[1] < _INT32_LENGTH and _int_mm_is_exact()
+    multiply = torch._int_mm if fast else _float64_mm  # noqa: SLF001 - torch's only int8 product
     product = multiply(rows, weight.t())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -115,7 +140,8 @@ class Simulator:
     def output(self, op: str, call: Call) -> Tensor:
         """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
 
-        An input with NaN or infinite values gives NaN everywhere, where a kernel would turn them into some integer.
+        A row (or sample) of the input with NaN or infinite values gives NaN, where a kernel would turn them into some
+        integer.
         """
         if call.kind == "embedding":
             return quantized_embedding(functional.embedding(call.x, call.weight))
@@ -123,7 +149,10 @@ class Simulator:
         if weight is None:
             weight = self._weights[op] = quantize_weight(call.weight)
         output = self._static(op, call, weight) if self._scheme.activation == "static" else self._dynamic(call, weight)
-        return output if bool(torch.isfinite(call.x).all()) else torch.full_like(output, torch.nan)
+        finite = finite_rows(call.x, call.kind)
+        if bool(finite.all()):
+            return output
+        return output.masked_fill(~finite.view(*finite.shape, *[1] * (output.dim() - finite.dim())), torch.nan)
 
     def forget(self, op: str) -> None:
         """Free the quantized weight of an op that is done."""
@@ -154,7 +183,7 @@ class Simulator:
 
 
 def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
-    """Sum (x - zero_point) * weight over integers, exactly: int32 or integer-valued float64."""
+    """Sum (x - zero_point) * weight over integers, exactly: int64 or integer-valued float64."""
     integers = quantize_activation(call.x, x)
     if call.kind == "linear":
         shifted = (integers - 128).to(torch.int8)

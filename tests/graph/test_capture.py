@@ -40,7 +40,7 @@ def test_torch_internals_are_as_expected() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_op_is_accounted_for(name: str) -> None:
-    """Every quantizable module is called in the graph, is inlined elsewhere, or did not run."""
+    """Every quantizable module is called in the graph, is out of reach with a reason, or did not run."""
     spec = ARCHITECTURES[name].spec()
     assert isinstance(spec.model, nn.Module)
     ran: set[str] = set()
@@ -48,13 +48,13 @@ def test_every_op_is_accounted_for(name: str) -> None:
         spec.model.get_submodule(op.name).register_forward_hook(lambda *_, op=op.name: ran.add(op))
     graph = capture(spec.model, spec.evaluation[0], spec.output)
     listed = {op.name for op in list_ops(spec.model)}
-    assert set(graph.calls) | set(graph.inlined) >= ran & listed
+    assert set(graph.calls) | set(graph.out_of_reach) >= ran & listed
     assert set(graph.calls) <= ran
     expected = {
         "mamba": {f"backbone.layers.{i}.mixer.{op}" for i in (0, 1) for op in ("conv1d", "dt_proj")},
         "whisper": {"model.decoder.embed_positions"},
     }
-    assert set(graph.inlined) == expected.get(name, set())
+    assert set(graph.out_of_reach) == expected.get(name, set())
 
 
 def test_functional_products_have_owners() -> None:

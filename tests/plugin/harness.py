@@ -60,7 +60,8 @@ class Net(nn.Module):
 
 
 def model():
-    (HERE / "built.log").open("a").write(torch.empty(0).device.type + "\\n")
+    with (HERE / "built.log").open("a") as log:
+        log.write(torch.empty(0).device.type + "\\n")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Net()

@@ -59,11 +59,8 @@ def pytest_runtest_call(item):
 
 
 @pytest.mark.parametrize("op", ["embed", "blocks.1.up"])
-def test_a_killed_worker_costs_the_op_it_was_running(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, op: str
-) -> None:
+def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, op: str) -> None:
     """``kill -9`` fails the op under measurement alone, which keeps its line; it is not tried on other workers."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the workers, for the same numbers in both runs
     write_model(pytester)
     run(pytester, 0, "--snapshot-update")
     recorded = snapshot_ops(pytester)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,11 +115,41 @@ def test_other_schemes_are_near(scheme: str) -> None:
     assert 1e-6 < float(error.square().sum() / plain.square().sum()) < 1e-3
 
 
+def test_long_sums_do_not_overflow() -> None:
+    """Sums that do not fit into int32 are exact as well."""
+    x, weight = torch.ones(2, 200_000), torch.ones(3, 200_000)
+    calibration = Calibration(SCHEMES["w8a8_static"])
+    call = Call("linear", x, weight)
+    calibration.observe("op", call, x[:, :3])
+    scale, zero_point = calibration.input_qparams("op")
+    rounded = (quantize_activation(x[:1, :1], QParams(scale, zero_point)) - zero_point) * scale
+    expected = float(rounded) * 200_000
+    output = Simulator(SCHEMES["w8a8_static"], calibration).output("op", call)
+    assert output.flatten().tolist() == pytest.approx([expected] * 6, rel=1e-6)
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_integers_do_not_depend_on_the_cpu(instructions: str) -> None:
+    """Where torch's int8 product saturates, as without VNNI, another one is used."""
+    code = """
+import torch
+from pytest_qsens.quant.simulate import _integer_linear
+g = torch.Generator().manual_seed(0)
+x = torch.randint(-128, 128, (5, 7, 300), generator=g).to(torch.int8)
+w = torch.randint(-128, 128, (40, 300), generator=g).to(torch.int8)
+assert torch.equal(_integer_linear(x, w).long(), x.long() @ w.long().t())
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_not_finite_input_stays_so() -> None:
-    """NaN is not rounded away into some integer."""
+    """NaN is not rounded away into some integer, and spoils no other row."""
     x = randn(4, 8)
     call = Call("linear", x, randn(3, 8, seed=1))
     calibration = Calibration(SCHEMES["w8a8"])
     calibration.observe("op", call, torch.nn.functional.linear(x, call.weight))
-    bad = Call("linear", x.clone().fill_(torch.nan), call.weight)
-    assert Simulator(SCHEMES["w8a8"], calibration).output("op", bad).isnan().all()
+    x[1, 2] = torch.nan
+    output = Simulator(SCHEMES["w8a8"], calibration).output("op", Call("linear", x, call.weight))
+    assert output.isnan().all(-1).tolist() == [False, True, False, False]
+    assert output.isfinite().all(-1).tolist() == [True, False, True, True]
