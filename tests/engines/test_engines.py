@@ -82,6 +82,8 @@ def test_branch_on_an_op_goes_to_the_eager_engine() -> None:
 def test_not_finite_reference_names_the_op() -> None:
     """An overflow in the reference names the first op whose output holds it."""
     model = seeded()
+    with torch.no_grad():
+        model.first.weight.mul_(100)
     with pytest.raises(QsensError, match=r"evaluation batch 1 .*first in op first"):
         calibrate(spec_of(model, torch.full((2, 4), 3e38)), list_ops(model), "w8a8")
 
