@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -71,6 +72,14 @@ class CalibratedModel:
     def engine(self) -> str:
         """Name of the engine in use."""
         return self._engine.name
+
+    @property
+    def reference_digest(self) -> str:
+        """Hash of the unquantized outputs' bits: equal for the same model and data on the same machine."""
+        digest = hashlib.sha256()
+        for output in self._engine.references:
+            digest.update(output.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from pytest_qsens.models.source import ModelRequest, ModelSource
+    from pytest_qsens.options import RunSpec
     from pytest_qsens.snapshot import Snapshot
 
 SUITE = "qsens"
@@ -81,6 +82,7 @@ class Catalogue:
         self._updating = updating
         self._models: dict[ModelRequest, Model] = {}
         self._snapshots: dict[tuple[Path, str, str], Snapshot] = {}
+        self._measured: dict[Path, RunSpec] = {}
 
     def model(self, options: Options) -> Model:
         """Model of these options; its snapshot is readable and, where that is asked for, may be written.
@@ -92,6 +94,13 @@ class Catalogue:
         model = self._models.get(options.request) or self._look_up(options)
         select(model, options)
         self.snapshot(options, model)
+        path = options.snapshot_path(model.label)
+        other = self._measured.setdefault(path, options.run_spec)
+        if other != options.run_spec:
+            raise QsensError(
+                f"one run would compare two things with the same snapshot {path}: {other} and {options.run_spec}. "
+                "Measure them in two runs, with a --qsens-snapshot-dir for each"
+            )
         return model
 
     def known(self, request: ModelRequest) -> Model:

@@ -70,6 +70,12 @@ class Run:
         return min(found, key=lambda environment: sorted(environment.items()), default={})
 
     @property
+    def contradictory(self) -> bool:
+        """Whether two processes in the same environment got different unquantized outputs."""
+        found = {(tuple(sorted(facts["environment"].items())), facts["reference"]) for facts in self.facts}
+        return len({environment for environment, _ in found}) < len(found)
+
+    @property
     def data(self) -> str | None:
         """Short hash of the batches."""
         return next((facts["data"] for facts in self.facts), None)
@@ -216,7 +222,14 @@ class Controller:
                 self._stop(payload["abort"])
                 return
             for facts in payload["facts"]:
-                self._run(facts["model"], facts["scheme"]).add_facts(facts)
+                run = self._run(facts["model"], facts["scheme"])
+                run.add_facts(facts)
+                if run.contradictory:
+                    self._stop(
+                        f"{run.model}: two workers have different models or data, their unquantized outputs differ. Seed "
+                        "what is random in the model's factory, such as weights and batches"
+                    )
+                    return
             for record in payload["records"]:
                 self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
         elif report.when not in ("setup", "call", "teardown"):  # xdist's report of a worker that died
@@ -285,15 +298,21 @@ class Controller:
             run.mismatch = environment_diff(old.environment, run.environment)
         kept = self._kept(run)
 
+        covered = {op for op, result in run.results.items() if result.status == "measured"}
+
         def update(snapshot: Snapshot) -> Snapshot:
-            if run.entries:
-                snapshot = merge(snapshot, run.entries, run.environment)
+            # An environment is that of all lines, so it changes only if all of them were measured in this one.
+            complete = covered >= {op for op in snapshot.ops if kept is None or op in (*kept, TOTAL)}
+            environment = run.environment if complete else snapshot.environment
+            if run.entries or complete:
+                snapshot = merge(snapshot, run.entries, environment)
+            if complete:
+                run.mismatch = []
             return snapshot if kept is None else prune(snapshot, kept)
 
-        if updating(self.config) and (run.entries or kept is not None):
+        if updating(self.config) and (run.entries or kept is not None or run.mismatch):
             if write(run.path, update, model=run.model, scheme=run.scheme):
                 self.written.append(run.path)
-            run.mismatch = [] if run.entries else run.mismatch
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""
@@ -314,6 +333,11 @@ class Controller:
         path = options.json
         if path is None:
             return
+        if options.model is not None:  # models that only tests chose have no place in its file
+            label = self._model(options).label
+            active = [run for run in active if (run.model, run.scheme) == (label, options.scheme)]
+            if not active:
+                return
         if len(active) > 1:
             names = ", ".join(f"{run.model} {run.scheme}" for run in active)
             raise QsensError(f"{path} was not written: a result file holds one model and scheme, this run has {names}")

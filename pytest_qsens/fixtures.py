@@ -73,7 +73,7 @@ def qsens_score(request: pytest.FixtureRequest, qsens_model: CalibratedModel, qs
 
     A test of an op without a score is skipped with the reason, or fails: see `_without_score`.
     """
-    options = options_for(request.node)
+    options = _options(request)
     model = catalogue(request.config).model(options)
     result = bench(request.config).score(options.run_spec, model, qsens_op, options.modes)
     return _score(request, options, model, result, options.thresholds_for(qsens_op.name))
@@ -82,13 +82,24 @@ def qsens_score(request: pytest.FixtureRequest, qsens_model: CalibratedModel, qs
 @pytest.fixture
 def qsens_total(request: pytest.FixtureRequest, qsens_model: CalibratedModel) -> Score:  # noqa: ARG001  # holds the model
     """Score of the whole model, everything that can be quantized quantized at once."""
-    options = options_for(request.node)
+    options = _options(request)
     model = catalogue(request.config).model(options)
     result = bench(request.config).total(options.run_spec, model)
     known = {metric for scores in result.modes.values() for metric in scores}
     # `gain` is of single ops only. What is left gates the whole model, or the default if that is nothing.
     thresholds = tuple(t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric != "gain")
     return _score(request, options, model, result, thresholds or parse_fail(DEFAULT_FAIL))
+
+
+def _options(request: pytest.FixtureRequest) -> Options:
+    """Options of the test; those that its items were made with, which marks of single parameters come too late for."""
+    options = options_for(request.node)
+    if request.node.callspec.params["qsens_model"] != options.run_spec:
+        raise RunAborted(
+            f"{request.node.nodeid}: a qsens marker on a single parameter chooses another model or scheme than the test "
+            "was made for. Put the marker on the test function or its module"
+        )
+    return options
 
 
 def _parameter(request: pytest.FixtureRequest, name: str) -> object:

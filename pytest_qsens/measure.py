@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import platform
+import traceback
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,9 +62,9 @@ class Bench:
             limit_threads(self._config)
             try:
                 self._calibrated = _calibrate(spec, model)
-            except QsensError as error:
-                self._aborted[spec] = str(error)
-                raise RunAborted(str(error)) from error
+            except Exception as error:  # whatever it is, the next op would meet it again
+                self._aborted[spec] = _described(error)
+                raise RunAborted(self._aborted[spec]) from error
         return self._calibrated
 
     def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
@@ -95,11 +97,19 @@ class Bench:
             "engine": self._calibrated.engine,
             "engine_reason": self._calibrated.engine_reason,
             "reference_seconds": float(self._calibrated.reference_seconds),
+            "reference": self._calibrated.reference_digest,
             "data": data,
             "environment": environment(options.device) | ({"data": data} if data else {}),
             "ops": [[op.name, op.type] for op in model.ops],
             "functional": [to_payload(result) for result in self._calibrated.functional_ops],
         }
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, QsensError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"the model cannot be measured: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 
 
 def bench(config: pytest.Config) -> Bench:
@@ -109,13 +119,22 @@ def bench(config: pytest.Config) -> Bench:
     return config.stash[_BENCH]
 
 
+def _cpu_vendor() -> str:
+    """Vendor of the CPU: libraries choose other kernels for each, of the same instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def environment(device: str) -> dict[str, str]:
     """Collect what moves scores in their last digits between machines. No host name, time or thread count."""
     import torch
 
     kind = torch.device(device).type
     return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{_cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}".strip(),
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "machine": platform.machine(),
         "pytest-qsens": version("pytest-qsens"),

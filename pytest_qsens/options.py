@@ -307,10 +307,18 @@ def _text(path: Path | None) -> str | None:
 
 def _parse(declared: _Declaration, given: object, origin: str, base: Path) -> object:
     """Turn what was given into the value of the ``Options`` field; ``None`` stays for options not given."""
-    if given is None or declared.kind == "flag":
-        return bool(given) if declared.kind == "flag" else None
+    if declared.kind == "flag":
+        if given is not None and not isinstance(given, bool):
+            raise QsensError(f"{origin} takes true or false, not {given!r}")
+        return bool(given)
+    if given is None:
+        return None
+    items = given if isinstance(given, list | tuple) else (given,)
+    for item in items if declared.kind != "count" else ():
+        if not isinstance(item, str | os.PathLike) or not os.fspath(item):
+            raise QsensError(f"{origin} takes {'texts' if declared.kind == 'list' else 'a text'}, not {item!r}")
     if declared.kind == "list":
-        return (given,) if isinstance(given, str) else tuple(cast("Sequence[str]", given))
+        return tuple(items)
     if declared.kind == "count":
         return _count(given, origin)
     text = os.fspath(cast("str | os.PathLike[str]", given))
@@ -358,10 +366,13 @@ def _check_choice(known: Collection[str]) -> Callable[[str, str], None]:
     return check
 
 
-def _check_fail(text: str, _origin: str) -> None:
+def _check_fail(text: str, origin: str) -> None:
     from pytest_qsens.thresholds import parse_fail
 
-    parse_fail(text)
+    try:
+        parse_fail(text)
+    except QsensError as error:
+        raise QsensError(f"{origin}: {error}") from error
 
 
 def _check_device(text: str, origin: str) -> None:

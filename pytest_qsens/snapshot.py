@@ -22,6 +22,7 @@ import glob
 import hashlib
 import json
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -247,8 +248,8 @@ def write(
         update: Gets the present snapshot and returns the new one, for example by `merge`.
         model: Label the file must have.
         scheme: Scheme the file must have.
-        lock_dir: Where lock files are kept, so that none lies among the snapshots; by default in the user's cache
-            directory. Writers exclude each other only if they use the same one.
+        lock_dir: Where lock files are kept, so that none lies among the snapshots; by default in the directory
+            for temporary files. Writers exclude each other only if they use the same one.
 
     Returns:
         Whether the text changed. If not, the file is not touched.
@@ -280,9 +281,9 @@ def _remove_leftovers(path: Path) -> None:
 @contextmanager
 def _locked(path: Path, lock_dir: Path | None) -> Iterator[None]:
     if lock_dir is None:
-        from platformdirs import user_cache_path
-
-        lock_dir = user_cache_path("pytest-qsens") / "locks"
+        # Not in the user's cache: it can be read-only where snapshots are not, as on build machines.
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        lock_dir = Path(tempfile.gettempdir()) / f"pytest-qsens-locks-{user}"
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     lock = FileLock(lock_dir / f"{key}.lock", timeout=LOCK_TIMEOUT_SECONDS)
     try:
@@ -295,7 +296,7 @@ def _locked(path: Path, lock_dir: Path | None) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise QsensError(
-            f"cannot lock {path}: {lock_dir} is not writable ({error.strerror}). Choose another cache directory."
+            f"cannot lock {path}: {lock_dir} is not writable ({error.strerror}). Set TMPDIR to a directory that is."
         ) from error
     try:
         yield
