@@ -113,15 +113,15 @@ class Catalogue:
 
         key = options.snapshot_path(model.label), model.label, options.scheme
         if key not in self._snapshots:
-            if self._updating:
-                if os.environ.get("CI") and not options.allow_ci_update:
-                    raise QsensError(
-                        f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {key[0]} "
-                        "would accept whatever was measured. Update it on your own machine and commit it, or add "
-                        "--qsens-allow-ci-update"
-                    )
-                check_writable(key[0].parent)
+            if self._updating and os.environ.get("CI") and not options.allow_ci_update:
+                raise QsensError(
+                    f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {key[0]} "
+                    "would accept whatever was measured. Update it on your own machine and commit it, or add "
+                    "--qsens-allow-ci-update"
+                )
             self._snapshots[key] = load(key[0], model=model.label, scheme=options.scheme)
+            if self._updating:
+                check_writable(key[0].resolve().parent)  # where its lock goes, too
         return self._snapshots[key]
 
     def _look_up(self, options: Options) -> Model:

@@ -19,21 +19,17 @@ One op is one line, keys are sorted and numbers have 6 significant digits, so th
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from filelock import FileLock, Timeout
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import (
     Fields,
     check_writable,
+    locked,
     parse_json,
     read_text,
     temporary_prefix,
@@ -44,7 +40,7 @@ from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import MODES, Mode, Payload, Scores, read_scores, round_score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 __all__ = [
     "Entry",
@@ -60,9 +56,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-
-LOCK_TIMEOUT_SECONDS = 60.0
-"""A writer holds the lock for milliseconds; one that does not let go is stuck."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,6 @@ def write(
     *,
     model: str,
     scheme: str,
-    lock_dir: Path | None = None,
 ) -> bool:
     """Read the file anew, apply ``update`` and replace it in one step, while no other process does the same.
 
@@ -248,8 +240,6 @@ def write(
         update: Gets the present snapshot and returns the new one, for example by `merge`.
         model: Label the file must have.
         scheme: Scheme the file must have.
-        lock_dir: Where lock files are kept, so that none lies among the snapshots; by default in the directory
-            for temporary files. Writers exclude each other only if they use the same one.
 
     Returns:
         Whether the text changed. If not, the file is not touched.
@@ -258,14 +248,14 @@ def write(
         QsensError: If the file is malformed or foreign, or cannot be written. It is as it was.
 
     """
-    with _locked(path, lock_dir):
+    try:
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QsensError(f"{path.parent} cannot be created: {error.strerror}") from error
+    with locked(path):
         text = dumps(update(load(path, model=model, scheme=scheme)))
         if text == read_text(path):
             return False
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QsensError(f"{path.parent} cannot be created: {error.strerror}") from error
         _remove_leftovers(path)
         write_atomically(path, text)
         return True
@@ -276,32 +266,6 @@ def _remove_leftovers(path: Path) -> None:
     target = Path(os.path.realpath(path))
     for leftover in target.parent.glob(f"{glob.escape(temporary_prefix(target))}*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path, lock_dir: Path | None) -> Iterator[None]:
-    if lock_dir is None:
-        # Not in the user's cache: it can be read-only where snapshots are not, as on build machines.
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        lock_dir = Path(tempfile.gettempdir()) / f"pytest-qsens-locks-{user}"
-    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-    lock = FileLock(lock_dir / f"{key}.lock", timeout=LOCK_TIMEOUT_SECONDS)
-    try:
-        lock_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise QsensError(
-            f"{path} is locked by another process for more than {LOCK_TIMEOUT_SECONDS:.0f} s ({lock.lock_file}). "
-            "Wait for the other run to end, or end it."
-        ) from error
-    except OSError as error:
-        raise QsensError(
-            f"cannot lock {path}: {lock_dir} is not writable ({error.strerror}). Set TMPDIR to a directory that is."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def environment_diff(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

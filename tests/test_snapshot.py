@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pytest_qsens import snapshot as module
+from pytest_qsens import files
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import Scores, round_score
@@ -81,15 +83,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "snapshots" / "minilm" / "w8a8.json"
 
 
-@pytest.fixture
-def locks(tmp_path: Path) -> Path:
-    """Directory for lock files."""
-    return tmp_path / "locks"
-
-
-def put(path: Path, locks: Path, entries: dict[str, Entry], **environment: str) -> bool:
+def put(path: Path, entries: dict[str, Entry], **environment: str) -> bool:
     """Write entries into the file of minilm, w8a8."""
-    return write(path, lambda old: merge(old, entries, environment), model="minilm", scheme="w8a8", lock_dir=locks)
+    return write(path, lambda old: merge(old, entries, environment), model="minilm", scheme="w8a8")
 
 
 def test_text_of_the_file(tmp_path: Path) -> None:
@@ -177,7 +173,7 @@ def test_a_missing_file_is_an_empty_snapshot(path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused_and_left_untouched(
-    path: Path, locks: Path, old: str, new: str, message: str
+    path: Path, old: str, new: str, message: str
 ) -> None:
     """Reading names the file and the place; writing refuses too, so the user can still repair it."""
     assert old in CANONICAL
@@ -188,7 +184,7 @@ def test_a_file_that_cannot_be_trusted_is_refused_and_left_untouched(
         load(path, model="minilm", scheme="w8a8")
     assert str(path) in str(caught.value)
     with pytest.raises(QsensError, match=message):
-        put(path, locks, {"encoder.0": entry(0.5)})
+        put(path, {"encoder.0": entry(0.5)})
     assert path.read_text() == text
 
 
@@ -290,66 +286,120 @@ def test_environments_are_compared_key_by_key() -> None:
     assert lines == ["cpu not recorded → AVX512", "gone 1 → not known", "torch 2.12 → 2.13"]
 
 
-def test_writing_makes_directories_and_leaves_nothing_else(path: Path, locks: Path) -> None:
+def test_writing_makes_directories_and_leaves_nothing_else(path: Path) -> None:
     """After a write the snapshot directory holds the snapshot and no lock or temporary file."""
-    assert put(path, locks, {"a": entry(0.1)}, torch="2.13")
+    assert put(path, {"a": entry(0.1)}, torch="2.13")
     assert load(path, model="minilm", scheme="w8a8").ops == {"a": entry(0.1)}
     assert [file.name for file in path.parent.parent.rglob("*")] == ["minilm", "w8a8.json"]
 
 
-def test_writing_the_same_touches_nothing(path: Path, locks: Path) -> None:
+def test_writing_the_same_touches_nothing(path: Path) -> None:
     """A file whose text would not change keeps its inode and time stamp."""
-    put(path, locks, {"a": entry(0.1)})
+    put(path, {"a": entry(0.1)})
     os.utime(path, (1, 1))
     before = path.stat()
-    assert not put(path, locks, {"a": entry(0.1 + 1e-9)})
+    assert not put(path, {"a": entry(0.1 + 1e-9)})
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_written_file_has_the_mode_of_a_new_one(path: Path, locks: Path) -> None:
+def test_a_written_file_has_the_mode_of_a_new_one(path: Path) -> None:
     """The umask decides, as for any file a program makes; a temporary file's 0600 would not suit a repository."""
     old = os.umask(0o027)
     try:
-        put(path, locks, {"a": entry(0.1)})
+        put(path, {"a": entry(0.1)})
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_link_is_followed(path: Path, locks: Path, tmp_path: Path) -> None:
+def test_a_link_is_followed(path: Path, tmp_path: Path) -> None:
     """A snapshot kept elsewhere through a symbolic link is updated there and the link stays."""
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "elsewhere.json")
-    put(path, locks, {"a": entry(0.1)})
+    put(path, {"a": entry(0.1)})
     assert path.is_symlink()
     assert load(tmp_path / "elsewhere.json").ops == {"a": entry(0.1)}
 
 
-def test_locks_lie_in_the_cache_by_default(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a lock directory the user's cache directory is used."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write(path, lambda old: old, model="minilm", scheme="w8a8")
-    assert len(list((tmp_path / "cache" / "pytest-qsens" / "locks").iterdir())) == 1
+def test_writing_needs_no_other_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the snapshot can be written, neither home nor cache nor temporary directory is needed to write it."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, "/proc/none")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert put(path, {"a": entry(0.1)})
 
 
-def test_a_lock_that_is_not_let_go_ends_in_an_error(path: Path, locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hold(path: Path) -> int:
+    """Lock a snapshot as another process would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def test_a_lock_that_is_not_let_go_ends_in_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stuck process does not hang everyone else without a word."""
-    put(path, locks, {"a": entry(0.1)})
-    (lock,) = locks.iterdir()
-    monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 0.1)
-    with FileLock(lock), pytest.raises(QsensError, match=r"w8a8.json is locked by another process"):
-        put(path, locks, {"a": entry(0.2)})
+    monkeypatch.setattr(files, "LOCK_TIMEOUT_SECONDS", 0.1)
+    descriptor = hold(path)
+    with pytest.raises(QsensError, match=r"w8a8.json is locked by another process .*/\.w8a8\.json\.lock"):
+        put(path, {"a": entry(0.2)})
+    assert not path.exists()
+    os.close(descriptor)
+    assert put(path, {"a": entry(0.2)})
+
+
+def test_a_lock_on_a_removed_file_is_none(path: Path) -> None:
+    """A writer that waited for one whose lock file is gone starts over, so that it meets those who came later."""
+    first = hold(path)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(put, path, {"a": entry(0.1)})
+        time.sleep(0.1)
+        path.with_name(f".{path.name}.lock").unlink()
+        second = hold(path)
+        os.close(first)
+        time.sleep(0.2)
+        assert not waiting.done()
+        os.close(second)
+        assert waiting.result(timeout=30)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_what_a_killed_writer_left_locked_is_free(path: Path) -> None:
+    """Only a living process holds a lock: a file that is left over stops nobody and is cleared away."""
+    os.close(hold(path))
+    assert put(path, {"a": entry(0.1)})
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("code", "written"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EBADF, False)])
+def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch, code: int, *, written: bool) -> None:
+    """Scores that took hours are not lost for want of a lock that this file system does not have at all."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if written:
+        assert put(path, {"a": entry(0.1)})
+    else:
+        with pytest.raises(QsensError, match=r"cannot lock .*w8a8.json with .*: Bad file descriptor"):
+            put(path, {"a": entry(0.1)})
+    assert path.exists() == written
 
 
 def test_unwritable_places_are_named(path: Path) -> None:
     """Each thing that can fail in writing says which directory it was, even for root."""
     readonly = Path("/sys/kernel/snapshots")
-    with pytest.raises(QsensError, match=r"cannot lock .*: /sys/kernel/snapshots is not writable"):
-        put(path, readonly, {"a": entry(0.1)})
     with pytest.raises(QsensError, match="/sys/kernel/snapshots cannot be created"):
-        put(readonly / "w8a8.json", path.parent, {"a": entry(0.1)})
+        put(readonly / "w8a8.json", {"a": entry(0.1)})
+    with pytest.raises(QsensError, match=r"cannot lock /sys/kernel/w8a8\.json: /sys/kernel is not writable"):
+        put(readonly.parent / "w8a8.json", {"a": entry(0.1)})
     with pytest.raises(QsensError, match=r"/sys/kernel/w8a8\.json cannot be written"):
-        put(readonly.parent / "w8a8.json", path.parent, {"a": entry(0.1)})
+        files.write_atomically(readonly.parent / "w8a8.json", "")
+    path.parent.mkdir(parents=True)
+    path.with_name(f".{path.name}.lock").mkdir()
+    with pytest.raises(QsensError, match=r"cannot lock .*w8a8\.json: .* \(Is a directory\)"):
+        put(path, {"a": entry(0.1)})
 
 
 def test_probing_a_directory(tmp_path: Path) -> None:
@@ -370,20 +420,20 @@ import sys
 from pathlib import Path
 from pytest_qsens.snapshot import Entry, merge, write
 
-path, locks, prefix, count = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+path, prefix, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
 sys.stdin.readline()
 for i in range(count):
     entries = {f"{prefix}.{i % 50}": Entry("linear", isolated={"nmse": i / 1000, "sse": 1.5})}
-    write(path, lambda old: merge(old, entries, {"torch": "2.13.0"}), model="m", scheme="s", lock_dir=locks)
+    write(path, lambda old: merge(old, entries, {"torch": "2.13.0"}), model="m", scheme="s")
 """
 
 
-def writer(path: Path, locks: Path, prefix: str, count: int) -> subprocess.Popen[str]:
+def writer(path: Path, prefix: str, count: int) -> subprocess.Popen[str]:
     """Start a process that makes ``count`` updates, ready to go once a line is sent to it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), str(locks), prefix, str(count)],
+        [sys.executable, "-c", WRITER, str(path), prefix, str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -400,9 +450,9 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_two_writers_lose_nothing(path: Path, locks: Path) -> None:
+def test_two_writers_lose_nothing(path: Path) -> None:
     """Two processes that update different ops at the same time both end up in the file."""
-    processes = [writer(path, locks, prefix, 50) for prefix in ("one", "two")]
+    processes = [writer(path, prefix, 50) for prefix in ("one", "two")]
     for process in processes:
         go(process)
     for process in processes:
@@ -413,9 +463,9 @@ def test_two_writers_lose_nothing(path: Path, locks: Path) -> None:
 
 
 @pytest.mark.parametrize("delay_ms", [5, 20, 50, 110])
-def test_a_killed_writer_leaves_a_whole_file(path: Path, locks: Path, delay_ms: int) -> None:
+def test_a_killed_writer_leaves_a_whole_file(path: Path, delay_ms: int) -> None:
     """``kill -9`` in the middle of many writes: the file is always complete, and the next write clears up."""
-    process = writer(path, locks, "op", 1_000_000)
+    process = writer(path, "op", 1_000_000)
     go(process)
     while not path.exists():
         assert process.poll() is None
@@ -428,14 +478,14 @@ def test_a_killed_writer_leaves_a_whole_file(path: Path, locks: Path, delay_ms: 
     assert dumps(snapshot) == text
     assert snapshot.ops
     (path.parent / f".{path.name}.99999.tmp").write_text('{"schema"')  # what a kill between two steps leaves
-    write(path, lambda old: merge(old, {"next": entry(1.0)}, {}), model="m", scheme="s", lock_dir=locks)
+    write(path, lambda old: merge(old, {"next": entry(1.0)}, {}), model="m", scheme="s")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert load(path).ops.keys() == {*snapshot.ops, "next"}
 
 
-def test_readers_never_see_a_part(path: Path, locks: Path) -> None:
+def test_readers_never_see_a_part(path: Path) -> None:
     """While one process writes, another one that reads gets a whole file each time."""
-    put(path, locks, {f"op.{i}": entry(i / 7) for i in range(200)})
+    put(path, {f"op.{i}": entry(i / 7) for i in range(200)})
     stop = threading.Event()
 
     def read() -> set[int]:
@@ -447,6 +497,6 @@ def test_readers_never_see_a_part(path: Path, locks: Path) -> None:
     with ThreadPoolExecutor() as pool:
         seen = pool.submit(read)
         for i in range(40):
-            put(path, locks, {"op.0": entry(float(i))})
+            put(path, {"op.0": entry(float(i))})
         stop.set()
         assert seen.result() == {200}

@@ -193,6 +193,26 @@ def test_read_only_snapshot_directory(pytester: pytest.Pytester) -> None:
     assert pytester.runpytest_inprocess(*run).ret == pytest.ExitCode.TESTS_FAILED
 
 
+def test_nothing_but_the_snapshot_directory_must_be_writable(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is recorded where home and caches are read-only, as on build machines."""
+    write_model(pytester)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "/proc/none")
+    run = ("--qsens-model", MODEL, "--qsens-ops", "head", "--snapshot-update")
+    assert pytester.runpytest_inprocess(*run).ret == pytest.ExitCode.OK
+    assert [path.name for path in snapshot_file(pytester).parent.iterdir()] == ["w8a8.json"]
+
+
+def test_a_link_to_a_read_only_place(pytester: pytest.Pytester) -> None:
+    """Where a snapshot is a link, it is the place it leads to that must be writable."""
+    write_model(pytester)
+    snapshot_file(pytester).parent.mkdir(parents=True)
+    snapshot_file(pytester).symlink_to("/sys/none/w8a8.json")
+    refused(pytester, "--qsens-model", MODEL, "--snapshot-update", message="/sys/none is not writable*")
+
+
 def test_updating_in_ci(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """In CI snapshots are compared: updating needs an explicit option there, and others' snapshots are not ours."""
     write_model(pytester)
