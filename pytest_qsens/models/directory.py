@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_qsens.models.batches import make_batches, select_samples
+from pytest_qsens.models.processors import explained
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
 from pytest_qsens.models.transformers_model import load_class, load_model, on_meta
@@ -55,7 +56,8 @@ class DirectorySource:
         """Build the model on the meta device; refuses models that batches cannot be made for."""
         model_class, config = load_class(self.checkpoint)
         task_of(model_class, config)
-        return on_meta(lambda: model_class(config))
+        with explained("model", self.checkpoint.directory):
+            return on_meta(lambda: model_class(config))
 
     def load(self) -> ModelSpec:
         """Load the weights in fp32 and make the batches."""

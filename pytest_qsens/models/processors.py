@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 # What transformers annotates of these classes is neither complete nor right: their calls cannot be checked.
 Processor: TypeAlias = Any
 
+REASON_WIDTH = 400
+"""Characters of other people's messages that are passed on."""
+
+_SPEAKING = (ValueError, OSError, ImportError, RuntimeError)
+"""Exceptions with messages that say what is wrong: that of a ``KeyError`` is the key."""
+
 
 @contextmanager
 def explained(what: str, directory: Path) -> Iterator[None]:
@@ -25,11 +32,18 @@ def explained(what: str, directory: Path) -> Iterator[None]:
     except QsensError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise QsensError(
-            f"cannot make the {what} of {directory}: {reason}. Check that the checkpoint is complete and that what its "
-            f"{what} needs is installed."
+            f"cannot make the {what} of {directory}: {_reason(error)}. Check that the checkpoint is complete and that "
+            f"what its {what} needs is installed."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Give an exception's message on one line: validators say what is wrong on the second, under a headline."""
+    text = textwrap.shorten(str(error), REASON_WIDTH, placeholder=" …").removesuffix(".")
+    if isinstance(error, _SPEAKING) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_tokenizer(directory: Path) -> Processor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,7 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     import torch
 
     model_class, config = load_class(checkpoint)
-    with explained("model", checkpoint.directory), _quiet():
+    with explained("model", checkpoint.directory), _tensors_only(checkpoint), _quiet():
         loader: Any = model_class  # annotated as if there were no output_loading_info
         model, info = loader.from_pretrained(
             checkpoint.directory,
@@ -88,6 +90,20 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     loaded: PreTrainedModel = model.eval()
     loaded.requires_grad_(requires_grad=False)
     return loaded
+
+
+@contextmanager
+def _tensors_only(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say what is wrong with a pickle in place of torch, which advises to run whatever it holds."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is damaged"
+        raise QsensError(
+            f"the pickled weights in {checkpoint.directory} cannot be read: {what}, and nothing but tensors is ever "
+            f"unpickled. Download them again, or give safetensors."
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pytest_qsens import QsensError
+from pytest_qsens.models.processors import REASON_WIDTH, explained
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from tests.checkpoints import clip, t5, whisper
@@ -142,6 +143,37 @@ def test_a_config_that_does_not_fit_the_class(broken: Path) -> None:
         resolve(ModelRequest(str(broken))).skeleton()
 
 
+def test_a_config_that_the_model_refuses(broken: Path) -> None:
+    """Values that only building the model finds wrong are reported alike, at collection."""
+    change_config(broken, num_attention_heads=3)
+    with pytest.raises(QsensError, match=rf"cannot make the model of {broken}: The hidden size \(32\) .* heads \(3\)"):
+        resolve(ModelRequest(str(broken))).skeleton()
+
+
+def test_the_reason_is_passed_on_whole(broken: Path) -> None:
+    """A message whose first line is a headline says nothing without the second."""
+    change_config(broken, num_hidden_layers="two")
+    with pytest.raises(QsensError, match=r"Validation error for field 'num_hidden_layers': .* expected int, got str"):
+        resolve(ModelRequest(str(broken))).skeleton()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("bos"), "KeyError: 'bos'"),
+        (ValueError(), "ValueError"),
+        (ValueError("one.\n\n  two."), r"one\. two"),
+        (ValueError("word " * 1000), r"word [word ]+ …"),
+    ],
+)
+def test_reasons_fit_in_a_message(tmp_path: Path, error: Exception, reason: str) -> None:
+    """Other people's messages become one readable line, whatever their form."""
+    expected = rf"^cannot make the thing of {tmp_path}: {reason}\. Check"
+    with pytest.raises(QsensError, match=expected) as caught, explained("thing", tmp_path):
+        raise error
+    assert len(str(caught.value)) < REASON_WIDTH + 300
+
+
 def test_a_quantized_checkpoint(broken: Path) -> None:
     """There is no full-precision reference in a checkpoint that is quantized already."""
     change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
@@ -251,9 +283,18 @@ def test_even_with_consent_a_pickle_runs_no_code(broken: Path) -> None:
     """Weights are unpickled with torch's weights-only reader."""
     file, marker = make_pickled(broken), broken / "was_run"
     torch.save({"pooler.dense.weight": _Payload(marker)}, file, pickle_module=pickle)
-    with pytest.raises(QsensError, match=f"cannot make the model of {broken}"):
+    with pytest.raises(QsensError, match=rf"pickled weights in {broken} cannot be read: it asks for \S*open,"):
         resolve(ModelRequest(str(broken), allow_pickle=True)).load()
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x02garbage", b"PK\x03\x04garbage"])
+def test_a_damaged_pickle(broken: Path, content: bytes) -> None:
+    """Nobody is told to load it without the guard, as torch's own message advises."""
+    make_pickled(broken).write_bytes(content)
+    with pytest.raises(QsensError, match=str(broken)) as caught:
+        resolve(ModelRequest(str(broken), allow_pickle=True)).load()
+    assert "weights_only" not in str(caught.value)
 
 
 def test_safetensors_win_over_pickles(broken: Path) -> None:

@@ -123,6 +123,11 @@ def _reshaped_checkpoint(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
 
 
+def _unbuildable_checkpoint(path: Path) -> None:
+    config = json.loads((bert(path) / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+
+
 def _foreign_checkpoint(path: Path) -> None:
     config = json.loads((bert(path) / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"], "model_type": "nosuch"}))
@@ -136,6 +141,7 @@ def _foreign_checkpoint(path: Path) -> None:
         (_pickled_checkpoint, "*--qsens-allow-pickle*"),
         (_shardless_checkpoint, "*model-00001-of-00002.safetensors*"),
         (_reshaped_checkpoint, "*embeddings*"),
+        (_unbuildable_checkpoint, "cannot make the model of */checkpoint: The hidden size (32) is not a multiple*"),
         (_foreign_checkpoint, "*NoSuchModel*"),
     ],
 )
