@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -24,12 +26,13 @@ if TYPE_CHECKING:
 class FactorySource:
     """``package.module:factory``, a function without arguments that returns a ``ModelSpec``; follows ``ModelSource``.
 
-    The working directory can be imported from. There are no fingerprints: what the code does cannot be told from
-    outside.
+    The working directory can be imported from, and ``root``, which is where an ini file's names belong, whatever the
+    working directory is. There are no fingerprints: what the code does cannot be told from outside.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, root: str | None = None) -> None:
         self.name = name
+        self.root = root
         self.module, _, self.attribute = name.partition(":")
         self.label = f"{self.module}.{self.attribute}"
 
@@ -66,8 +69,8 @@ class FactorySource:
             return function()
         except QsensError:
             raise
-        except Exception as error:
-            raise QsensError(f"{self.name}: {what} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise QsensError(f"{self.name}: {what} raised {_told(error)}") from error
 
     @cached_property
     def _spec(self) -> ModelSpec:
@@ -97,19 +100,19 @@ class FactorySource:
         return spec
 
     def _factory(self) -> Callable[[], object]:
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.insert(0, here)
+        places = list(dict.fromkeys(filter(None, (str(Path.cwd()), self.root))))
+        sys.path[:0] = [place for place in places if place not in sys.path]
         try:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             if error.name is None or not (self.module + ".").startswith(error.name + "."):
-                raise QsensError(f"cannot import {self.module} for {self.name}: {error}") from error
+                raise QsensError(f"cannot import {self.module} for {self.name}: {_told(error)}") from error
             raise QsensError(
-                f"no module {error.name!r} for --qsens-model {self.name}. Looked in {here} and the installed packages."
+                f"no module {error.name!r} for --qsens-model {self.name}. Looked in {', '.join(places)} and the "
+                f"installed packages."
             ) from None
-        except Exception as error:
-            raise QsensError(f"cannot import {self.module} for {self.name}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise QsensError(f"cannot import {self.module} for {self.name}: {_told(error)}") from error
         factory = getattr(module, self.attribute, None)
         if factory is None:
             close = get_close_matches(self.attribute, vars(module), n=1)
@@ -124,3 +127,15 @@ def _is_module(value: object) -> TypeGuard[nn.Module]:
     from torch import nn
 
     return isinstance(value, nn.Module)
+
+
+_NOT_THEIRS = (f"{Path(__file__).parents[1]}/", f"{sysconfig.get_path('stdlib')}/", "<frozen ")
+_INSTALLED = (f"{sysconfig.get_path('purelib')}/", f"{sysconfig.get_path('platlib')}/")
+
+
+def _told(error: BaseException) -> str:
+    """Give type and message of an exception, and the line that the user can mend: the last of their own code."""
+    files = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
+    own = [frame for frame in files if not frame.filename.startswith(_INSTALLED)]
+    where = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (own or files)[-1:])
+    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"

@@ -44,7 +44,7 @@ def resolve(request: ModelRequest) -> ModelSource:
         if data.given or request.calib_samples is not None:
             option = data.given[0][0] if data.given else "--qsens-calib-samples"
             raise QsensError(f"{option} has no meaning with --qsens-model {name}: the factory brings its own batches.")
-        return FactorySource(name)
+        return FactorySource(name, request.root)
     raise QsensError(_unknown(name, path))
 
 

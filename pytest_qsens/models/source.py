@@ -16,6 +16,7 @@ class ModelRequest:
     """Everything that decides which model is measured, on which data.
 
     ``model`` is a preset, a directory, ``hub:org/name`` or ``package.module:factory``; paths are absolute strings.
+    ``root`` is a directory that a factory's module may lie in, besides the working directory.
     """
 
     model: str
@@ -24,6 +25,7 @@ class ModelRequest:
     eval: str | None = None
     calib_samples: int | None = None
     allow_pickle: bool = False
+    root: str | None = None
 
 
 class ModelSource(Protocol):

@@ -131,8 +131,9 @@ def test_what_a_factory_returns_is_checked(body: str, expected: str, source: Cal
         ("", "goood", r"has no 'goood' \(did you mean good\?\)"),
         ("bad = 3", "bad", "is int, not a function"),
         ("import no_such_thing", "good", "No module named 'no_such_thing'"),
-        ("raise RuntimeError('no license')", "good", "RuntimeError: no license"),
-        ("def", "good", "SyntaxError"),
+        ("raise RuntimeError('no license')", "good", r"RuntimeError: no license \(.*/my_model_\d+\.py:24\)"),
+        ("import sys; sys.exit('no license')", "good", r"SystemExit: no license \(.*/my_model_\d+\.py:24\)"),
+        ("def", "good", r"SyntaxError: .* \(my_model_\d+\.py, line 24\)$"),
     ],
 )
 def test_a_factory_that_cannot_be_reached(
@@ -151,7 +152,37 @@ def test_a_module_that_does_not_exist(name: str, tmp_path: Path, monkeypatch: py
         resolve(ModelRequest(name)).check()
 
 
-def test_errors_of_the_factory_itself_are_not_hidden(source: Callable[..., ModelSource]) -> None:
-    """A bug in the user's code keeps its traceback."""
-    with pytest.raises(ZeroDivisionError):
-        source("def bad(): return 1 / 0", "bad").skeleton()
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("def bad(): return 1 / 0", r"it raised ZeroDivisionError: division by zero \(.*/my_model_\d+\.py:24\)$"),
+        ("def bad(): return torch.ones(2) @ torch.ones(3)", r"it raised RuntimeError: .* \(.*/my_model_\d+\.py:24\)$"),
+        ("def bad(): import json; json.loads('')", r"it raised JSONDecodeError: .* \(.*/my_model_\d+\.py:24\)$"),
+        ("def bad(): return spec(model=lambda: 1 / 0)", r"`model` raised ZeroDivisionError: .*/my_model_\d+\.py:24\)$"),
+        ("def bad(): return Net(3)", r"it raised TypeError: .* \(.*/my_model_\d+\.py:24\)$"),
+        ("def bad(size): return spec()", r"it raised TypeError: bad\(\) missing 1 required .* argument: 'size'$"),
+        ("def bad(): raise SystemExit(3)", r"it raised SystemExit: 3 \(.*/my_model_\d+\.py:24\)$"),
+        ("import sys\ndef bad(): sys.exit()", r"it raised SystemExit \(.*/my_model_\d+\.py:25\)$"),
+    ],
+)
+def test_what_a_factory_raises_is_told_with_the_line(
+    body: str, expected: str, source: Callable[..., ModelSource]
+) -> None:
+    """A bug in the user's code is named where they can mend it, and never ends the run as if all was well."""
+    with pytest.raises(QsensError, match=expected):
+        source(body, "bad").skeleton()
+
+
+def test_a_module_in_the_root_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name from an ini file means the same in every directory that pytest is called in; the nearer module wins."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    below = tmp_path / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    (tmp_path / "my_rooted_model.py").write_text(GOOD)
+    (tmp_path / "my_near_model.py").write_text("")
+    (below / "my_near_model.py").write_text(GOOD)
+    for name in ("my_rooted_model", "my_near_model"):
+        resolve(ModelRequest(f"{name}:good", root=str(tmp_path))).check()
+    with pytest.raises(QsensError, match=f"Looked in {below}, {tmp_path} and the installed packages"):
+        resolve(ModelRequest("my_missing_model:good", root=str(tmp_path))).check()
