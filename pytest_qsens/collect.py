@@ -148,7 +148,7 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
             near = difflib.get_close_matches(glob.strip("*"), names, n=3, cutoff=0.5)
             hint = f" (near: {', '.join(near)})" if near else ""
             raise QsensError(
-                f"--qsens-ops {glob!r} matches none of the {len(names)} ops of {model.label}{hint}. "
+                f"{options.origins['ops']} {glob!r} matches none of the {len(names)} ops of {model.label}{hint}. "
                 "List them with --collect-only -q"
             )
     chosen = [op for op in model.ops if not options.ops or any(fnmatchcase(op.name, glob) for glob in options.ops)]

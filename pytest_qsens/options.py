@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-
-    import pytest
+    from collections.abc import Callable, Collection, Mapping
 
     from pytest_qsens.results import Mode
     from pytest_qsens.thresholds import Overrides, Threshold
@@ -101,12 +101,20 @@ _DECLARATIONS = (
         "with --snapshot-update, after a complete run: remove snapshot lines of ops that were not measured",
     ),
 )
-_INI_TYPES: dict[Kind, Literal["string", "bool", "linelist"]] = {
+_INI_TYPES: dict[Kind, Literal["string", "bool", "linelist", "int"]] = {
     "text": "string",
     "path": "string",
-    "count": "string",
+    # A native TOML file gives numbers as numbers; before 8.4, pytest knew neither those files nor this type.
+    "count": "int" if pytest.version_tuple >= (8, 4) else "string",
     "flag": "bool",
     "list": "linelist",
+}
+_TAKES: dict[Kind, str] = {
+    "text": "a text",
+    "path": "a path",
+    "count": "a whole number from 1",
+    "flag": "true or false",
+    "list": "a list of texts",
 }
 
 MARKER_HELP = (
@@ -150,6 +158,8 @@ class Options:
     snapshot_prune: bool
     fail_overrides: tuple[str, ...]
     root: Path
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where a value was given, for messages: the option, the ini key or the marker's keyword."""
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Options:
@@ -163,14 +173,16 @@ class Options:
 
         """
         values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
         for declared in _DECLARATIONS:
             given = config.getoption(declared.key)
             origin, base = declared.flag, config.invocation_params.dir
             if given is None:
-                given = config.getini(declared.key) or None
+                given = _from_ini(config, declared.key, declared.kind)
                 origin, base = f"{declared.key} in the ini file", config.rootpath
             values[declared.name] = _parse(declared, given, origin, base)
-        overrides = tuple(config.getini("qsens_fail_overrides"))
+            origins[declared.name] = origin
+        overrides = tuple(_from_ini(config, "qsens_fail_overrides", "list") or ())
         defaults: dict[str, object] = {
             "scheme": "w8a8",
             "mode": "isolated",
@@ -181,7 +193,7 @@ class Options:
             "snapshot_dir": config.rootpath / "qsens_snapshots",
         }
         values |= {name: default for name, default in defaults.items() if values[name] is None}
-        options = cls(**values, fail_overrides=overrides, root=config.rootpath)
+        options = cls(**values, fail_overrides=overrides, root=config.rootpath, origins=origins)
         options.overrides()
         return options
 
@@ -193,13 +205,15 @@ class Options:
 
         """
         values: dict[str, Any] = {}
+        origins = dict(self.origins)
         allowed = {declared.name: declared for declared in _DECLARATIONS if declared.marker}
         for name, given in keywords.items():
             if name not in allowed:
                 raise QsensError(unknown("keyword of @pytest.mark.qsens", name, allowed))
             if given is not None:
-                values[name] = _parse(allowed[name], given, f"{name}= of @pytest.mark.qsens", self.root)
-        return replace(self, **values)
+                origins[name] = f"{name}= of @pytest.mark.qsens"
+                values[name] = _parse(allowed[name], given, origins[name], self.root)
+        return replace(self, **values, origins=origins)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -226,6 +240,7 @@ class Options:
             eval=_text(self.eval),
             calib_samples=self.calib_samples,
             allow_pickle=self.allow_pickle,
+            root=str(self.root),
         )
 
     @property
@@ -286,7 +301,8 @@ def declare(parser: pytest.Parser) -> None:
                 metavar=declared.metavar,
                 help=declared.help,
             )
-        parser.addini(declared.key, f"the ini twin of {declared.flag}", type=_INI_TYPES[declared.kind])
+        default: object = {"flag": False, "list": []}.get(declared.kind)
+        parser.addini(declared.key, f"the ini twin of {declared.flag}", type=_INI_TYPES[declared.kind], default=default)
     parser.addini(
         "qsens_fail_overrides",
         "per-op thresholds, one 'GLOB = METRIC:TOLERANCE' a line; the first glob that matches an op decides",
@@ -305,36 +321,62 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+def _from_ini(config: pytest.Config, key: str, kind: Kind) -> Any:  # noqa: ANN401  # one of the types in _INI_TYPES
+    """Value in the ini file, or ``None`` if there is none or it is empty.
+
+    Raises:
+        QsensError: If it is not of the type that pytest was told.
+
+    """
+    try:
+        given = config.getini(key)
+    except (TypeError, ValueError, pytest.UsageError) as error:  # which one depends on pytest's version
+        raise QsensError(f"{key} in the ini file takes {_TAKES[kind]}: {error}") from error
+    return None if given in ("", []) else given
+
+
 def _parse(declared: _Declaration, given: object, origin: str, base: Path) -> object:
     """Turn what was given into the value of the ``Options`` field; ``None`` stays for options not given."""
     if declared.kind == "flag":
-        if given is not None and not isinstance(given, bool):
-            raise QsensError(f"{origin} takes true or false, not {given!r}")
-        return bool(given)
+        return _flag(given, origin)
     if given is None:
         return None
-    items = given if isinstance(given, list | tuple) else (given,)
-    for item in items if declared.kind != "count" else ():
-        if not isinstance(item, str | os.PathLike) or not os.fspath(item):
-            raise QsensError(f"{origin} takes {'texts' if declared.kind == 'list' else 'a text'}, not {item!r}")
-    if declared.kind == "list":
-        return tuple(items)
     if declared.kind == "count":
         return _count(given, origin)
-    text = os.fspath(cast("str | os.PathLike[str]", given))
+    if declared.kind == "list":
+        items = given if isinstance(given, list | tuple) else (given,)
+        return tuple(_given_text(item, declared.kind, origin) for item in items)
+    text = _given_text(given, declared.kind, origin)
     if declared.kind == "path":
         return _absolute(text, base)
-    if declared.name == "model":
-        return _model_name(text, base)
-    if check := _CHECKS.get(declared.name):
+    return _model_name(text, base) if declared.name == "model" else _checked(declared.name, text, origin)
+
+
+def _flag(given: object, origin: str) -> bool:
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    raise QsensError(f"{origin} takes {_TAKES['flag']}, not {given!r}")
+
+
+def _given_text(given: object, kind: Kind, origin: str) -> str:
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise QsensError(f"{origin} takes {_TAKES[kind]}, not {given!r}")
+    if not text.strip():  # as a path it would be the current directory
+        raise QsensError(f"{origin} is empty. Is a variable in it not set?")
+    return text
+
+
+def _checked(name: str, text: str, origin: str) -> str:
+    if check := _CHECKS.get(name):
         check(text, origin)
     return text
 
 
 def _count(given: object, origin: str) -> int:
     text = str(given)
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise QsensError(f"{origin} takes a whole number from 1, not {text!r}")
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise QsensError(f"{origin} takes {_TAKES['count']}, not {given!r}")
     return int(text)
 
 
@@ -369,10 +411,7 @@ def _check_choice(known: Collection[str]) -> Callable[[str, str], None]:
 def _check_fail(text: str, origin: str) -> None:
     from pytest_qsens.thresholds import parse_fail
 
-    try:
-        parse_fail(text)
-    except QsensError as error:
-        raise QsensError(f"{origin}: {error}") from error
+    parse_fail(text, origin)
 
 
 def _check_device(text: str, origin: str) -> None:

@@ -29,6 +29,9 @@ def refused(pytester: pytest.Pytester, *args: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--qsens-model", ""], "--qsens-model is empty. Is a variable in it not set?"),
+        (["--qsens-json", ""], "--qsens-json is empty. *"),
+        (["--qsens-snapshot-dir", ""], "--qsens-snapshot-dir is empty. *"),
         (["--qsens-model", "minlm"], "no preset 'minlm' (did you mean minilm?). Known: minilm, *"),
         (["--qsens-model", "./none"], "no such directory: */none*"),
         (["--qsens-model", "net:spek"], "module net * has no 'spek' (did you mean spec?)*"),
@@ -71,7 +74,10 @@ def test_options(pytester: pytest.Pytester, args: Sequence[str], message: str, *
     ("line", "message"),
     [
         ("qsens_scheme = w8a9", "no value for qsens_scheme in the ini file: 'w8a9' (did you mean w8a8?)*"),
-        ("qsens_max_ops = none", "qsens_max_ops in the ini file takes a whole number from 1, not 'none'"),
+        ("qsens_max_ops = none", "qsens_max_ops in the ini file takes a whole number from 1*'none'"),
+        ("qsens_no_cache = maybe", "qsens_no_cache in the ini file takes true or false: *'maybe'"),
+        ("qsens_fail = nmsd:5%", "qsens_fail in the ini file 'nmsd:5%': no metric 'nmsd' (did you mean *"),
+        ("qsens_ops = haed", f"qsens_ops in the ini file 'haed' matches none of the 8 ops of {LABEL} (near: head)*"),
         ("qsens_fail_overrides = nmse:5%", "qsens_fail_overrides: 'nmse:5%' is not 'GLOB = THRESHOLDS'*"),
     ],
 )
@@ -80,6 +86,54 @@ def test_ini(pytester: pytest.Pytester, line: str, message: str) -> None:
     write_model(pytester)
     pytester.makeini(f"[pytest]\nqsens_model = {MODEL}\n{line}")
     refused(pytester, message=message)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("model=3", "model= of @pytest.mark.qsens takes a text, not 3"),
+        ("fail=5", "fail= of @pytest.mark.qsens takes a text, not 5"),
+        ("ops=3", "ops= of @pytest.mark.qsens takes a list of texts, not 3"),
+        ("ops='haed'", "ops= of @pytest.mark.qsens 'haed' matches none of the 8 ops *"),
+        ("allow_pickle='no'", "allow_pickle= of @pytest.mark.qsens takes true or false, not 'no'"),
+    ],
+)
+def test_markers(pytester: pytest.Pytester, keyword: str, message: str) -> None:
+    """A marker is checked like the command line: its keyword is named, without a traceback."""
+    write_model(pytester)
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.qsens({keyword})
+        def test_op(qsens_op, qsens_score, snapshot):
+            assert qsens_score == snapshot
+        """
+    )
+    before = listing(pytester)
+    result = pytester.runpytest_inprocess("--snapshot-update", *[f"--qsens-model={MODEL}"] * (keyword != "model=3"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines([f"*qsens: {message}"])
+    assert "Traceback" not in result.stdout.str()
+    assert listing(pytester) == before
+
+
+def test_a_factory_that_exits(pytester: pytest.Pytester) -> None:
+    """``sys.exit()`` in the user's code is an error with its place, not the end of a run without a word."""
+    pytester.makepyfile(quits="import sys\n\ndef spec():\n    sys.exit()\n")
+    message = f"quits:spec: it raised SystemExit ({pytester.path}/quits.py:4)"
+    refused(pytester, "--qsens-model", "quits:spec", "--snapshot-update", message=message)
+
+
+def test_the_ini_file_from_a_directory_below(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factory named in the ini file is found wherever pytest is called; if not, the places are told."""
+    write_model(pytester)
+    pytester.makeini(f"[pytest]\nqsens_model = {MODEL}")
+    monkeypatch.chdir(pytester.mkdir("below"))
+    run = ("--collect-only", "-q", "--rootdir", str(pytester.path), str(pytester.path))
+    assert pytester.runpytest_subprocess(*run).ret == pytest.ExitCode.OK
+    missing = f"no module 'nut' for --qsens-model nut:spec. Looked in {pytester.path}/below, {pytester.path} and *"
+    refused(pytester, "--qsens-model", "nut:spec", message=missing)
 
 
 def test_pruning_without_updating(pytester: pytest.Pytester) -> None:
