@@ -32,6 +32,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Scores = dict[str, float | None]
 """Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite)."""
 
+NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1"})
+"""Metrics that no measurement makes negative."""
+
 Payload = dict[str, Any]
 """Values of builtin types only: what a test report and JSON can carry."""
 
@@ -150,16 +153,23 @@ def _optional_scores(fields: Fields, mode: Mode) -> Scores | None:
 
 
 def read_scores(value: object, where: str) -> Scores:
-    """Scores from parsed JSON: an object of finite numbers, where only ``sqnr_db`` may be null.
+    """Scores from parsed JSON: an object of finite numbers, where only ``sqnr_db`` may be null, and few negative.
 
     Raises:
         QsensError: With the place and the offending value.
 
     """
     return {
-        metric: None if number is None and metric == "sqnr_db" else finite(number, f"{where}, {metric!r}")
+        metric: None if number is None and metric == "sqnr_db" else _score(metric, number, f"{where}, {metric!r}")
         for metric, number in typed(value, dict, where).items()
     }
+
+
+def _score(metric: str, number: object, where: str) -> float:
+    score = finite(number, where)
+    if score < 0 and metric in NON_NEGATIVE:
+        raise QsensError(f"{where}: {number!r} is not possible, it is never negative")
+    return score
 
 
 def dump(result: RunResult) -> str:

@@ -210,10 +210,13 @@ def _rank(scores: Scores) -> tuple[float, str]:
 
 
 def merge(old: Snapshot, entries: Mapping[str, Entry], environment: Mapping[str, str]) -> Snapshot:
-    """Put newly accepted entries in place of the old ones, op by op and mode by mode; everything else stays."""
+    """Put newly accepted entries in place of the old ones, op by op and mode by mode; everything else stays.
+
+    Nothing stays of an op that has become another one under the same name: its scores were of another type.
+    """
     ops = dict(old.ops)
     for name, entry in entries.items():
-        kept = ops[name].modes if name in ops else {}
+        kept = ops[name].modes if name in ops and ops[name].type == entry.type else {}
         ops[name] = Entry(entry.type, **{**kept, **entry.modes})
     return replace(old, ops=ops, environment=dict(environment))
 

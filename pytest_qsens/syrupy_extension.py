@@ -16,14 +16,14 @@ from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.snapshot import Entry, load
-from pytest_qsens.thresholds import combine, judge
+from pytest_qsens.thresholds import Verdict, combine, judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from pytest_qsens.results import Mode, OpResult, Scores
-    from pytest_qsens.thresholds import Threshold, Verdict
+    from pytest_qsens.thresholds import Threshold
 
 WRONG_WAY_ROUND = (
     "write `assert score == snapshot`, with the score on the left; "
@@ -109,11 +109,16 @@ class Score:
             )
         snapshot = load(self.path, model=self.model, scheme=self.scheme)
         recorded = snapshot.ops.get(self.result.op)
-        self._old = recorded.modes if recorded else {}
+        # What is recorded under this name of another type of op says nothing about this one.
+        comparable = recorded is not None and recorded.type == self.result.type
+        self._old = recorded.modes if recorded is not None and comparable else {}
         self._verdicts = {
             mode: judge(self._old.get(mode), scores, self.thresholds, mode) for mode, scores in measured.items()
         }
         self.verdict = combine(self._verdicts.values())
+        if recorded is not None and not comparable:
+            line = f"recorded as {recorded.type}, but it is {self.result.type}"
+            self.verdict = Verdict(self.verdict.kind, (line, *self.verdict.lines))
         return self.verdict
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:

@@ -39,7 +39,8 @@ from pytest_qsens.snapshot import (
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
-SCORES = st.dictionaries(st.sampled_from(["kl", "mse", "nmse", "sse", "top1"]), NUMBER).flatmap(
+METRIC = st.sampled_from(["kl", "mse", "nmse", "sse", "top1"])
+SCORES = st.dictionaries(METRIC, NUMBER.map(abs)).flatmap(
     lambda scores: st.sampled_from([scores, scores | {"sqnr_db": None}, scores | {"sqnr_db": 30.0}])
 )
 ENTRY = st.builds(Entry, st.just("linear"), isolated=st.none() | SCORES, fallback=st.none() | SCORES)
@@ -165,6 +166,7 @@ def test_a_missing_file_is_an_empty_snapshot(path: Path) -> None:
         ("0.0312346", "1" + 400 * "0", "'nmse': a finite number is needed, found 10000"),
         ("0.0312346", "1" + 5000 * "0", "malformed JSON"),
         ("0.0312346", "null", "'nmse': a finite number is needed, found nothing"),
+        ("0.0312346", "-0.0312346", "op 'encoder.0', 'isolated', 'nmse': -0.0312346 is not possible"),
         ("0.0312346", "true", "'nmse': a finite number is needed, found True"),
         ("0.0312346", '"0.03"', "'nmse': a finite number is needed, found '0.03'"),
         ('"encoder.1"', '"total"', "'total' belongs beside 'ops'"),
@@ -270,6 +272,13 @@ def test_updating_one_mode_keeps_the_other() -> None:
     new = merge(old, {"a": entry(0.2)}, {"torch": "2.13"})
     assert new.ops["a"] == entry(0.2, fallback={"nmse": 0.7})
     assert new.environment == {"torch": "2.13"}
+
+
+def test_an_op_of_another_type_keeps_nothing() -> None:
+    """Where a module was replaced by one of another kind, the old scores go, in modes that were not measured too."""
+    old = Snapshot("minilm", "w8a8", {}, {"a": entry(0.1, fallback={"nmse": 0.7})})
+    new = Entry("conv1d", isolated={"nmse": 0.2})
+    assert merge(old, {"a": new}, {}).ops == {"a": new}
 
 
 def test_pruning_removes_what_is_not_kept() -> None:

@@ -302,6 +302,14 @@ def test_a_new_metric_joins_the_recorded_ones(path: Path) -> None:
     assert accept(score) == Entry("linear", isolated={"nmse": 0.25, "sqnr_db": 6.0, "kl": 0.125})
 
 
+def test_an_op_of_another_type_is_new(path: Path) -> None:
+    """Scores of a convolution say nothing about the linear that took its name: they are replaced, once accepted."""
+    path.write_text(path.read_text().replace("linear", "conv1d"))
+    score = make(path, isolated={"nmse": 0.25})
+    assert score.judge() == Verdict("new", ("recorded as conv1d, but it is linear", "isolated nmse 0.25"))
+    assert accept(score) == Entry("linear", isolated={"nmse": 0.25})
+
+
 def test_gating_only_what_was_not_measured_is_an_error(path: Path) -> None:
     """A gate that compares nothing would pass for ever; the metrics to choose from are listed."""
     with pytest.raises(QsensError, match=r"a: none of the gated metrics \(kl\) was measured. Gate on some of nmse"):
