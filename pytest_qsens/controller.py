@@ -226,8 +226,8 @@ class Controller:
                 run.add_facts(facts)
                 if run.contradictory:
                     self._stop(
-                        f"{run.model}: two workers have different models or data, their unquantized outputs differ. Seed "
-                        "what is random in the model's factory, such as weights and batches"
+                        f"{run.model}: two workers have different models or data, their unquantized outputs differ. "
+                        "Seed what is random in the model's factory, such as weights and batches"
                     )
                     return
             for record in payload["records"]:
@@ -310,9 +310,9 @@ class Controller:
                 run.mismatch = []
             return snapshot if kept is None else prune(snapshot, kept)
 
-        if updating(self.config) and (run.entries or kept is not None or run.mismatch):
-            if write(run.path, update, model=run.model, scheme=run.scheme):
-                self.written.append(run.path)
+        changing = updating(self.config) and (run.entries or kept is not None or run.mismatch)
+        if changing and write(run.path, update, model=run.model, scheme=run.scheme):
+            self.written.append(run.path)
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""

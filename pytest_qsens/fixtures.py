@@ -96,8 +96,8 @@ def _options(request: pytest.FixtureRequest) -> Options:
     options = options_for(request.node)
     if request.node.callspec.params["qsens_model"] != options.run_spec:
         raise RunAborted(
-            f"{request.node.nodeid}: a qsens marker on a single parameter chooses another model or scheme than the test "
-            "was made for. Put the marker on the test function or its module"
+            f"{request.node.nodeid}: a qsens marker on a single parameter chooses another model or scheme than the "
+            "test was made for. Put the marker on the test function or its module"
         )
     return options
 

@@ -7,6 +7,7 @@ file, and its snapshots beside ours are handled as ever.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from syrupy.assertion import SnapshotAssertion
@@ -133,7 +134,7 @@ class Score:
         execution = snapshot.num_executions
         # On the fixture itself: a copy from `use_extension` would leave it without the execution that syrupy's
         # `pytest_assertrepr_compare` looks up. Extension and name hold for this comparison only.
-        passed = snapshot(extension_class=Extension, name=self.result.op) == self
+        passed = _stock_eq(snapshot(extension_class=Extension, name=self.result.op), self)
         outcome = snapshot.executions[execution]
         if outcome.exception is not None:
             raise outcome.exception
@@ -169,8 +170,6 @@ def explain(op: str, left: object, right: object) -> list[str] | None:
     """Lines for `pytest_assertrepr_compare` when a `Score` is compared with syrupy's fixture; ``None`` otherwise."""
     if isinstance(left, Score) and isinstance(right, SnapshotAssertion) and op == "==":
         return left.explain()
-    if isinstance(left, SnapshotAssertion) and isinstance(right, Score):
-        return [WRONG_WAY_ROUND]
     return None
 
 
@@ -235,7 +234,7 @@ def _lines(modes: Mapping[Mode, Scores]) -> list[str]:
 
 
 class _RefuseAmber(AmberDataSerializerPlugin):
-    """Stops ``snapshot == score``, which Python gives to syrupy's fixture and its serializer, not to `Score`."""
+    """Stops scores inside of other data, which syrupy would write into a file of its own."""
 
     @classmethod
     def is_data_serializable(cls, data: object) -> bool:
@@ -244,6 +243,24 @@ class _RefuseAmber(AmberDataSerializerPlugin):
     @classmethod
     def serialize(cls, data: object, **_: Any) -> NoReturn:  # noqa: ANN401  # syrupy's filters
         raise QsensError(f"{data!r}: {WRONG_WAY_ROUND}")
+
+
+_stock_eq = SnapshotAssertion.__eq__
+
+
+@wraps(_stock_eq)
+def _eq(snapshot: SnapshotAssertion, other: object) -> bool:
+    """Stop ``snapshot == score``, which Python gives to syrupy's fixture, not to `Score`.
+
+    Whatever its extension made of the score, an update would accept it without a gate. There is no hook before the
+    serializer, and a user's own serializer takes no plugins.
+    """
+    if isinstance(other, Score):
+        raise QsensError(f"{other!r}: {WRONG_WAY_ROUND}")
+    return _stock_eq(snapshot, other)
+
+
+SnapshotAssertion.__eq__ = _eq  # type: ignore[method-assign]  # see there
 
 
 def _refuse_amber() -> None:

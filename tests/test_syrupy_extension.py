@@ -201,14 +201,18 @@ def test_unused_stock_snapshots_are_found_and_ours_are_left(suite: Suite) -> Non
     assert sorted(path.name for path in suite.pytester.path.rglob("*") if path.suffix in {".lock", ".tmp"}) == []
 
 
-@pytest.mark.parametrize("comparison", ["snapshot == score", "snapshot(name='x') == score"])
-def test_the_wrong_way_round_stores_nothing(lone_suite: Suite, comparison: str) -> None:
-    """With the fixture on the left Python asks syrupy, which would make an amber snapshot: it fails and says why."""
+@pytest.mark.parametrize("extension", ["amber.AmberSnapshotExtension", "json.JSONSnapshotExtension"])
+@pytest.mark.parametrize("comparison", ["snapshot == score", "snapshot(name='x') == score", "[score] == snapshot"])
+def test_the_wrong_way_round_stores_nothing(lone_suite: Suite, comparison: str, extension: str) -> None:
+    """With the fixture on the left Python asks syrupy, which would make a snapshot of its own: it fails and says why."""
+    if comparison.startswith("[") and "JSON" in extension:
+        pytest.skip("a score inside of other data is the user's own, where their serializer takes it")
     lone_suite.pytester.makepyfile(test_scores=SUITE.replace("score == snapshot", comparison), test_stock="")
+    default = f"--snapshot-default-extension=syrupy.extensions.{extension}"
     for arguments in ([], ["--snapshot-update"]):
-        result = lone_suite.run({"a": isolated(0.25)}, *arguments)
+        result = lone_suite.run({"a": isolated(0.25)}, default, *arguments)
         result.assert_outcomes(failed=1)
-        result.stdout.fnmatch_lines(["E*assert write `assert score == snapshot`, with the score on the left*"])
+        result.stdout.fnmatch_lines(["E*QsensError: *write `assert score == snapshot`, with the score on the left*"])
     assert not (lone_suite.pytester.path / "__snapshots__").exists()
 
 

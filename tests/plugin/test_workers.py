@@ -91,6 +91,7 @@ def test_several_crashes_lose_nothing(pytester: pytest.Pytester) -> None:
     assert set(snapshot_ops(pytester)) == {op for op in OPS if not op.endswith(".up")}
 
 
+@pytest.mark.filterwarnings("ignore:syrupy. received")  # it says that a worker's report is missing
 def test_a_crash_without_replacements(pytester: pytest.Pytester) -> None:
     """With restarts disabled, what the other worker measures is kept, and the rest is listed as not run."""
     write_model(pytester)
