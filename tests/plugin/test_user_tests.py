@@ -141,9 +141,9 @@ def test_scores_can_be_asserted_on(pytester: pytest.Pytester) -> None:
         ("model='minlm'", "qsens: no preset 'minlm' (did you mean minilm?)*"),
         ("sheme='x'", "qsens: no keyword of @pytest.mark.qsens 'sheme' (did you mean scheme?)*"),
         (f"'{MODEL}'", f"qsens: @pytest.mark.qsens takes keywords only, such as model=, not '{MODEL}'"),
-        (f"model='{MODEL}', ops='haed'", "qsens: --qsens-ops 'haed' matches none of the 8 ops*near: head*"),
+        (f"model='{MODEL}', ops='haed'", "qsens: ops= of @pytest.mark.qsens 'haed' matches none of the 8 ops*"),
         (f"model='{MODEL}', scheme='w4a4'", "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*w8a8*"),
-        (f"model='{MODEL}', max_ops=0", "qsens: max_ops= of @pytest.mark.qsens takes a whole number from 1, not '0'"),
+        (f"model='{MODEL}', max_ops=0", "qsens: max_ops= of @pytest.mark.qsens takes a whole number from 1, not 0"),
         (f"model='{MODEL}', calib='none.txt'", "qsens: *"),
     ],
 )
