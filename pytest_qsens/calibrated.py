@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,7 @@ class CalibratedModel:
         """Name of the engine in use."""
         return self._engine.name
 
-    @property
+    @cached_property
     def reference_digest(self) -> str:
         """Hash of the unquantized outputs' bits: equal for the same model and data on the same machine."""
         digest = hashlib.sha256()

@@ -5,27 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import re
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
-from pytest_qsens.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
     from types import ModuleType
 
     import pluggy
 
     from pytest_qsens.models.source import ModelRequest, ModelSource
     from pytest_qsens.options import RunSpec
+    from pytest_qsens.results import Payload
     from pytest_qsens.snapshot import Snapshot
 
 SUITE = "qsens"
@@ -36,18 +34,16 @@ FIXTURES = frozenset({"qsens_model", "qsens_op", "qsens_score", "qsens_total"})
 _OPTIONS = pytest.StashKey[Options]()
 _CATALOGUE = pytest.StashKey["Catalogue"]()
 _SELECTION = pytest.StashKey[tuple[str, ...]]()
+_PLANNED = pytest.StashKey[dict[str, Options]]()
 
-_CASE = re.compile(rf"\[(?P<label>[^\[\]]+?)-(?P<scheme>{'|'.join(SCHEMES)})-(?P<op>.*)\]$")
 
+@dataclass(frozen=True)
+class Case:
+    """What one test measures: an op of a model under a scheme, or the whole model (`TOTAL`)."""
 
-def case_of(nodeid: str) -> tuple[str, str, str] | None:
-    """Model label, scheme and op name in the node id of a test of one op.
-
-    >>> case_of("qsens::test_op[minilm-w8a8-encoder.layer.0.output.dense]")
-    ('minilm', 'w8a8', 'encoder.layer.0.output.dense')
-    """
-    match = _CASE.search(nodeid)
-    return (match["label"], match["scheme"], match["op"]) if match else None
+    model: str
+    scheme: str
+    op: str
 
 
 class UnusableTest(pytest.Collector.CollectError):
@@ -98,10 +94,16 @@ class Catalogue:
         other = self._measured.setdefault(path, options.run_spec)
         if other != options.run_spec:
             raise QsensError(
-                f"one run would compare two things with the same snapshot {path}: {other} and {options.run_spec}. "
-                "Measure them in two runs, with a --qsens-snapshot-dir for each"
+                f"two tests would be compared with one snapshot, {path}, but measure different things: "
+                f"{_differences(other, options.run_spec)}. Measure them in two runs, each with its own "
+                "--qsens-snapshot-dir"
             )
         return model
+
+    @property
+    def models(self) -> Iterable[Model]:
+        """Every model that was looked up."""
+        return self._models.values()
 
     def known(self, request: ModelRequest) -> Model:
         """Model that was looked up for a test before."""
@@ -135,6 +137,36 @@ class Catalogue:
         return model
 
 
+def _differences(one: RunSpec, other: RunSpec) -> str:
+    def flat(spec: RunSpec) -> dict[str, object]:
+        return {**asdict(spec.request), "engine": spec.engine, "device": spec.device}
+
+    old, new = flat(one), flat(other)
+    return ", ".join(f"{name} {old[name]!r} and {new[name]!r}" for name in old if old[name] != new[name])
+
+
+def _near(glob: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(glob.strip("*"), list(names), n=3, cutoff=0.5)
+    return f" (near: {', '.join(near)})" if near else ""
+
+
+def check_overrides(options: Options, models: Iterable[Model]) -> None:
+    """Check that every glob of ``qsens_fail_overrides`` means something in this run.
+
+    Raises:
+        QsensError: Naming the first that matches neither an op of any model nor ``total``.
+
+    """
+    names = [op.name for model in models for op in model.ops]
+    for glob, _ in options.overrides().rules:
+        if not any(matches(name, glob) for name in (*names, TOTAL)):
+            raise QsensError(
+                f"qsens_fail_overrides: {glob!r} matches neither an op of this run's models nor {TOTAL}"
+                f"{_near(glob, names)}, so it would gate nothing. Correct the line, or give this run "
+                "others with -o qsens_fail_overrides=..."
+            )
+
+
 def select(model: Model, options: Options) -> tuple[Op, ...]:
     """Ops that the options ask for, in model order.
 
@@ -144,20 +176,19 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
     """
     names = [op.name for op in model.ops]
     for glob in options.ops:
-        if not any(fnmatchcase(name, glob) for name in (*names, TOTAL)):
-            near = difflib.get_close_matches(glob.strip("*"), names, n=3, cutoff=0.5)
-            hint = f" (near: {', '.join(near)})" if near else ""
+        if not any(matches(name, glob) for name in (*names, TOTAL)):
+            hint = _near(glob, names)
             raise QsensError(
                 f"{options.origins['ops']} {glob!r} matches none of the {len(names)} ops of {model.label}{hint}. "
                 "List them with --collect-only -q"
             )
-    chosen = [op for op in model.ops if not options.ops or any(fnmatchcase(op.name, glob) for glob in options.ops)]
+    chosen = [op for op in model.ops if not options.ops or any(matches(op.name, glob) for glob in options.ops)]
     return tuple(chosen[: options.max_ops])
 
 
 def wants_total(options: Options) -> bool:
     """Whether the whole model is measured as well: unless only some ops are asked for."""
-    return not options.restricted or any(fnmatchcase(TOTAL, glob) for glob in options.ops)
+    return not options.restricted or any(matches(TOTAL, glob) for glob in options.ops)
 
 
 def base_options(config: pytest.Config) -> Options:
@@ -180,7 +211,9 @@ def options_for(node: pytest.Item) -> Options:
 
     """
     keywords: dict[str, object] = {}
-    for marker in node.iter_markers("qsens"):
+    of_parameters = [id(mark) for mark in node.callspec.marks] if hasattr(node, "callspec") else []
+    # pytest puts those of `pytest.param` after those of the function, which they are closer than.
+    for marker in sorted(node.iter_markers("qsens"), key=lambda mark: id(mark) not in of_parameters):
         if marker.args:
             raise QsensError(f"@pytest.mark.qsens takes keywords only, such as model=, not {marker.args[0]!r}")
         keywords = {**marker.kwargs, **keywords}
@@ -216,6 +249,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         model = catalogue(metafunc.config).model(options)
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}") from error
+    metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
     prefix = f"{model.label}-{options.scheme}"
     if "qsens_model" in metafunc.fixturenames:
         metafunc.parametrize("qsens_model", [options.run_spec], indirect=True, ids=[prefix], scope="session")
@@ -224,6 +258,51 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         ops = select(model, options)
         ids = [f"{prefix}-{op}" if prefix else str(op) for op in ops]
         metafunc.parametrize("qsens_op", ops, indirect=True, ids=ids)
+
+
+def planned(item: pytest.Function) -> Options:
+    """Options of one test that takes our fixtures.
+
+    Raises:
+        QsensError: If a marker has changed since the test was given its model and ops.
+
+    """
+    options = options_for(item)
+    made = item.config.stash[_PLANNED][f"{cast('pytest.Collector', item.parent).nodeid}::{item.originalname}"]
+    if (options.run_spec, options.ops, options.max_ops) != (made.run_spec, made.ops, made.max_ops):
+        raise QsensError(
+            f"{item.nodeid}: a qsens marker chooses another model or other ops than this test was made for. It came "
+            "too late, with a single parameter (pytest.param) or by add_marker: put it on the function, class or module"
+        )
+    return options
+
+
+def plan(session: pytest.Session) -> Payload | None:
+    """Tell what the collected tests are going to measure, in builtin values; ``None`` if they measure nothing.
+
+    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme and ops; ``refusal`` is what is
+    wrong with all of it together, if something is.
+    """
+    config = session.config
+    cases: dict[str, tuple[str, str, str]] = {}
+    models: dict[tuple[str, str], Model] = {}
+    for item in session.items:
+        names = getattr(item, "fixturenames", ())
+        if isinstance(item, pytest.Function) and ("qsens_score" in names or "qsens_total" in names):
+            spec = cast("RunSpec", item.callspec.params["qsens_model"])
+            op = cast("Op | None", item.callspec.params.get("qsens_op"))
+            model = catalogue(config).known(spec.request)
+            cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL)
+            models[model.label, spec.scheme] = model
+    if not cases:
+        return None
+    refusal = None
+    try:
+        check_overrides(base_options(config), catalogue(config).models)
+    except QsensError as error:
+        refusal = str(error)
+    listed = [[*key, [[op.name, op.type] for op in model.ops]] for key, model in models.items()]
+    return {"cases": cases, "models": listed, "refusal": refusal}
 
 
 class SuiteTest(pytest.Function):
@@ -257,6 +336,9 @@ class SuiteTest(pytest.Function):
 class Suite(pytest.Module):
     """The built-in suite. Its path is the root directory, so that ``--lf`` looks into it after any failure."""
 
+    replaced: frozenset[str] = frozenset()
+    """Names of tests whose work tests of the user do."""
+
     def _getobj(self) -> ModuleType:
         return importlib.import_module("pytest_qsens.builtin_suite")
 
@@ -270,9 +352,9 @@ class Suite(pytest.Module):
 
         options = base_options(self.config)
         selection = self.config.stash.get(_SELECTION, ())
-        path = self.config.rootpath.__class__(tests.__file__)
+        path = Path(tests.__file__)
         for node in super().collect():
-            if not isinstance(node, pytest.Function):
+            if not isinstance(node, pytest.Function) or node.originalname in self.replaced:
                 continue
             if node.originalname == "test_total" and not wants_total(options):
                 continue
@@ -284,7 +366,12 @@ class Suite(pytest.Module):
 
 def _selects(argument: str, nodeid: str) -> bool:
     """Whether a command-line node id means this item, as pytest matches them: all parameters, or none given."""
-    return argument in (nodeid, nodeid.partition("[")[0], SUITE)
+    return argument in (nodeid.partition("[")[0], SUITE) or _escaped(argument) == _escaped(nodeid)
+
+
+def _escaped(nodeid: str) -> str:
+    """Spell a node id as pytest does by default: what is not ASCII as in Python's literals."""
+    return nodeid.encode("ascii", "backslashreplace").decode("ascii")
 
 
 def suite_ids(model: Model, options: Options) -> list[str]:
@@ -296,15 +383,20 @@ def suite_ids(model: Model, options: Options) -> list[str]:
 
 def take_selection(config: pytest.Config) -> None:
     """Take node ids of the built-in suite out of the arguments: pytest would look for a file of that name."""
-    place = config.invocation_params.dir / SUITE
-    ours = tuple(
-        argument
-        for argument in config.args
-        if (argument == SUITE and not place.exists()) or (argument.startswith(f"{SUITE}::") and not place.is_file())
-    )
-    if ours:
-        config.stash[_SELECTION] = ours
-        config.args[:] = [argument for argument in config.args if argument not in ours]
+    found = {argument: nodeid for argument in config.args if (nodeid := _of_suite(config, argument)) is not None}
+    if found:
+        config.stash[_SELECTION] = tuple(found.values())
+        config.args[:] = [argument for argument in config.args if argument not in found]
+
+
+def _of_suite(config: pytest.Config, argument: str) -> str | None:
+    """Node id of the built-in suite that an argument means, spelled as it is or relative to where pytest was called."""
+    given, separator, rest = argument.partition("::")
+    place = Path(os.path.normpath(config.invocation_params.dir / given))
+    if given != SUITE and place != config.rootpath / SUITE:
+        return None
+    taken = place.is_file() if separator else place.exists()
+    return None if taken else f"{SUITE}{separator}{rest}"
 
 
 def check_selection(config: pytest.Config, model: Model, options: Options) -> None:
@@ -333,9 +425,15 @@ def add_suite(session: pytest.Session, items: list[pytest.Item]) -> None:
         if FIXTURES.intersection(getattr(item, "fixturenames", ())) and item.get_closest_marker("qsens") is None:
             item.add_marker("qsens")
     options = base_options(session.config)
-    if _suite_wanted(session.config, options) and not _suite_replaced(options, items):
+    if _suite_wanted(session.config, options):
         suite = Suite.from_parent(session, path=session.config.rootpath, name=SUITE, nodeid=SUITE)
+        if not selection(session.config):  # what was asked for by name is wanted in any case
+            suite.replaced = _replaced(options, items)
         items.extend(session.genitems(suite))
+    for item in items:
+        op = item.callspec.params.get("qsens_op") if hasattr(item, "callspec") else None
+        if isinstance(op, Op):
+            item.extra_keyword_matches.add(op.name)  # pytest escapes what is not ASCII in an id
 
 
 def _suite_wanted(config: pytest.Config, options: Options) -> bool:
@@ -348,10 +446,12 @@ def _suite_wanted(config: pytest.Config, options: Options) -> bool:
     return any(config.rootpath.is_relative_to(os.path.normpath(path)) for path in given)
 
 
-def _suite_replaced(options: Options, items: Iterable[pytest.Item]) -> bool:
+def _replaced(options: Options, items: Iterable[pytest.Item]) -> frozenset[str]:
+    """Names of the built-in tests whose work the user's tests of the same model and scheme do."""
+    scores = {"qsens_score": "test_op", "qsens_total": "test_total"}
+    found: set[str] = set()
     for item in items:
         spec = item.callspec.params.get("qsens_model") if hasattr(item, "callspec") else None
-        takes = {"qsens_op", "qsens_score", "qsens_total"}.intersection(getattr(item, "fixturenames", ()))
-        if spec is not None and takes and (spec.request, spec.scheme) == (options.request, options.scheme):
-            return True
-    return False
+        if spec is not None and (spec.request, spec.scheme) == (options.request, options.scheme):
+            found.update(scores[name] for name in getattr(item, "fixturenames", ()) if name in scores)
+    return frozenset(found)

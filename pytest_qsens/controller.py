@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.collect import (
-    SUITE,
+    Case,
     base_options,
-    case_of,
     catalogue,
     check_selection,
+    plan,
     select,
     selection,
     updating,
@@ -23,17 +23,23 @@ from pytest_qsens.collect import (
 )
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.workers import check_distribution
+from pytest_qsens.workers import check_distribution, machine, workers_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
+
+    from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
     from pytest_qsens.collect import Model
     from pytest_qsens.options import Options
-    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.results import Mode, OpResult, Payload
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
+
+CHANNEL = "qsens_channel"
+"""Key of ``workerinput``: where a worker sends what it is going to measure."""
 
 _STOPPED = "the model cannot be measured, see the error below"
 
@@ -50,8 +56,12 @@ class Run:
     results: dict[str, OpResult] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
+    confirmed: dict[str, Collection[Mode]] = field(default_factory=dict)
+    """Ops and modes whose lines in the snapshot are as this run has measured them, when ``entries`` are recorded."""
     mismatch: list[str] = field(default_factory=list)
     """How the environment of the snapshot differs from that of this run."""
+    gone: list[str] = field(default_factory=list)
+    """Lines of the snapshot that are of no op of the model."""
 
     @property
     def engines(self) -> list[str]:
@@ -71,9 +81,9 @@ class Run:
 
     @property
     def contradictory(self) -> bool:
-        """Whether two processes in the same environment got different unquantized outputs."""
-        found = {(tuple(sorted(facts["environment"].items())), facts["reference"]) for facts in self.facts}
-        return len({environment for environment, _ in found}) < len(found)
+        """Whether the unquantized outputs differ between processes of one machine."""
+        found = {(facts["machine"], facts["reference"]) for facts in self.facts}
+        return len({place for place, _ in found}) < len(found)
 
     @property
     def data(self) -> str | None:
@@ -129,11 +139,12 @@ class Run:
             self.verdicts[result.op] = combine([known, verdict]) if known else verdict
         if payload["entry"] and passed:
             self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
+        if passed and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
+            self.confirmed[result.op] = {*self.confirmed.get(result.op, ()), *result.modes}
 
     def add_facts(self, facts: Payload) -> None:
         """Take what a process tells about its calibrated model."""
         self.facts.append(facts)
-        self.ops = self.ops or tuple(Op(name, kind) for name, kind in facts["ops"])
 
     def crashed(self, name: str, reason: str) -> None:
         """Note an op whose worker died while measuring it."""
@@ -172,6 +183,10 @@ class Controller:
         self.wall_seconds = 0.0
         self._abort: str | None = None
         self._unusable = False
+        self._cases: dict[str, Case] = {}
+        self._reported: Run | None = None
+        """What goes into the result file."""
+        self._plans: dict[WorkerController, Payload] = {}
         self._session: pytest.Session | None = None
         self._start = time.perf_counter()
 
@@ -205,7 +220,83 @@ class Controller:
             check_overwritable(options.json)
         model = catalogue(self.config).model(options)
         check_selection(self.config, model, options)
-        self._run(model.label, options.scheme).ops = model.ops
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Learn what is going to be measured, where no workers do it."""
+        planned = plan(session)
+        if planned is not None:
+            try:
+                self._prepare(planned)
+            except QsensError as error:
+                raise pytest.UsageError(f"qsens: {error}") from error
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: WorkerController) -> None:
+        """Tell a worker how many there are on its machine, and listen to what it is going to measure."""
+        spec = node.gateway.spec
+        channel = node.gateway.newchannel()
+        # In the thread that receives: the plan is there when xdist handles the list of tests sent after it.
+        channel.setcallback(partial(self._plans.__setitem__, node))
+        node.workerinput.update(
+            {
+                "qsens_workers": workers_beside(spec, node.nodemanager.specs),
+                "qsens_machine": machine(spec),
+                CHANNEL: channel,
+            }
+        )
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Producer) -> object | None:
+        """Schedule by block."""
+        return self._scheduler(log) if base_options(config).model is not None else None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: WorkerController) -> None:
+        """Learn what is going to be measured; the first worker tells, all collect the same."""
+        planned = self._plans.pop(node, None)
+        if planned is None or self._cases:
+            return
+        try:
+            check_distribution(self.config)
+            self._prepare(planned)
+        except QsensError as error:
+            self._stop(str(error))
+        else:
+            self._schedule_by_block()
+
+    def _schedule_by_block(self) -> None:
+        """Take over from xdist's scheduler if the model is chosen in code alone, which shows only now."""
+        from xdist.scheduler import LoadScheduling, WorkStealingScheduling  # type: ignore[import-untyped]  # no types
+
+        session = self.config.pluginmanager.getplugin("dsession")
+        if type(session.sched) in (LoadScheduling, WorkStealingScheduling) and not session.sched.has_pending:
+            nodes, session.sched = session.sched.nodes, self._scheduler(session.log)
+            for node in nodes:
+                session.sched.add_node(node)
+
+    def _scheduler(self, log: Producer) -> object:
+        from pytest_qsens.scheduling import BlockScheduling
+
+        return BlockScheduling(self.config, log, self._cases)
+
+    def _prepare(self, planned: Payload) -> None:
+        self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
+        for label, scheme, ops in planned["models"]:
+            self._run(label, scheme).ops = tuple(Op(name, kind) for name, kind in ops)
+        if planned["refusal"]:
+            raise QsensError(planned["refusal"])
+        options = base_options(self.config)
+        if options.json is None:
+            return
+        chosen = None if options.model is None else (self._model(options).label, options.scheme)
+        if chosen not in self.runs and len(self.runs) > 1:
+            names = ", ".join(f"{model} {scheme}" for model, scheme in self.runs)
+            raise QsensError(
+                f"{options.json} cannot be written: a result file holds one model and scheme, this run has {names}. "
+                "Select the tests of one with -k, or name the one to write with --qsens-model and --qsens-scheme"
+            )
+        self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
 
     def _run(self, model: str, scheme: str) -> Run:
         key = model, scheme
@@ -226,8 +317,8 @@ class Controller:
                 run.add_facts(facts)
                 if run.contradictory:
                     self._stop(
-                        f"{run.model}: two workers have different models or data, their unquantized outputs differ. "
-                        "Seed what is random in the model's factory, such as weights and batches"
+                        f"{run.model}: it is not the same model, or not the same data, every time it is loaded: the "
+                        "unquantized outputs differ. Seed what is random where it is made, such as weights and batches"
                     )
                     return
             for record in payload["records"]:
@@ -236,14 +327,9 @@ class Controller:
             self._crashed(report.nodeid, f"worker crashed: {report.longrepr}")
 
     def _crashed(self, nodeid: str, reason: str) -> None:
-        case = case_of(nodeid)
+        case = self._cases.get(nodeid)
         if case is not None:
-            label, scheme, op = case
-            if (label, scheme) in self.runs:
-                self.runs[label, scheme].crashed(op, reason)
-        for run in self.runs.values():
-            if nodeid == f"{SUITE}::test_total[{run.model}-{run.scheme}]":
-                run.crashed(TOTAL, reason)
+            self._run(case.model, case.scheme).crashed(case.op, reason)
 
     def _stop(self, message: str) -> None:
         if self._abort is None:
@@ -276,9 +362,8 @@ class Controller:
         active = [run for run in self.runs.values() if run.results]
         for run in active:
             self._guarded(partial(self._write_snapshot, run))
-        options = base_options(self.config) if active else None
-        if options is not None and options.json is not None:
-            self._guarded(partial(self._write_results, active))
+        if active and self._reported is not None:
+            self._guarded(partial(self._write_results, self._reported))
         if active and not any(result.status == "measured" for run in active for result in run.results.values()):
             self.problems.append("nothing was measured")
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
@@ -291,28 +376,23 @@ class Controller:
             self.problems.append(str(error))
 
     def _write_snapshot(self, run: Run) -> None:
-        from pytest_qsens.snapshot import environment_diff, load, merge, prune, write
+        from pytest_qsens.snapshot import confirm, environment_diff, load, merge, prune, write
 
-        old = load(run.path, model=run.model, scheme=run.scheme)
-        if old.ops and run.facts:
-            run.mismatch = environment_diff(old.environment, run.environment)
         kept = self._kept(run)
 
-        covered = {op for op, result in run.results.items() if result.status == "measured"}
-
         def update(snapshot: Snapshot) -> Snapshot:
-            # An environment is that of all lines, so it changes only if all of them were measured in this one.
-            complete = covered >= {op for op in snapshot.ops if kept is None or op in (*kept, TOTAL)}
-            environment = run.environment if complete else snapshot.environment
-            if run.entries or complete:
-                snapshot = merge(snapshot, run.entries, environment)
-            if complete:
-                run.mismatch = []
-            return snapshot if kept is None else prune(snapshot, kept)
+            snapshot = merge(snapshot, run.entries)
+            if kept is not None:
+                snapshot = prune(snapshot, kept)
+            return confirm(snapshot, run.confirmed, run.environment)
 
-        changing = updating(self.config) and (run.entries or kept is not None or run.mismatch)
+        changing = updating(self.config) and (run.confirmed or kept is not None)
         if changing and write(run.path, update, model=run.model, scheme=run.scheme):
             self.written.append(run.path)
+        now = load(run.path, model=run.model, scheme=run.scheme)
+        if now.ops and run.facts:
+            run.mismatch = environment_diff(now.environment, run.environment)
+        run.gone = sorted(set(now.ops) - {TOTAL} - {op.name for op in run.ops}) if run.ops else []
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""
@@ -326,24 +406,15 @@ class Controller:
             return None
         return {result.op for result in run.measured}
 
-    def _write_results(self, active: list[Run]) -> None:
+    def _write_results(self, run: Run) -> None:
         from pytest_qsens.results import Cost, RunInfo, RunResult, write
 
         options = base_options(self.config)
         path = options.json
         if path is None:
             return
-        if options.model is not None:  # models that only tests chose have no place in its file
-            label = self._model(options).label
-            active = [run for run in active if (run.model, run.scheme) == (label, options.scheme)]
-            if not active:
-                return
-        if len(active) > 1:
-            names = ", ".join(f"{run.model} {run.scheme}" for run in active)
-            raise QsensError(f"{path} was not written: a result file holds one model and scheme, this run has {names}")
-        run = active[0]
         chosen: set[str] = set()
-        if options.model is not None:
+        if options.model is not None and (run.model, run.scheme) == (self._model(options).label, options.scheme):
             chosen = {op.name for op in select(self._model(options), options)}
 
         def reason(op: Op) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
-from pytest_qsens.collect import Model, catalogue, options_for
+from pytest_qsens.collect import Model, catalogue, planned
 from pytest_qsens.errors import QsensError
 from pytest_qsens.measure import RunAborted, accept_command, bench
 from pytest_qsens.ops import TOTAL
@@ -92,14 +92,10 @@ def qsens_total(request: pytest.FixtureRequest, qsens_model: CalibratedModel) ->
 
 
 def _options(request: pytest.FixtureRequest) -> Options:
-    """Options of the test; those that its items were made with, which marks of single parameters come too late for."""
-    options = options_for(request.node)
-    if request.node.callspec.params["qsens_model"] != options.run_spec:
-        raise RunAborted(
-            f"{request.node.nodeid}: a qsens marker on a single parameter chooses another model or scheme than the "
-            "test was made for. Put the marker on the test function or its module"
-        )
-    return options
+    try:
+        return planned(request.node)
+    except QsensError as error:
+        raise RunAborted(str(error)) from error
 
 
 def _parameter(request: pytest.FixtureRequest, name: str) -> object:
@@ -136,6 +132,7 @@ def _score(
     )
     try:
         record.score.judge()  # what cannot be judged cannot for any op: stop before hours of measuring
+        record.score.verdict = None  # the test has not compared anything yet, and may never do
     except QsensError as error:
         raise RunAborted(str(error)) from error
     return record.score

@@ -44,7 +44,7 @@ class Bench:
         self._calibrated: CalibratedModel | None = None
         self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str]] = set()
+        self._described: set[tuple[RunSpec, str, str]] = set()
 
     def calibrated(self, spec: RunSpec, model: Model) -> CalibratedModel:
         """Load and calibrate, or return what is there.
@@ -84,9 +84,15 @@ class Bench:
         return self._results[key]
 
     def describe(self, options: Options, model: Model) -> Payload | None:
-        """Facts about the calibrated model of these options, builtin values only; once for each process."""
-        key = options.run_spec, options.mode
-        if self._calibrated is None or self._spec != options.run_spec or key in self._described:
+        """Facts about the calibrated model of these options, builtin values only; once for each process.
+
+        Again where the model comes out different when it is loaded again.
+        """
+        if self._calibrated is None or self._spec != options.run_spec:
+            return None
+        reference = self._calibrated.reference_digest
+        key = options.run_spec, options.mode, reference
+        if key in self._described:
             return None
         self._described.add(key)
         data = model.source.data_fingerprint()
@@ -97,10 +103,10 @@ class Bench:
             "engine": self._calibrated.engine,
             "engine_reason": self._calibrated.engine_reason,
             "reference_seconds": float(self._calibrated.reference_seconds),
-            "reference": self._calibrated.reference_digest,
+            "reference": reference,
+            "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
             "environment": environment(options.device) | ({"data": data} if data else {}),
-            "ops": [[op.name, op.type] for op in model.ops],
             "functional": [to_payload(result) for result in self._calibrated.functional_ops],
         }
 

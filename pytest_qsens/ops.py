@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
@@ -37,3 +38,12 @@ class Op:
 
     def __str__(self) -> str:
         return self.name
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob means this op. A name means itself, whatever characters are in it.
+
+    >>> matches("layers.0.q", "layers.*"), matches("a[0]", "a[0]"), matches("a0", "a[0]")
+    (True, True, True)
+    """
+    return name == glob or fnmatchcase(name, glob)

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qsens import collect, options, workers
-from pytest_qsens.controller import Controller
+from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_total
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
-
-    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
 __all__ = ["qsens_model", "qsens_op", "qsens_score", "qsens_total"]
 
@@ -28,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Take our node ids out of the arguments, in workers too: these parse the command line again."""
+    """Take our node ids out of the arguments, in workers too: these read the command line again."""
     config.addinivalue_line("markers", options.MARKER_HELP)
     collect.take_selection(config)
     if not hasattr(config, "workerinput"):
@@ -54,6 +52,14 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     """Add the built-in suite before anything selects, deselects or orders tests."""
     collect.add_suite(session, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a worker: tell the controller what will be measured, before xdist tells it which tests there are."""
+    channel = getattr(session.config, "workerinput", {}).get(CHANNEL)
+    if channel is not None and (plan := collect.plan(session)) is not None:
+        channel.send(plan)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -84,20 +90,3 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
     """Share the cores among the workers about to be started."""
     if collect.base_options(config).model is not None:
         config.add_cleanup(workers.set_threads(specs))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: WorkerController) -> None:
-    """Tell a worker how many there are on its machine."""
-    node.workerinput["qsens_workers"] = workers.workers_beside(node.gateway.spec, node.nodemanager.specs)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:  # noqa: ANN401  # xdist's Producer
-    """Schedule by block. A run whose models are chosen in code alone is not known here, and scheduled as ever."""
-    if collect.base_options(config).model is None:
-        return None
-
-    from pytest_qsens.scheduling import BlockScheduling
-
-    return BlockScheduling(config, log)

@@ -6,25 +6,39 @@ from typing import TYPE_CHECKING
 
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it ships no types
 
-from pytest_qsens.collect import case_of
-from pytest_qsens.ops import Op
+from pytest_qsens.ops import TOTAL, Op
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pytest
+    from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
+
+    from pytest_qsens.collect import Case
 
 
 class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped base
     """Hands out the ops of a model block by block, and every other test on its own.
 
     The ops of one block share recomputed values, so a block stays on one worker.
+
+    Args:
+        config: Pytest's.
+        log: What xdist logs to.
+        cases: What each test measures, by node id; complete when the collections of the workers come in.
+
     """
 
+    def __init__(self, config: pytest.Config, log: Producer, cases: Mapping[str, Case]) -> None:
+        super().__init__(config, log)
+        self._cases = cases
+
     def _split_scope(self, nodeid: str) -> str:
-        case = case_of(nodeid)
-        if case is None:
+        case = self._cases.get(nodeid)
+        if case is None or case.op == TOTAL:
             return nodeid
-        label, scheme, op = case
-        return f"{label}-{scheme}-{Op(op, '').block}"
+        return f"{case.model}-{case.scheme}-{Op(case.op, '').block}"
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Take a worker out; what it had not finished goes to others, except the test it crashed in.

@@ -46,6 +46,7 @@ __all__ = [
     "Entry",
     "Snapshot",
     "check_writable",
+    "confirm",
     "dumps",
     "environment_diff",
     "load",
@@ -102,7 +103,7 @@ class Entry:
 class Snapshot:
     """A snapshot file. ``ops`` maps the names of ops, and `TOTAL` for the whole model, to their entries.
 
-    ``environment`` is where the latest update was measured.
+    ``environment`` is where all of it was measured, if all of it was measured in one: see `confirm`.
     """
 
     model: str
@@ -209,7 +210,7 @@ def _rank(scores: Scores) -> tuple[float, str]:
     return rounded.get("nmse") or 0.0, json.dumps(rounded)
 
 
-def merge(old: Snapshot, entries: Mapping[str, Entry], environment: Mapping[str, str]) -> Snapshot:
+def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:
     """Put newly accepted entries in place of the old ones, op by op and mode by mode; everything else stays.
 
     Nothing stays of an op that has become another one under the same name: its scores were of another type.
@@ -218,7 +219,14 @@ def merge(old: Snapshot, entries: Mapping[str, Entry], environment: Mapping[str,
     for name, entry in entries.items():
         kept = ops[name].modes if name in ops and ops[name].type == entry.type else {}
         ops[name] = Entry(entry.type, **{**kept, **entry.modes})
-    return replace(old, ops=ops, environment=dict(environment))
+    return replace(old, ops=ops)
+
+
+def confirm(snapshot: Snapshot, measured: Mapping[str, Collection[Mode]], environment: Mapping[str, str]) -> Snapshot:
+    """Put ``environment`` in if every line and mode was measured in it: what is left of another one keeps that."""
+    if all(set(entry.modes) <= set(measured.get(name, ())) for name, entry in snapshot.ops.items()):
+        return replace(snapshot, environment=dict(environment))
+    return snapshot
 
 
 def prune(snapshot: Snapshot, keep_ops: Collection[str]) -> Snapshot:

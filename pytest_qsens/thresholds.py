@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import matches
 from pytest_qsens.results import round_score
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Overrides:
 
     def thresholds_for(self, op: str, default: tuple[Threshold, ...]) -> tuple[Threshold, ...]:
         """Thresholds that gate ``op``."""
-        return next((thresholds for glob, thresholds in self.rules if fnmatchcase(op, glob)), default)
+        return next((thresholds for glob, thresholds in self.rules if matches(op, glob)), default)
 
 
 @dataclass(frozen=True)

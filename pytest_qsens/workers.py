@@ -52,7 +52,7 @@ def set_threads(specs: Sequence[Any]) -> Callable[[], None]:
     """
     if _THREADS in os.environ:
         return lambda: None
-    os.environ[_THREADS] = str(_share(cores(), sum(not _machine(spec) for spec in specs)))
+    os.environ[_THREADS] = str(_share(cores(), sum(not machine(spec) for spec in specs)))
 
     def restore() -> None:
         os.environ.pop(_THREADS, None)
@@ -62,7 +62,7 @@ def set_threads(specs: Sequence[Any]) -> Callable[[], None]:
 
 def workers_beside(spec: Any, specs: Sequence[Any]) -> int:  # noqa: ANN401  # execnet has no types
     """How many of the workers run on the machine that ``spec`` names, itself included."""
-    return sum(_machine(other) == _machine(spec) for other in specs)
+    return sum(machine(other) == machine(spec) for other in specs)
 
 
 def limit_threads(config: pytest.Config) -> None:
@@ -78,6 +78,6 @@ def _share(available: int, workers: int) -> int:
     return max(1, available // max(1, workers))
 
 
-def _machine(spec: Any) -> str:  # noqa: ANN401  # execnet has no types
+def machine(spec: Any) -> str:  # noqa: ANN401  # execnet has no types
     """Name the machine a spec runs on; the empty string is this one."""
     return str(spec.via or spec.ssh or spec.socket or "")

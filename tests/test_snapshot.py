@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,12 @@ from hypothesis import strategies as st
 from pytest_qsens import files
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import Scores, round_score
+from pytest_qsens.results import Mode, Scores, round_score
 from pytest_qsens.snapshot import (
     Entry,
     Snapshot,
     check_writable,
+    confirm,
     dumps,
     environment_diff,
     load,
@@ -86,7 +88,12 @@ def path(tmp_path: Path) -> Path:
 
 def put(path: Path, entries: dict[str, Entry], **environment: str) -> bool:
     """Write entries into the file of minilm, w8a8."""
-    return write(path, lambda old: merge(old, entries, environment), model="minilm", scheme="w8a8")
+    return write(
+        path,
+        lambda old: replace(merge(old, entries), environment=environment),
+        model="minilm",
+        scheme="w8a8",
+    )
 
 
 def test_text_of_the_file(tmp_path: Path) -> None:
@@ -235,30 +242,38 @@ def test_union_refuses_an_op_of_two_types() -> None:
         union({"a": Entry("linear")}, {"a": Entry("conv2d")})
 
 
-@given(SNAPSHOT, ENTRIES, ENVIRONMENT)
-def test_merging_twice_is_merging_once(
-    snapshot: Snapshot, entries: dict[str, Entry], environment: dict[str, str]
-) -> None:
+@given(SNAPSHOT, ENTRIES)
+def test_merging_twice_is_merging_once(snapshot: Snapshot, entries: dict[str, Entry]) -> None:
     """Accepting the same entries again changes nothing."""
-    once = merge(snapshot, entries, environment)
-    assert merge(once, entries, environment) == once
+    once = merge(snapshot, entries)
+    assert merge(once, entries) == once
 
 
-@given(SNAPSHOT, ENTRIES, ENTRIES, ENVIRONMENT)
-def test_merging_disjoint_entries_commutes(
-    snapshot: Snapshot, one: dict[str, Entry], two: dict[str, Entry], environment: dict[str, str]
-) -> None:
+@given(SNAPSHOT, ENTRIES, ENTRIES)
+def test_merging_disjoint_entries_commutes(snapshot: Snapshot, one: dict[str, Entry], two: dict[str, Entry]) -> None:
     """Two processes that measured different ops can write in any order."""
     assume(not one.keys() & two.keys())
-    assert merge(merge(snapshot, one, environment), two, environment) == merge(
-        merge(snapshot, two, environment), one, environment
-    )
+    assert merge(merge(snapshot, one), two) == merge(merge(snapshot, two), one)
+
+
+@given(SNAPSHOT, ENVIRONMENT, st.data())
+def test_an_environment_is_that_of_every_line(
+    snapshot: Snapshot, environment: dict[str, str], data: st.DataObject
+) -> None:
+    """A run's environment is recorded if it measured every mode of every line, and not if one was left out."""
+    measured: dict[str, set[Mode]] = {name: set(entry.modes) for name, entry in snapshot.ops.items()}
+    assert confirm(snapshot, measured, environment) == replace(snapshot, environment=environment)
+    lines = [(name, mode) for name, modes in measured.items() for mode in modes]
+    if lines:
+        name, mode = data.draw(st.sampled_from(lines))
+        measured[name].remove(mode)
+        assert confirm(snapshot, measured, environment) == snapshot
 
 
 @given(SNAPSHOT, ENTRIES)
 def test_merging_removes_nothing(snapshot: Snapshot, entries: dict[str, Entry]) -> None:
     """Ops and modes that were not measured stay as they were; those that were have the new scores."""
-    merged = merge(snapshot, entries, {})
+    merged = merge(snapshot, entries)
     assert merged.ops.keys() == snapshot.ops.keys() | entries.keys()
     for name, result in merged.ops.items():
         old = snapshot.ops[name].modes if name in snapshot.ops else {}
@@ -269,16 +284,16 @@ def test_merging_removes_nothing(snapshot: Snapshot, entries: dict[str, Entry]) 
 def test_updating_one_mode_keeps_the_other() -> None:
     """A run in isolated mode leaves the fallback scores in the file."""
     old = Snapshot("minilm", "w8a8", {"torch": "2.12"}, {"a": entry(0.1, fallback={"nmse": 0.7})})
-    new = merge(old, {"a": entry(0.2)}, {"torch": "2.13"})
+    new = merge(old, {"a": entry(0.2)})
     assert new.ops["a"] == entry(0.2, fallback={"nmse": 0.7})
-    assert new.environment == {"torch": "2.13"}
+    assert new.environment == {"torch": "2.12"}
 
 
 def test_an_op_of_another_type_keeps_nothing() -> None:
     """Where a module was replaced by one of another kind, the old scores go, in modes that were not measured too."""
     old = Snapshot("minilm", "w8a8", {}, {"a": entry(0.1, fallback={"nmse": 0.7})})
     new = Entry("conv1d", isolated={"nmse": 0.2})
-    assert merge(old, {"a": new}, {}).ops == {"a": new}
+    assert merge(old, {"a": new}).ops == {"a": new}
 
 
 def test_pruning_removes_what_is_not_kept() -> None:
@@ -435,7 +450,7 @@ sys.stdout.flush()
 sys.stdin.readline()
 for i in range(count):
     entries = {f"{prefix}.{i % 50}": Entry("linear", isolated={"nmse": i / 1000, "sse": 1.5})}
-    write(path, lambda old: merge(old, entries, {"torch": "2.13.0"}), model="m", scheme="s")
+    write(path, lambda old: merge(old, entries), model="m", scheme="s")
 """
 
 
@@ -487,7 +502,7 @@ def test_a_killed_writer_leaves_a_whole_file(path: Path, delay_ms: int) -> None:
     assert dumps(snapshot) == text
     assert snapshot.ops
     (path.parent / f".{path.name}.99999.tmp").write_text('{"schema"')  # what a kill between two steps leaves
-    write(path, lambda old: merge(old, {"next": entry(1.0)}, {}), model="m", scheme="s")
+    write(path, lambda old: merge(old, {"next": entry(1.0)}), model="m", scheme="s")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert load(path).ops.keys() == {*snapshot.ops, "next"}
 

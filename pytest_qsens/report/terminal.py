@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pytest_qsens.results import OpResult, Scores
 
 WORST = 10
+LISTED = 5
+"""Ops named in one line."""
 _BAR = 16
 _INDEX = re.compile(r"\.\d+")
 
@@ -49,16 +51,21 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
 
 def _counts(run: Run) -> str:
     results = [result for op, result in run.results.items() if op != TOTAL]
+    if not results:
+        return f"the whole model, and none of its {len(run.ops)} ops{_compared(run)}"
     statuses = Counter(result.status for result in results)
     unrun = len(run.ops) - sum(op.name in run.results for op in run.ops)
     found = [f"{count} {status}" for status, count in statuses.items()]
     found += [f"{unrun} not run"] if unrun else []
     if run.functional:
         found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
+    return f"{len(run.ops)} ops: {', '.join(found)}{_compared(run)}"
+
+
+def _compared(run: Run) -> str:
     verdicts = Counter(verdict.kind for verdict in run.verdicts.values())
-    compared = [f"{verdicts[kind]} {kind}" for kind in ("regressed", "improved", "new") if verdicts[kind]]
-    against = f"; against the snapshot: {', '.join(compared)}" if compared else ""
-    return f"{len(run.ops)} ops: {', '.join(found)}{against}"
+    found = [f"{verdicts[kind]} {kind}" for kind in ("regressed", "improved", "new") if verdicts[kind]]
+    return f"; against the snapshot: {', '.join(found)}" if found else ""
 
 
 def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
@@ -150,6 +157,14 @@ def _attention(run: Run) -> Iterator[str]:
         yield f"the snapshot was measured elsewhere, scores may differ for that alone: {'; '.join(run.mismatch)}"
     if len({tuple(sorted(facts["environment"].items())) for facts in run.facts}) > 1:
         yield "workers run in different environments, scores may differ for that alone"
+    if len({facts["reference"] for facts in run.facts}) > 1:
+        yield "the unquantized outputs differ between machines: if by more than rounding, seed what is random"
+    if run.gone:
+        lines = "line" if len(run.gone) == 1 else "lines"
+        yield (
+            f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
+            f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
+        )
 
 
 def _grouped(results: Iterable[OpResult]) -> str:

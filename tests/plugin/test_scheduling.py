@@ -7,16 +7,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import execnet
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qsens.collect import case_of
+from pytest_qsens.collect import Case
 from pytest_qsens.scheduling import BlockScheduling
 from pytest_qsens.workers import workers_beside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+OP = "qsens::test_op[m-w8a8-"
 
 
 @dataclass(eq=False)
@@ -53,7 +55,9 @@ class Session:
         config: Any = SimpleNamespace(
             getvalue=lambda _: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
         )
-        self.scheduler = BlockScheduling(config, SimpleNamespace(loadscopesched=lambda *_: None))
+        log: Any = SimpleNamespace(loadscopesched=lambda *_: None)
+        cases = {nodeid: Case("m", "w8a8", nodeid[len(OP) : -1]) for nodeid in ids if nodeid.startswith(OP)}
+        self.scheduler = BlockScheduling(config, log, cases)
         self.ids, self.crashing = list(ids), crashing
         self.ran: list[str] = []
         self.workers: list[Worker] = []
@@ -97,7 +101,7 @@ class Session:
 
 
 OPS = st.lists(
-    st.builds(lambda block, name: f"qsens::test_op[m-w8a8-layers.{block}.{name}]", st.integers(0, 4), st.integers(0, 4))
+    st.builds(lambda block, name: f"{OP}layers.{block}.{name}]", st.integers(0, 4), st.integers(0, 4))
     | st.builds(lambda number: f"test_file.py::test_{number}", st.integers(0, 9)),
     min_size=1,
     max_size=16,
@@ -115,21 +119,6 @@ def test_every_test_runs_once_whatever_crashes(ids: list[str], workers: int, dat
         assert ready, f"all wait for each other; ran {session.ran}"
         session.step(data.draw(st.sampled_from(ready)))
     assert sorted(session.ran) == sorted(ids)
-
-
-@pytest.mark.parametrize(
-    ("nodeid", "case"),
-    [
-        ("qsens::test_op[minilm-w8a8-pooler.dense]", ("minilm", "w8a8", "pooler.dense")),
-        ("a/test_b.py::C::test_d[x-y-w8a8_static-layers.0.q:qk]", ("x-y", "w8a8_static", "layers.0.q:qk")),
-        ("t.py::t[v1.0-w8a8_dynamic-a.1.b-extra]", ("v1.0", "w8a8_dynamic", "a.1.b-extra")),
-        ("t.py::t[m-w8a8]", None),
-        ("t.py::t", None),
-    ],
-)
-def test_ids_name_the_op(nodeid: str, case: tuple[str, str, str] | None) -> None:
-    """Model, scheme and op are read back from node ids, for the scheduler and for crash reports."""
-    assert case_of(nodeid) == case
 
 
 def test_workers_of_one_machine_share_it() -> None:
