@@ -146,7 +146,9 @@ def _differences(one: RunSpec, other: RunSpec) -> str:
 
 
 def _near(glob: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(glob.strip("*"), list(names), n=3, cutoff=0.5)
+    names = tuple(names)
+    known = dict.fromkeys((*names, *(name.rpartition(".")[2] for name in names)))  # a glob is often of the last part
+    near = difflib.get_close_matches(glob.strip("*."), known, n=3, cutoff=0.5)
     return f" (near: {', '.join(near)})" if near else ""
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 CHANNEL = "qsens_channel"
 """Key of ``workerinput``: where a worker sends what it is going to measure."""
 
-_STOPPED = "the model cannot be measured, see the error below"
+_STOPPED = "nothing can be measured, see the error below"
 
 
 @dataclass

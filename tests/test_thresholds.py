@@ -221,6 +221,12 @@ def test_overrides_choose_by_first_match() -> None:
     assert overrides.thresholds_for("pooler.dense", default) == default
 
 
+def test_an_override_by_name() -> None:
+    """A name means itself, with characters in it that mean something in a glob."""
+    overrides = Overrides.parse(["a[x]-b = nmse:10%"])
+    assert overrides.thresholds_for("a[x]-b", ()) == parse_fail("nmse:10%")
+
+
 @pytest.mark.parametrize("line", ["*.dense nmse:10%", "= nmse:10%", "*.dense"])
 def test_an_override_without_a_glob_or_thresholds_is_refused(line: str) -> None:
     """A malformed rule is quoted with the right form beside it."""

@@ -37,7 +37,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         if config.option.verbose >= 0:
             for line in worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal)):  # noqa: SLF001  # its width
                 terminal.write_line(line)
-        for line in _attention(run):
+        for line in attention(run):
             terminal.write_line(line, yellow=True)
         if config.option.verbose >= 0 and run.reference_seconds is not None:
             terminal.write_line(_cost(run, controller.wall_seconds))
@@ -137,7 +137,7 @@ def _numbers(scores: Scores) -> str:
     return ", ".join(parts)
 
 
-def _attention(run: Run) -> Iterator[str]:
+def attention(run: Run) -> Iterator[str]:
     """Lines that must not be missed, with ``-q`` either."""
     listed = [result for op, result in run.results.items() if op != TOTAL]
     unexercised = [result for result in listed if result.status == "unexercised"]

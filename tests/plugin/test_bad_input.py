@@ -78,6 +78,10 @@ def test_options(pytester: pytest.Pytester, args: Sequence[str], message: str, *
         ("qsens_no_cache = maybe", "qsens_no_cache in the ini file takes true or false: *'maybe'"),
         ("qsens_fail = nmsd:5%", "qsens_fail in the ini file 'nmsd:5%': no metric 'nmsd' (did you mean *"),
         ("qsens_ops = haed", f"qsens_ops in the ini file 'haed' matches none of the 8 ops of {LABEL} (near: head)*"),
+        (
+            "qsens_fail_overrides = hedd = nmse:9%",
+            "qsens_fail_overrides: 'hedd' matches neither an op of this run's models nor total (near: head)*",
+        ),
         ("qsens_fail_overrides = nmse:5%", "qsens_fail_overrides: 'nmse:5%' is not 'GLOB = THRESHOLDS'*"),
     ],
 )
@@ -316,6 +320,53 @@ def test_a_model_that_gives_nan(pytester: pytest.Pytester, workers: str, termina
     result.stderr.fnmatch_lines(["ERROR: qsens: *the output of 1 holds NaN*"])
     assert "Traceback" not in result.stdout.str()
     assert listing(pytester) == before
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_override_of_nothing(pytester: pytest.Pytester, workers: str) -> None:
+    """A threshold for an op that no model of the run has would gate nothing: refused, wherever models are chosen."""
+    write_model(pytester)
+    pytester.makeini(
+        "[pytest]\nqsens_fail_overrides =\n    *.down = nmse:9%\n    total = nmse:9%\n    *.dwon = nmse:9%"
+    )
+    own = (
+        "import pytest\n@pytest.mark.qsens(model='net:spec')\ndef test(qsens_score, snapshot): qsens_score == snapshot"
+    )
+    pytester.makepyfile(test_user=own)
+    message = "qsens_fail_overrides: '[*].dwon' matches neither an op of this run's models nor total (near: down*)*"
+    refused(pytester, "--snapshot-update", "-n", workers, message=message)
+    pytester.makeini("[pytest]\nqsens_fail_overrides = *.none = nmse:9%")
+    pytester.makepyfile(test_user="def test_other(): pass")
+    assert pytester.runpytest_inprocess("-n", workers).ret == pytest.ExitCode.OK  # nothing is measured
+
+
+FAILS_ON_THE_WAY = """
+import torch
+from pytest_qsens import ModelSpec
+
+class Net(torch.nn.Sequential):
+    def _apply(self, fn, recurse=True):
+        with open("tried.txt", "a") as log:
+            log.write("x")
+        return 1 / 0
+
+def spec():
+    batches = [{"input": torch.ones(2, 4)}]
+    model = Net(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    return ModelSpec(model, batches, batches, output=lambda out, batch: out)
+"""
+
+
+def test_a_model_that_fails_in_an_unforeseen_way(pytester: pytest.Pytester) -> None:
+    """Whatever is raised while a model is made ready ends the run once, with its type and place; no op tries again."""
+    pytester.makepyfile(bad=FAILS_ON_THE_WAY)
+    place = f"{pytester.path}/bad.py:8"
+    message = f"the model cannot be measured: ZeroDivisionError: division by zero ({place})"
+    result = pytester.runpytest_inprocess("--qsens-model", "bad:spec", "--snapshot-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: qsens: {message}"])
+    assert (pytester.path / "tried.txt").read_text() == "x"
+    assert not (pytester.path / "qsens_snapshots").exists()
 
 
 def test_a_device_that_is_not_there(pytester: pytest.Pytester) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,72 @@ def test_invocation_from_a_subdirectory(pytester: pytest.Pytester, monkeypatch: 
     monkeypatch.chdir(pytester.path / "sub")
     assert collect(pytester) == ALL_IDS
     assert collect(pytester, op_id("head")) == [op_id("head")]
+    printed = pytester.runpytest_inprocess("--qsens-model", MODEL, "-rf", "--qsens-ops", "head").stdout.str()
+    assert f"FAILED ../{op_id('head')}" in printed
+    assert collect(pytester, f"../{op_id('head')}") == [op_id("head")]
+    assert collect(pytester, "../qsens::test_total") == [TOTAL_ID]
+    assert collect(pytester, "../qsens") == ALL_IDS
+
+
+ODD = """
+import torch
+from pytest_qsens import ModelSpec
+
+NAMES = ["bl\u00f6ck.b", "a b[x]-c::d/e", "plain-w8a8-1"]
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.add_module("bl\u00f6ck", torch.nn.ModuleDict({"b": torch.nn.Linear(4, 4)}))
+        for name in NAMES[1:]:
+            self.add_module(name, torch.nn.Linear(4, 4))
+    def forward(self, x):
+        for name in NAMES:
+            x = self.get_submodule(name)(x)
+        return x
+
+def spec():
+    batches = [{"x": torch.arange(8.0).reshape(2, 4)}]
+    return ModelSpec(Net(), batches, batches, output=lambda out, batch: out)
+"""
+ODD_NAMES = {"bl\u00f6ck.b": "bl\\xf6ck.b", "a b[x]-c::d/e": "a b[x]-c::d/e", "plain-w8a8-1": "plain-w8a8-1"}
+"""Names of its ops, and how pytest spells them in node ids."""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names(pytester: pytest.Pytester, name: str) -> None:
+    """Any name selects its op: with ``-k``, ``--qsens-ops`` and as a node id, as written and as pytest prints it."""
+    pytester.makepyfile(odd=ODD)
+
+    def ids(*args: str) -> list[str]:
+        run = ("--qsens-model", "odd:spec", "--collect-only", "-q")
+        return collected(pytester.runpytest_inprocess(*run, *args))
+
+    printed = f"qsens::test_op[odd.spec-w8a8-{ODD_NAMES[name]}]"
+    assert printed in ids()
+    assert ids("--qsens-ops", name) == [printed]
+    assert ids(f"qsens::test_op[odd.spec-w8a8-{name}]") == [printed]
+    assert ids(printed) == [printed]
+    assert ids("-k", name.partition(" ")[0].partition("[")[0]) == [printed] or name.startswith("a")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_crash_in_an_op_of_an_odd_name(pytester: pytest.Pytester, name: str) -> None:
+    """A worker that dies costs the op it was measuring, whatever that is called."""
+    pytester.makepyfile(odd=ODD)
+    pytester.makeconftest(
+        f"""
+        import os, signal
+        def pytest_runtest_call(item):
+            if getattr(item, "callspec").params.get("qsens_op", item).name == {name!r}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    run = ("--qsens-model", "odd:spec", "-n", "2", "--snapshot-update", "--qsens-json", "out.json")
+    pytester.runpytest_inprocess(*run).assert_outcomes(passed=3, failed=1)
+    statuses = {op["op"]: op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]}
+    assert statuses == {other: "failed" if other == name else "measured" for other in ODD_NAMES}
 
 
 def test_hooks_and_fixtures_of_the_root_conftest_apply(pytester: pytest.Pytester) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
+import torch
 
+from pytest_qsens.measure import environment
 from tests.plugin.harness import (
     MODEL,
     OPS,
@@ -17,9 +19,6 @@ from tests.plugin.harness import (
     snapshot_ops,
     write_model,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COUNT = len(OPS) + 1
 
@@ -256,6 +255,71 @@ def test_a_changed_environment_is_pointed_out(pytester: pytest.Pytester) -> None
     result = run(pytester)
     result.assert_outcomes(passed=COUNT)
     result.stdout.fnmatch_lines(["the snapshot was measured elsewhere*torch 1.0 → *"])
+
+
+def test_an_environment_is_that_of_the_whole_file(pytester: pytest.Pytester) -> None:
+    """Updating a part of a file measured elsewhere keeps saying so; updating all of it, changed or not, ends it."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update", "--qsens-mode", "both")
+    path = snapshot_file(pytester)
+    here = json.loads(path.read_text())
+    elsewhere = {**here["environment"], "torch": "1.0"}
+    path.write_text(json.dumps({**here, "environment": elsewhere}))
+    measured_elsewhere = "the snapshot was measured elsewhere*torch 1.0 → *"
+    (pytester.path / "worse").write_text("30")
+    result = run(pytester, "--snapshot-update", "-k", "blocks.1.down")
+    result.stdout.fnmatch_lines([measured_elsewhere, f"qsens: wrote {path}"])
+    assert json.loads(path.read_text())["environment"] == elsewhere
+    assert snapshot_ops(pytester)["blocks.1.down"] != here["ops"]["blocks.1.down"]
+    result = run(pytester, "--snapshot-update")  # all ops, but of each only one of two recorded modes
+    result.stdout.fnmatch_lines([measured_elsewhere])
+    assert json.loads(path.read_text())["environment"] == elsewhere
+
+    run(pytester, "--snapshot-update", "--qsens-mode", "both")
+    accepted = json.loads(path.read_text())
+    assert accepted["environment"] == here["environment"]
+    path.write_text(json.dumps({**accepted, "environment": elsewhere}))
+    result = run(pytester, "--snapshot-update-new-only", "--qsens-mode", "both")
+    result.stdout.no_fnmatch_line("the snapshot was measured elsewhere*")
+    assert json.loads(path.read_text()) == accepted
+
+
+def test_a_line_that_could_not_be_accepted_keeps_its_environment(pytester: pytest.Pytester) -> None:
+    """A worse op that ``--snapshot-update-new-only`` leaves alone has still the number of the old environment."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    path = snapshot_file(pytester)
+    content = json.loads(path.read_text())
+    content["environment"]["torch"] = "1.0"
+    del content["ops"]["head"]
+    path.write_text(json.dumps(content))
+    (pytester.path / "worse").write_text("30")
+    run(pytester, "--snapshot-update-new-only")
+    assert "head" in snapshot_ops(pytester)
+    assert json.loads(path.read_text())["environment"]["torch"] == "1.0"
+
+
+def test_the_environment_tells_vendors_apart() -> None:
+    """CPUs of two vendors with the same instruction set have different kernels, and different scores."""
+    information = Path("/proc/cpuinfo").read_text()
+    if "vendor_id" not in information:
+        pytest.skip("this machine names no vendor")
+    vendor, capability = environment("cpu")["cpu"].split(maxsplit=1)
+    assert f": {vendor}\n" in information
+    assert capability == torch.backends.cpu.get_cpu_capability()
+
+
+def test_lines_of_ops_that_are_gone(pytester: pytest.Pytester) -> None:
+    """A line of an op that the model no longer has is pointed out, until it is removed."""
+    write_model(pytester, spare="used")
+    run(pytester, "--snapshot-update")
+    write_model(pytester)
+    for args in ([], ["--snapshot-update", "-q"], ["-k", "head"]):
+        run(pytester, *args).stdout.fnmatch_lines(
+            [f"1 line in {snapshot_file(pytester)} of no op of this model: spare; remove with *-snapshot-prune"]
+        )
+    result = run(pytester, "--snapshot-update", "--qsens-snapshot-prune")
+    result.stdout.no_fnmatch_line("*of no op of this model*")
 
 
 def test_result_file(pytester: pytest.Pytester) -> None:

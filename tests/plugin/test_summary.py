@@ -9,7 +9,7 @@ import pytest
 
 from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
-from pytest_qsens.report.terminal import worst_ops
+from pytest_qsens.report.terminal import attention, worst_ops
 from pytest_qsens.results import OpResult
 from tests.plugin.harness import MODEL, write_model
 
@@ -62,6 +62,20 @@ def test_terminals_without_unicode(
     result = pytester.runpytest_subprocess("--qsens-model", MODEL)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines([f"  head *dB  {bar}{bar}*"])
+
+
+def test_the_whole_model_alone(pytester: pytest.Pytester) -> None:
+    """A run of the whole model alone does not count ops that nobody asked for."""
+    write_model(pytester)
+    result = pytester.runpytest_inprocess("--qsens-model", MODEL, "qsens::test_total")
+    result.stdout.fnmatch_lines(["the whole model, and none of its 8 ops; against the snapshot: 1 new"])
+
+
+def test_many_lines_of_no_op() -> None:
+    """Of many ops that are gone, the first are named."""
+    run = Run("m", "w8a8", Path("m.json"), gone=[f"op{n}" for n in range(9)])
+    (line,) = attention(run)
+    assert line.startswith("9 lines in m.json of no op of this model: op0, op1, op2, op3, op4, ...; remove with")
 
 
 def test_quiet(pytester: pytest.Pytester) -> None:

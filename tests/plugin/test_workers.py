@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from pytest_qsens.controller import Run
+from pytest_qsens.report.terminal import attention
 from pytest_qsens.workers import cores
-from tests.plugin.harness import MODEL, OPS, op_id, snapshot_file, snapshot_ops, write_model
+from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
 
 COUNT = len(OPS) + 1
 
@@ -80,6 +83,130 @@ def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, 
     assert (ops[op]["status"], ops[op]["isolated"]) == ("failed", None)
     assert "crashed" in ops[op]["reason"]
     assert {entry["status"] for name, entry in ops.items() if name != op} == {"measured"}
+
+
+OWN = """
+import pytest
+@pytest.mark.parametrize("n", [7])
+@pytest.mark.qsens(model="{model}")
+def test_own(qsens_score, n, snapshot): assert qsens_score == snapshot
+"""
+
+
+def test_own_tests_with_parameters_of_their_own(pytester: pytest.Pytester) -> None:
+    """Crashes and blocks go by what a test measures, not by how its id is spelled."""
+    write_model(pytester)
+    pytester.makepyfile(test_user=OWN.format(model=MODEL))
+    pytester.makeconftest(
+        """
+        import os, signal
+        def pytest_runtest_call(item):
+            with open("where.txt", "a") as file:
+                file.write(item.callspec.params["qsens_op"].name + " " + os.environ["PYTEST_XDIST_WORKER"] + "\\n")
+            if "-head-7]" in item.nodeid:
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    result = run_marked(pytester, "--snapshot-update", "--qsens-json", "out.json", "-v")
+    result.assert_outcomes(passed=len(OPS) - 1, failed=1)
+    result.stdout.fnmatch_lines(["*scheduling tests via BlockScheduling"])
+    statuses = {op["op"]: op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]}
+    assert statuses == {op: "failed" if op == "head" else "measured" for op in OPS}
+    where = dict(line.split() for line in (pytester.path / "where.txt").read_text().splitlines())
+    for block in range(3):
+        assert where[f"blocks.{block}.up"] == where[f"blocks.{block}.down"]
+
+
+def run_marked(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
+    """Run tests whose markers choose the model, on two workers."""
+    return pytester.runpytest_inprocess("-n", "2", "-p", "no:randomly", *args)
+
+
+@pytest.mark.parametrize("dist", ["loadscope", "loadfile", "loadgroup", "each"])
+def test_unfit_distribution_of_models_chosen_in_code(pytester: pytest.Pytester, dist: str) -> None:
+    """A ``--dist`` that defeats measuring in parallel is refused where a marker chooses the model, too."""
+    write_model(pytester)
+    pytester.makepyfile(test_user=OWN.format(model=MODEL))
+    before = listing(pytester)
+    result = run_marked(pytester, "--dist", dist, "--snapshot-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: qsens: --dist {dist} *"])
+    assert listing(pytester) == before
+
+
+@pytest.mark.parametrize("dist", ["load", "worksteal", "loadscope"])
+def test_runs_without_us_are_scheduled_as_ever(pytester: pytest.Pytester, dist: str) -> None:
+    """Where nothing is measured, xdist's own schedulers distribute."""
+    pytester.makepyfile("def test_one(): pass\ndef test_two(): pass")
+    result = run_marked(pytester, "--dist", dist, "-v")
+    result.assert_outcomes(passed=2)
+    names = {"load": "Load", "worksteal": "WorkStealing", "loadscope": "LoadScope"}
+    result.stdout.fnmatch_lines([f"*scheduling tests via {names[dist]}Scheduling"])
+
+
+UNSEEDED = """
+import torch
+from pytest_qsens import ModelSpec
+
+def model():
+    torch.seed()
+    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
+
+def spec():
+    batches = [{"input": torch.ones(2, 4)}]
+    return ModelSpec(model, batches, batches, output=lambda out, batch: out)
+"""
+
+
+def test_workers_must_have_the_same_model(pytester: pytest.Pytester) -> None:
+    """A factory that makes another model in every worker would fill a snapshot with numbers of both: refused."""
+    pytester.makepyfile(unseeded=UNSEEDED)
+    before = listing(pytester)
+    run = ("--qsens-model", "unseeded:spec", "-n", "2", "--snapshot-update", "--qsens-json", "out.json")
+    result = pytester.runpytest_inprocess(*run)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: qsens: unseeded.spec: *the unquantized outputs differ. Seed what is random*"])
+    assert listing(pytester) == before
+
+
+def test_a_model_that_is_another_one_each_time_it_is_loaded(pytester: pytest.Pytester) -> None:
+    """The same in one process that has to load the model again: the other's memory was needed in between."""
+    pytester.makepyfile(
+        unseeded=UNSEEDED,
+        test_user="""
+        import pytest
+        @pytest.mark.parametrize("m", [1])
+        @pytest.mark.qsens(model="unseeded:spec")
+        class Test:
+            @pytest.mark.qsens(ops="0")
+            def test_a(self, m, qsens_score, snapshot): assert qsens_score == snapshot
+            @pytest.mark.qsens(scheme="w8a8_dynamic", ops="0")
+            def test_b(self, m, qsens_score, snapshot): assert qsens_score == snapshot
+            @pytest.mark.qsens(ops="1")
+            def test_c(self, m, qsens_score, snapshot): assert qsens_score == snapshot
+        """,
+    )
+    before = listing(pytester)
+    pytester.makeconftest("def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.name)")
+    result = pytester.runpytest_inprocess("--snapshot-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: qsens: unseeded.spec: *Seed what is random*"])
+    assert set(listing(pytester)) == {*before, "conftest.py"}
+
+
+def test_machines_may_round_differently() -> None:
+    """Between machines different outputs are no contradiction, and pointed out; on one machine they are."""
+
+    def run(*places: tuple[str, str]) -> Run:
+        facts = {"environment": {}, "engine": "replay", "engine_reason": None}
+        found = [{**facts, "machine": machine, "reference": reference} for machine, reference in places]
+        return Run("m", "w8a8", Path("m.json"), facts=found)
+
+    assert run(("", "a"), ("", "b")).contradictory
+    assert run(("far", "a"), ("", "b"), ("far", "b")).contradictory
+    assert not run(("", "a"), ("", "a"), ("far", "b")).contradictory
+    assert any("differ between machines" in line for line in attention(run(("", "a"), ("far", "b"))))
+    assert not list(attention(run(("", "a"), ("far", "a"))))
 
 
 def test_several_crashes_lose_nothing(pytester: pytest.Pytester) -> None:
