@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
 import tempfile
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +20,6 @@ LOCK_TIMEOUT_SECONDS = 60.0
 """A writer holds a lock for milliseconds; one that does not let go is stuck."""
 
 _POLL_SECONDS = 0.02
-_HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES})
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -214,57 +211,41 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock is a file beside ``path``, so that it can be had wherever ``path`` can be written, and that all who can
     write ``path`` meet at it: neither is true of a cache or of a directory for temporary files. It is removed while it
-    is still held, so nothing of it is left to commit; a process that is killed lets go of it, and the next one removes
-    it. A symbolic link is followed. The directory must exist.
+    is still held, so nothing of it is left to commit; filelock 4 takes no lock on a file that is gone, so those who
+    waited start over. A process that is killed lets go of it, and the next one removes it. A symbolic link is followed.
+    The directory must exist.
 
     Raises:
         QsensError: If another process does not let go of it, or the directory cannot be written.
 
     """
+    from filelock import FileLock, Timeout
+
     target = Path(os.path.realpath(path))
     place = target.with_name(f".{target.name}.lock")
-    end = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    while (descriptor := _try_lock(path, place)) is None:
-        if time.monotonic() > end:
-            raise QsensError(
-                f"{path} is locked by another process for more than {LOCK_TIMEOUT_SECONDS:.0f} s ({place}). "
-                "Wait for the other run to end, or end it."
-            )
-        time.sleep(_POLL_SECONDS)
+    lock = FileLock(
+        place, timeout=LOCK_TIMEOUT_SECONDS, poll_interval=_POLL_SECONDS, mode=0o666, fallback_to_soft=False
+    )
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise QsensError(
+            f"{path} is locked by another process for more than {LOCK_TIMEOUT_SECONDS:.0f} s ({place}). "
+            "Wait for the other run to end, or end it."
+        ) from error
+    except OSError as error:
+        # A file system without locks: the scores of a whole run are worth more than this guard.
+        if error.errno not in _NO_LOCKS:
+            what = f" with {place}: {error.strerror}"
+            if error.filename is not None:  # it could not even be opened
+                what = f": {place.parent} is not writable ({error.strerror})"
+            raise QsensError(f"cannot lock {path}{what}") from error
     try:
         yield
     finally:
         with suppress(OSError):  # the directory may be gone; the lock is let go of all the same
             place.unlink()
-        os.close(descriptor)
-
-
-def _try_lock(path: Path, place: Path) -> int | None:
-    """Take the lock and return its descriptor; ``None`` if another process has it."""
-    try:
-        try:
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except PermissionError:  # another user's, to be locked as it is
-            descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if place.exists() and isinstance(error, PermissionError):
-            return None
-        raise QsensError(f"cannot lock {path}: {place.parent} is not writable ({error.strerror})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had it before may have removed the file that was just opened: a lock on that one excludes nobody.
-        if os.path.samestat(os.fstat(descriptor), place.stat()):
-            return descriptor
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return descriptor  # a file system without locks: the scores of a whole run are worth more than this guard
-        if error.errno not in _HELD:
-            os.close(descriptor)
-            raise QsensError(f"cannot lock {path} with {place}: {error.strerror}") from error
-    os.close(descriptor)
-    return None
+        lock.release()
 
 
 def temporary_prefix(target: Path) -> str:
