@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import traceback
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.metrics import scores
@@ -288,8 +287,8 @@ def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:
         raise
     except Exception as error:
         raise QsensError(
-            f"the model cannot be run on {where} (keys {', '.join(batch)}): {_first_line(error)} "
-            f"({_raised_at(error)}). Check the batch, and the `output` function that picks what is scored."
+            f"the model cannot be run on {where} (keys {', '.join(batch)}): {told(error)}. "
+            "Check the batch, and the `output` function that picks what is scored."
         ) from error
     if not isinstance(scored, torch.Tensor):
         raise QsensError(f"`output` gives {type(scored).__name__} on {where}, not the tensor to score")
@@ -299,11 +298,6 @@ def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:
             "what is scored must be floating point and not empty, and logits need a dimension of classes"
         )
     return scored
-
-
-def _raised_at(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}"
 
 
 def _first_not_finite(model: nn.Module, batch: Batch, spec: ModelSpec) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import sysconfig
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.transformers_model import on_meta
 
@@ -70,7 +68,7 @@ class FactorySource:
         except QsensError:
             raise
         except (Exception, SystemExit) as error:
-            raise QsensError(f"{self.name}: {what} raised {_told(error)}") from error
+            raise QsensError(f"{self.name}: {what} raised {told(error)}") from error
 
     @cached_property
     def _spec(self) -> ModelSpec:
@@ -106,13 +104,13 @@ class FactorySource:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             if error.name is None or not (self.module + ".").startswith(error.name + "."):
-                raise QsensError(f"cannot import {self.module} for {self.name}: {_told(error)}") from error
+                raise QsensError(f"cannot import {self.module} for {self.name}: {told(error)}") from error
             raise QsensError(
                 f"no module {error.name!r} for --qsens-model {self.name}. Looked in {', '.join(places)} and the "
                 f"installed packages."
             ) from None
         except (Exception, SystemExit) as error:
-            raise QsensError(f"cannot import {self.module} for {self.name}: {_told(error)}") from error
+            raise QsensError(f"cannot import {self.module} for {self.name}: {told(error)}") from error
         factory = getattr(module, self.attribute, None)
         if factory is None:
             close = get_close_matches(self.attribute, vars(module), n=1)
@@ -127,15 +125,3 @@ def _is_module(value: object) -> TypeGuard[nn.Module]:
     from torch import nn
 
     return isinstance(value, nn.Module)
-
-
-_NOT_THEIRS = (f"{Path(__file__).parents[1]}/", f"{sysconfig.get_path('stdlib')}/", "<frozen ")
-_INSTALLED = (f"{sysconfig.get_path('purelib')}/", f"{sysconfig.get_path('platlib')}/")
-
-
-def _told(error: BaseException) -> str:
-    """Give type and message of an exception, and the line that the user can mend: the last of their own code."""
-    files = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
-    own = [frame for frame in files if not frame.filename.startswith(_INSTALLED)]
-    where = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (own or files)[-1:])
-    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
