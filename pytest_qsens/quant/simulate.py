@@ -113,7 +113,7 @@ def _int_mm_is_exact() -> bool:
     for rows in (1, 33):
         left = torch.randint(0, 2, (rows, 256), generator=generator).mul(255).sub(128).to(torch.int8)
         right = torch.randint(0, 2, (256, 48), generator=generator).mul(254).sub(127).to(torch.int8)
-        for other in (right, right.fill_(127)):
+        for other in (right, torch.full_like(right, 127)):
             if not torch.equal(torch._int_mm(left, other).double(), _float64_mm(left, other)):  # noqa: SLF001
                 return False
     return True
