@@ -142,10 +142,6 @@ class Run:
         if passed and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
             self.confirmed[result.op] = {*self.confirmed.get(result.op, ()), *result.modes}
 
-    def add_facts(self, facts: Payload) -> None:
-        """Take what a process tells about its calibrated model."""
-        self.facts.append(facts)
-
     def crashed(self, name: str, reason: str) -> None:
         """Note an op whose worker died while measuring it."""
         op = next((op for op in self.ops if op.name == name), Op(TOTAL, TOTAL) if name == TOTAL else None)
@@ -314,7 +310,7 @@ class Controller:
                 return
             for facts in payload["facts"]:
                 run = self._run(facts["model"], facts["scheme"])
-                run.add_facts(facts)
+                run.facts.append(facts)
                 if run.contradictory:
                     self._stop(
                         f"{run.model}: it is not the same model, or not the same data, every time it is loaded: the "

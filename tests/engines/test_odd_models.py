@@ -14,6 +14,7 @@ from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -246,11 +247,8 @@ def test_convolutions_agree_on_any_number_of_threads(threads: int) -> None:
         found = both(net, [randn(2, 3, 56, 56)])
     finally:
         torch.set_num_threads(before)
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         expected = scored(net, [randn(2, 3, 56, 56)], "replay")
-    finally:
-        torch.set_num_threads(before)
     for op, result in found.items():
         nmse = (expected[op].isolated or {})["nmse"] or 0.0
         assert (result.isolated or {})["nmse"] == pytest.approx(nmse, rel=1e-12)
