@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._pytree import tree_map
 
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.metrics import scores
+from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pytest_qsens.engines import Engine
+    from pytest_qsens.engines.fx import FxEngine
+    from pytest_qsens.engines.inc import IncEngine
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.models.spec import Batch, ModelSpec
     from pytest_qsens.quant.schemes import Scheme
@@ -66,7 +70,7 @@ class CalibratedModel:
         self._simulator = simulator
         self._engine = engine
         self._logits = logits
-        self._joint: Scores | str | None = None
+        self._joint: dict[int | None, Scores | str] = {}
 
     @property
     def engine(self) -> str:
@@ -120,19 +124,33 @@ class CalibratedModel:
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
             result = self._scores(self._engine.isolated(op))
-            if self._joint is None:  # nothing else needs this weight quantized
+            if not self._joint:  # nothing else needs this weight quantized
                 self._simulator.forget(op)
             return result
         joint = self._joint_scores()
         result = self._scores(self._engine.fallback(op))
         if not isinstance(result, str) and not isinstance(joint, str):
             result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
+            if self._engine.perturbs:
+                self._add_noise(op, result)
         return result
 
-    def _joint_scores(self) -> Scores | str:
-        if self._joint is None:
-            self._joint = self._scores(self._engine.joint())
-        return self._joint
+    def _add_noise(self, op: str, result: Scores) -> None:
+        """Say how far the score, and the gain, move when values move in their last digits."""
+        draws, gains = [_number(result["nmse"])], [_number(result["gain"])]
+        for seed in SEEDS:
+            joint, other = self._joint_scores(seed), self._scores(self._engine.fallback(op, seed))
+            if not isinstance(joint, str) and not isinstance(other, str):
+                draws.append(_number(other["nmse"]))
+                gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
+        if len(draws) == 1 + len(SEEDS):
+            result["noise"] = spread(draws)
+            result["distinguishable"] = distinguishable(gains)
+
+    def _joint_scores(self, seed: int | None = None) -> Scores | str:
+        if seed not in self._joint:
+            self._joint[seed] = self._scores(self._engine.joint(seed))
+        return self._joint[seed]
 
     def _scores(self, outputs: Iterator[Tensor]) -> Scores | str:
         """Score what an engine computes; why there is no score, if there is none."""
@@ -140,7 +158,7 @@ class CalibratedModel:
             found = scores(zip(self._engine.references, outputs, strict=True), logits=self._logits)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
             return f"the model fails ({_first_line(error)})"
-        return _NOT_FINITE if found is None else found
+        return _NOT_FINITE if found is None else found | dict(self._engine.reported)
 
 
 def _number(value: float | None) -> float:
@@ -179,28 +197,36 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
-        engine: ``replay``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured.
+        engine: ``replay``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured; ``fx`` or
+            ``inc`` for int8 kernels.
         device: A torch device.
 
     Raises:
-        QsensError: If the model cannot be run or is not deterministic, its reference output is not finite or all zero,
+        QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or is not deterministic, its reference output is not finite or all zero,
             no finite value calibrates an op, or ``replay`` is asked for and refused.
 
     """
+    check_engine(engine, scheme, device)
     reproducible_sums()
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
     model = model.to(device).float().eval().requires_grad_(False)
     chosen = SCHEMES[scheme]
-    calibration = Calibration(chosen)
+    calibration = Calibration(chosen, ranges=engine not in KERNEL_ENGINES)
     simulator = Simulator(chosen, calibration)
     batches = [_placed(batch, device) for batch in spec.evaluation]
+    calibrating = [_placed(batch, device) for batch in spec.calibration]
     with torch.no_grad():
         with one_thread():
-            for number, batch in enumerate(spec.calibration, 1):
-                _observe(model, _placed(batch, device), number, spec, calibration)
+            for number, batch in enumerate(calibrating, 1):
+                _observe(model, batch, number, spec, calibration)
         seconds = _check_reference(model, batches, spec)
         quantizable = [op.name for op in ops if op.name in calibration.reached and chosen.refusal(op.type) is None]
-        built, reason = _build_engine(engine, model, batches, spec, simulator, quantizable)
+        built: Engine
+        reason = None
+        if engine in KERNEL_ENGINES:
+            built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
+        else:
+            built, reason = _build_engine(engine, model, batches, spec, simulator, quantizable)
     return CalibratedModel(
         chosen,
         calibration,
@@ -210,6 +236,16 @@ def calibrate(
         engine_reason=reason,
         reference_seconds=seconds,
     )
+
+
+def _kernel_engine(name: str) -> type[FxEngine | IncEngine]:
+    if name == "inc":
+        from pytest_qsens.engines.inc import IncEngine
+
+        return IncEngine
+    from pytest_qsens.engines.fx import FxEngine
+
+    return FxEngine
 
 
 def _build_engine(

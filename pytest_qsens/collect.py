@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
@@ -87,6 +88,7 @@ class Catalogue:
             QsensError: For everything wrong with the model, its data, the choice of ops or the snapshot.
 
         """
+        check_engine(options.engine, options.scheme, options.device)
         model = self._models.get(options.request) or self._look_up(options)
         select(model, options)
         self.snapshot(options, model)

@@ -106,7 +106,7 @@ class Bench:
             "reference": reference,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
-            "environment": environment(options.device) | ({"data": data} if data else {}),
+            "environment": environment(options.device, options.engine) | ({"data": data} if data else {}),
             "functional": [to_payload(result) for result in self._calibrated.functional_ops],
         }
 
@@ -134,12 +134,17 @@ def _cpu_vendor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, engine: str) -> dict[str, str]:
     """Collect what moves scores in their last digits between machines. No host name, time or thread count."""
     import torch
 
     kind = torch.device(device).type
-    return {
+    kernels = {}  # the other engines simulate them, the same everywhere
+    if engine == "fx":
+        kernels["kernels"] = f"torch {torch.backends.quantized.engine}"
+    elif engine == "inc":
+        kernels["kernels"] = f"neural-compressor {version('neural-compressor')}"
+    return kernels | {
         "cpu": f"{_cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}".strip(),
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "machine": platform.machine(),

@@ -28,7 +28,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "fallback": ("fallback",),
     "both": ("isolated", "fallback"),
 }
-ENGINES = ("auto", "replay", "eager")
+ENGINES = ("auto", "replay", "eager", "fx", "inc")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,13 @@ _DECLARATIONS = (
     ),
     _Declaration("calib_samples", "count", "at most N calibration samples", "N", marker=True),
     _Declaration("eval", "path", "evaluation data, as --qsens-calib", "FILE", marker=True),
-    _Declaration("engine", "text", f"{', '.join(ENGINES)} (default: auto)", "ENGINE", marker=True),
+    _Declaration(
+        "engine",
+        "text",
+        f"{', '.join(ENGINES)} (default: auto); fx: torch's int8 kernels; inc: Intel Neural Compressor",
+        "ENGINE",
+        marker=True,
+    ),
     _Declaration(
         "fail",
         "text",

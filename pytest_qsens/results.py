@@ -29,10 +29,16 @@ Status = Literal["measured", "estimated", "unexercised", "unquantizable", "faile
 Mode = Literal["isolated", "fallback"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-Scores = dict[str, float | None]
-"""Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite)."""
+ABOUT_SCORES = frozenset({"distinguishable", "inc_sse", "noise"})
+"""What results hold beside metrics, and snapshots leave out."""
 
-NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1"})
+Scores = dict[str, float | None]
+"""Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite).
+
+``fallback`` has ``noise`` and ``distinguishable``, a truth value, beside its metrics: see `pytest_qsens.noise`.
+"""
+
+NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", "noise", "inc_sse"})
 """Metrics that no measurement makes negative."""
 
 Payload = dict[str, Any]
@@ -60,6 +66,14 @@ class OpResult:
     def modes(self) -> dict[Mode, Scores]:
         """The modes that were measured, with their scores."""
         return {mode: scores for mode in MODES if (scores := getattr(self, mode)) is not None}
+
+    @property
+    def metrics(self) -> dict[Mode, Scores]:
+        """The modes with what can gate and be recorded, without what is only said about the scores."""
+        return {
+            mode: {name: value for name, value in scores.items() if name not in ABOUT_SCORES}
+            for mode, scores in self.modes.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -113,12 +127,16 @@ def to_payload(result: OpResult) -> Payload:
     payload = asdict(result)
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
-        payload[mode] = {metric: None if value is None else float(value) for metric, value in sorted(scores.items())}
+        payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}
         try:
             read_scores(payload[mode], mode)
         except QsensError as error:
             raise ValueError(f"{result.op}: {error}") from error
     return payload
+
+
+def _builtin(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, bool) else float(value)
 
 
 def from_payload(payload: object, where: str = "payload") -> OpResult:
@@ -166,6 +184,8 @@ def read_scores(value: object, where: str) -> Scores:
 
 
 def _score(metric: str, number: object, where: str) -> float:
+    if metric == "distinguishable":
+        return typed(number, bool, where)
     score = finite(number, where)
     if score < 0 and metric in NON_NEGATIVE:
         raise QsensError(f"{where}: {number!r} is not possible, it is never negative")

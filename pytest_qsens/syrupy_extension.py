@@ -71,7 +71,7 @@ class Score:
         _refuse_amber()
 
     def __repr__(self) -> str:
-        numbers = ", ".join(_lines(self.result.modes)) or self.result.status
+        numbers = ", ".join(_lines(self.result.metrics)) or self.result.status
         return f"<Score of {self.result.op}: {numbers}>"
 
     def __eq__(self, other: object) -> bool:
@@ -100,7 +100,7 @@ class Score:
         if self.result.status != "measured":
             reason = f" ({self.result.reason})" if self.result.reason else ""
             raise QsensError(f"{self.result.op} has no score to compare: it is {self.result.status}{reason}.")
-        measured = self.result.modes
+        measured = self.result.metrics
         gated = [threshold.metric for threshold in self.thresholds]
         known = {metric for scores in measured.values() for metric in scores}
         if not known.intersection(gated):
@@ -153,9 +153,9 @@ class Score:
         modes: dict[Mode, Scores] = {}
         for mode, verdict in self._verdicts.items():
             if verdict.kind == "new":
-                modes[mode] = {**self.result.modes[mode], **self._old.get(mode, {})}
+                modes[mode] = {**self.result.metrics[mode], **self._old.get(mode, {})}
             elif verdict.kind != "ok":
-                modes[mode] = self.result.modes[mode]
+                modes[mode] = self.result.metrics[mode]
         return Entry(self.result.type, **modes)
 
     def explain(self) -> list[str]:
@@ -182,7 +182,7 @@ class ScoreExtension(AbstractSyrupyExtension):
 
     def serialize(self, data: Score, **_: Any) -> str:  # noqa: ANN401  # syrupy's filters, which need an object's fields
         """Scores as the text that syrupy shows when nothing better explains a failure."""
-        return "\n".join(_lines(data.result.modes))
+        return "\n".join(_lines(data.result.metrics))
 
     def matches(self, **_: Any) -> bool:  # noqa: ANN401  # the serialized texts; the numbers were judged already
         """Whether the score passes as it is."""

@@ -15,6 +15,12 @@ class Engine(Protocol):
 
     name: str
 
+    reported: Mapping[str, float]
+    """What another tool said itself about the output asked for last: name → number."""
+
+    perturbs: bool
+    """Whether it can move values by a seed."""
+
     @property
     def references(self) -> Sequence[Tensor]:
         """Outputs of the unquantized model, fp32."""
@@ -34,8 +40,11 @@ class Engine(Protocol):
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
 
-    def joint(self) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized."""
+    def joint(self, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything the scheme can quantize is quantized.
 
-    def fallback(self, op: str) -> Iterator[Tensor]:
-        """Everything but this op is quantized."""
+        With a seed, the outputs of all ops are moved in their last digits (`pytest_qsens.noise.perturbed`).
+        """
+
+    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but this op is quantized; the seed as in `joint`."""

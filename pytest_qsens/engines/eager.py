@@ -1,19 +1,16 @@
-"""The engine that always works: one full forward per op, its calls replaced while the model runs."""
+"""The engine that always works: the model's own forward, with the calls of ops replaced while it runs."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from pytest_qsens.errors import QsensError
+from pytest_qsens.engines.forward import ForwardEngine
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
-from pytest_qsens.metrics import same
-from pytest_qsens.threads import one_thread
+from pytest_qsens.noise import perturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -23,13 +20,8 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.simulate import Simulator
 
 
-class EagerEngine:
-    """Runs the model itself for every score, on one thread if kernels round by the number of threads.
-
-    Raises:
-        QsensError: If two runs of the unquantized model differ.
-
-    """
+class EagerEngine(ForwardEngine):
+    """Computes what a quantized op returns in place of its call."""
 
     name = "eager"
 
@@ -41,59 +33,15 @@ class EagerEngine:
         simulator: Simulator,
         quantizable: Collection[str],
     ) -> None:
-        self._model = model
-        self._threads: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._batches = batches
-        self._output = output
+        super().__init__(model, batches, output, quantizable)
         self._simulator = simulator
-        self.exercised: set[str] = set()
-        self.out_of_reach: dict[str, str] = {}
-        self.functional: Sequence[tuple[str, str]] = ()  # only a graph shows them
-        self.references = list(self._reference())
-        self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized."""
-        return self._outputs({op})
-
-    def joint(self) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized."""
-        return self._outputs(self._quantizable)
-
-    def fallback(self, op: str) -> Iterator[Tensor]:
-        """Everything but this op is quantized."""
-        return self._outputs(self._quantizable - {op})
-
-    def _outputs(self, quantized: Collection[str]) -> Iterator[Tensor]:
+    def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:
         def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-            return self._simulator.output(op, call) if op in quantized else run()
+            output = self._simulator.output(op, call) if op in quantized else run()
+            return output if seed is None else perturbed(output, seed)
 
         for batch in self._batches:
             with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler):
                 output = run_model(self._model, batch, self._output)
             yield output
-
-    def _reference(self) -> Iterator[Tensor]:
-        for number, batch in enumerate(self._batches, 1):
-            with one_thread(), unchanged_state(self._model):
-                reference = run_model(self._model, batch, self._output)
-            if not same(self._watched(batch), reference):
-                self._threads = one_thread
-                if not same(self._watched(batch), reference):
-                    raise QsensError(
-                        f"the model is not deterministic: two runs of evaluation batch {number} differ. Scores would "
-                        "measure that, not quantization; look for dropout and random sampling in its forward."
-                    )
-            yield reference
-
-    def _watched(self, batch: Batch) -> Tensor:
-        def handler(op: str, _: Call, run: Callable[[], Tensor]) -> Tensor:
-            output = run()
-            if output.numel():
-                self.exercised.add(op)
-            return output
-
-        with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler) as interceptor:
-            output = run_model(self._model, batch, self._output)
-        self.out_of_reach |= interceptor.out_of_reach()
-        return output

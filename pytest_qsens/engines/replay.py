@@ -13,6 +13,7 @@ from pytest_qsens.graph.capture import CaptureRefused, Graph, capture, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.graph.replay import Override, Run
 from pytest_qsens.metrics import same
+from pytest_qsens.noise import perturbed
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class ReplayEngine:
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
-    All values of the clean run are kept, and of the fully quantized one once it is asked for. Both are made on one
+    All values of the clean run are kept, and of the fully quantized ones once they are asked for. All are made on one
     thread; replays use all of them if the clean values come out the same on all.
 
     Raises:
@@ -39,6 +40,7 @@ class ReplayEngine:
     """
 
     name = "replay"
+    perturbs = True
 
     def __init__(
         self,
@@ -51,7 +53,8 @@ class ReplayEngine:
         self._simulator = simulator
         self._clean = [_verified_run(model, batch, output) for batch in batches]
         self._threads = nullcontext if all(_same_on_all_threads(run) for run in self._clean) else one_thread
-        self._quantized: list[Run] | None = None
+        self._quantized: dict[int | None, list[Run]] = {}
+        self.reported: Mapping[str, float] = {}
         graphs = [run.graph for run in self._clean]
         self.references = [run.output for run in self._clean]
         self.exercised = {
@@ -71,23 +74,31 @@ class ReplayEngine:
                 output = run.replay(self._quantize(run.graph, [op]))
             yield output
 
-    def joint(self) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized."""
-        for run in self._joint_runs():
+    def joint(self, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
+        for run in self._joint_runs(seed):
             yield run.output
 
-    def fallback(self, op: str) -> Iterator[Tensor]:
-        """Everything but this op is quantized."""
-        for run in self._joint_runs():
+    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but this op is quantized; the seed as in `joint`."""
+        for run in self._joint_runs(seed):
+            nodes = run.graph.calls.get(op, ())
             with self._threads():
-                output = run.replay({node: node.target for node in run.graph.calls.get(op, ())})  # type: ignore[misc] # a callable
+                output = run.replay({node: _moved(node.target, seed) for node in nodes})
             yield output
 
-    def _joint_runs(self) -> list[Run]:
-        if self._quantized is None:
+    def _joint_runs(self, seed: int | None) -> list[Run]:
+        if seed not in self._quantized:
             with one_thread():
-                self._quantized = [Run(run.graph, self._quantize(run.graph, self._quantizable)) for run in self._clean]
-        return self._quantized
+                self._quantized[seed] = [
+                    Run(run.graph, self._everything(run.graph, seed)) for run in self._clean
+                ]
+        return self._quantized[seed]
+
+    def _everything(self, graph: Graph, seed: int | None) -> dict[Node, Override]:
+        calls: dict[Node, Any] = {node: node.target for nodes in graph.calls.values() for node in nodes}
+        calls |= self._quantize(graph, self._quantizable)
+        return {node: _moved(call, seed) for node, call in calls.items()}
 
     def _quantize(self, graph: Graph, ops: Collection[str]) -> dict[Node, Override]:
         def override(op: str, target: object) -> Override:
@@ -97,6 +108,16 @@ class ReplayEngine:
             return quantized
 
         return {node: override(op, node.target) for op in ops for node in graph.calls.get(op, ())}
+
+
+def _moved(call: Any, seed: int | None) -> Override:  # noqa: ANN401 - a call node's operator, or what replaces it
+    if seed is None:
+        return call  # type: ignore[no-any-return] # a callable
+
+    def moved(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the call's own arguments
+        return perturbed(call(*args, **kwargs), seed)
+
+    return moved
 
 
 def _verified_run(model: nn.Module, batch: Batch, output: Output) -> Run:

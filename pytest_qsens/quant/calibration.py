@@ -55,10 +55,17 @@ def _finite(values: Tensor, kind: str, what: str) -> Tensor:
 
 
 class Calibration:
-    """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op."""
+    """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op.
 
-    def __init__(self, scheme: Scheme) -> None:
+    Args:
+        scheme: What needs ranges.
+        ranges: Whether to observe them; otherwise only what is reached is noted.
+
+    """
+
+    def __init__(self, scheme: Scheme, *, ranges: bool = True) -> None:
         self._scheme = scheme
+        self._ranges = ranges
         self._inputs: dict[str, _Range] = {}
         self._outputs: dict[str, _Range] = {}
         self.reached: set[str] = set()
@@ -75,7 +82,7 @@ class Calibration:
         if not output.numel():
             return
         self.reached.add(op)
-        if call.kind == "embedding" or self._scheme.activation == "dynamic":
+        if call.kind == "embedding" or self._scheme.activation == "dynamic" or not self._ranges:
             return
         self._inputs.setdefault(op, _Range()).observe(_finite(call.x, call.kind, f"input of {op}"))
         if self._scheme.requantize_output:

@@ -1,0 +1,54 @@
+"""Whether an engine can be used at all, found out before anything is loaded."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+from pytest_qsens.errors import QsensError
+
+KERNEL_ENGINES = ("fx", "inc")
+
+SCHEME = "w8a8"
+"""What torch's kernels, and so Intel Neural Compressor's strategy, execute."""
+
+_PACKAGE = "neural-compressor"
+_INSTALL = "Install what it needs with: pip install 'pytest-qsens[inc]'"
+
+
+def check_engine(engine: str, scheme: str, device: str) -> None:
+    """Check what an engine needs.
+
+    Raises:
+        QsensError: If the scheme or the device is not one that the engine can measure, or a package is missing.
+
+    """
+    if engine not in KERNEL_ENGINES:
+        return
+    if scheme != SCHEME:
+        raise QsensError(f"engine {engine} measures scheme {SCHEME} only, not {scheme!r}: there are no other kernels")
+    if not device.startswith("cpu"):
+        raise QsensError(f"engine {engine} runs int8 kernels of the CPU, not of device {device!r}")
+    if engine == "inc":
+        _check_inc()
+
+
+def _check_inc() -> None:
+    try:
+        found = Version(version(_PACKAGE))
+    except PackageNotFoundError:
+        raise QsensError(
+            f"engine inc needs Intel Neural Compressor with its MSE_V2 strategy ({_PACKAGE} 2.6 to 3.7.x), which is "
+            f"not installed. {_INSTALL}"
+        ) from None
+    if not Version("2.6") <= found < Version("3.8.dev0"):
+        why = "which has no MSE_V2 strategy any more" if found >= Version("3.8.dev0") else "which is too old"
+        raise QsensError(f"engine inc needs {_PACKAGE} 2.6 to 3.7.x, not {found}, {why}. {_INSTALL}")
+    # what it imports without declaring it
+    missing = [name for name in ("six", "pkg_resources") if find_spec(name) is None]
+    if missing:
+        raise QsensError(f"engine inc: {_PACKAGE} {found} imports {' and '.join(missing)}, not installed. {_INSTALL}")
+    if Version(version("numpy")) >= Version("2"):
+        raise QsensError(f"engine inc: {_PACKAGE} {found} needs numpy<2, not {version('numpy')}. {_INSTALL}")

@@ -1,0 +1,89 @@
+"""What engines have in common that run the whole model for every score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.graph.capture import run_model
+from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
+from pytest_qsens.metrics import same
+from pytest_qsens.threads import one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+
+    from pytest_qsens.graph.calls import Call
+    from pytest_qsens.graph.capture import Output
+    from pytest_qsens.models.spec import Batch
+
+
+class ForwardEngine(ABC):
+    """Runs the model for every score, on one thread if kernels round by the number of threads.
+
+    Raises:
+        QsensError: If two runs of the unquantized model differ.
+
+    """
+
+    perturbs = True
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], output: Output, quantizable: Collection[str]
+    ) -> None:
+        self._model = model
+        self._threads: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._batches = batches
+        self._output = output
+        self.exercised: set[str] = set()
+        self.out_of_reach: dict[str, str] = {}
+        self.functional: Sequence[tuple[str, str]] = ()  # only a graph shows them
+        self.reported: Mapping[str, float] = {}
+        self.references = list(self._reference())
+        self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
+
+    def isolated(self, op: str) -> Iterator[Tensor]:
+        """Only this op is quantized."""
+        return self._outputs({op}, None)
+
+    def joint(self, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
+        return self._outputs(self._quantizable, seed)
+
+    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but this op is quantized; the seed as in `joint`."""
+        return self._outputs(self._quantizable - {op}, seed)
+
+    @abstractmethod
+    def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:
+        """Outputs of the evaluation batches with these ops quantized."""
+
+    def _reference(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(self._batches, 1):
+            with one_thread(), unchanged_state(self._model):
+                reference = run_model(self._model, batch, self._output)
+            if not same(self._watched(batch), reference):
+                self._threads = one_thread
+                if not same(self._watched(batch), reference):
+                    raise QsensError(
+                        f"the model is not deterministic: two runs of evaluation batch {number} differ. Scores would "
+                        "measure that, not quantization; look for dropout and random sampling in its forward."
+                    )
+            yield reference
+
+    def _watched(self, batch: Batch) -> Tensor:
+        def handler(op: str, _: Call, run: Callable[[], Tensor]) -> Tensor:
+            output = run()
+            if output.numel():
+                self.exercised.add(op)
+            return output
+
+        with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler) as interceptor:
+            output = run_model(self._model, batch, self._output)
+        self.out_of_reach |= interceptor.out_of_reach()
+        return output

@@ -1,0 +1,84 @@
+"""The engine with torch's own int8 kernels: prepared, calibrated and packed once, one forward for every score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pytest_qsens.engines.forward import ForwardEngine
+from pytest_qsens.graph.capture import run_model
+from pytest_qsens.graph.intercept import unchanged_state
+from pytest_qsens.quant.kernels import KernelModel
+from pytest_qsens.threads import one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from pytest_qsens.graph.capture import Output
+    from pytest_qsens.models.spec import Batch
+    from pytest_qsens.quant.calibration import QParams
+
+
+class FxEngine(ForwardEngine):
+    """Scores as torch's x86 backend computes them, and as Intel Neural Compressor measures them, to the last bit.
+
+    Args:
+        model: Module in fp32 and evaluation mode.
+        batches: Evaluation batches.
+        output: Picks the tensor to score.
+        quantizable: Ops that the scheme can quantize and the calibration data reaches.
+        calibration: Calibration batches.
+
+    """
+
+    name = "fx"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        output: Output,
+        quantizable: Collection[str],
+        calibration: Sequence[Batch],
+    ) -> None:
+        super().__init__(model, batches, output, quantizable)
+
+        def calibrate(root: nn.Module) -> None:
+            for batch in calibration:
+                run_model(root, batch, output)
+
+        with one_thread(), unchanged_state(model):
+            self._kernels = KernelModel(model, self._quantizable, calibrate)
+        self.out_of_reach |= self._kernels.refused
+        self._quantizable -= self._kernels.refused.keys()
+
+    @property
+    def input_qparams(self) -> Mapping[str, QParams]:
+        """Scale and zero point of each op's input; none of embeddings."""
+        return self._kernels.input_qparams
+
+    @property
+    def output_qparams(self) -> Mapping[str, QParams]:
+        """Scale and zero point of each op's output; none of embeddings."""
+        return self._kernels.output_qparams
+
+    def isolated(self, op: str) -> Iterator[Tensor]:
+        """Only this op is quantized, and nothing beside the ops either."""
+        return self._run({op}, others=False)
+
+    def quantized(self, ops: Collection[str]) -> Iterator[Tensor]:
+        """These ops are quantized, and what torch quantizes beside the ops, such as additions and poolings."""
+        return self._run(ops, others=True)
+
+    def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:
+        return self._run(quantized, others=True, seed=seed)
+
+    def _run(self, quantized: Collection[str], *, others: bool, seed: int | None = None) -> Iterator[Tensor]:
+        for batch in self._batches:
+            self._kernels.switch(quantized, others=others, seed=seed)
+            with self._threads(), unchanged_state(self._model), self._kernels.installed():
+                output = run_model(self._kernels.root, batch, self._output)
+            yield output

@@ -1,0 +1,344 @@
+"""The engine that drives Intel Neural Compressor's MSE_V2 strategy itself, to compare with.
+
+`get_mse_order_per_fp32` and `get_mse_order_per_int8` run unchanged. What they call by name in their own module is
+replaced while they run, to choose the ops they loop over, to read every score at the scored output instead of at
+whatever module comes last in a dictionary, and to give them the run's calibration and evaluation batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
+
+from pytest_qsens.engines.forward import ForwardEngine
+from pytest_qsens.errors import QsensError
+from pytest_qsens.graph.capture import run_model
+from pytest_qsens.graph.intercept import unchanged_state
+from pytest_qsens.threads import one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from pytest_qsens.graph.capture import Output
+    from pytest_qsens.models.spec import Batch
+
+_EVERYTHING = ("qsens_everything", "")
+"""A candidate that is no op: with it left out, everything is quantized."""
+
+_FP32 = {"weight": {"dtype": "fp32"}, "activation": {"dtype": "fp32"}}
+
+Key = tuple[str, str]
+"""Name and type of an op as Intel Neural Compressor has them."""
+
+
+class Measured(NamedTuple):
+    """What Intel Neural Compressor found for one candidate."""
+
+    op: str
+    sse: float
+    """Its own number: a sum of squared differences in float32."""
+    outputs: list[Tensor]
+    """The scored outputs of all evaluation batches that it comes from."""
+
+
+class IncEngine(ForwardEngine):
+    """Prepares, calibrates, converts and runs the whole model for every op, as Intel Neural Compressor does.
+
+    Args:
+        model: Module in fp32 and evaluation mode.
+        batches: Evaluation batches.
+        output: Picks the tensor to score.
+        quantizable: Ops that the scheme can quantize and the calibration data reaches.
+        calibration: Calibration batches.
+
+    """
+
+    name = "inc"
+    perturbs = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        output: Output,
+        quantizable: Collection[str],
+        calibration: Sequence[Batch],
+    ) -> None:
+        super().__init__(model, batches, output, quantizable)
+        self._calibration = calibration
+        self._adaptor, self._config = _strategy(model, batches[0])
+        self._keys = _keys(self._config["op"], self._quantizable)
+        for op in self._quantizable - self._keys.keys():
+            self.out_of_reach[op] = "Intel Neural Compressor does not list it as quantizable"
+        self._quantizable &= self._keys.keys()
+        self._broken: dict[str, Exception] | None = None
+
+    def isolated(self, op: str) -> Iterator[Tensor]:
+        """Only this op is quantized: the second phase with one candidate."""
+        yield from self._kept(next(self.requantize([op])))
+
+    def joint(self, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - no place to move a value
+        """Everything that Intel Neural Compressor can quantize in this model is quantized."""
+        yield from self._kept(self._first_phase(_EVERYTHING))
+
+    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - as above
+        """Everything but this op is quantized: the first phase with one candidate.
+
+        Raises:
+            Exception: What the model raised with this op quantized, if it does.
+
+        """
+        yield from self._kept(self.fall_back(op))
+
+    def fall_back(self, op: str) -> Measured:
+        """Run the first phase for one op."""
+        if op in self._without_kernels():
+            raise self._without_kernels()[op]
+        return self._first_phase(self._keys[op])
+
+    def requantize(self, ops: Sequence[str]) -> Iterator[Measured]:
+        """Run the second phase: each op is scored with those before it in ``ops`` quantized as well.
+
+        It leaves what it has quantized so, which its name does not say.
+        """
+        keys = [self._keys[op] for op in ops]
+        configs = _qconfigs(self._config, keys)
+        return self._drive("get_mse_order_per_int8", keys, keys, _all_in_fp32(self._config), configs)
+
+    def _kept(self, measured: Measured) -> list[Tensor]:
+        self.reported = {"inc_sse": measured.sse}
+        return measured.outputs
+
+    def _first_phase(self, candidate: Key) -> Measured:
+        broken = self._without_kernels()
+        config = _with_fp32(self._config, [self._keys[op] for op in broken])
+        return self._leave_out(candidate, config)
+
+    def _leave_out(self, candidate: Key, config: dict[str, Any]) -> Measured:
+        config["op"][_EVERYTHING] = _FP32
+        pair = candidate[0], True  # in place of the op's configuration, which is only put back at the end
+        (measured,) = self._drive("get_mse_order_per_fp32", [pair], [candidate], config, {})
+        return measured
+
+    def _without_kernels(self) -> Mapping[str, Exception]:
+        """Ops with which the quantized model cannot run, and what it raises; they stay in fp32."""
+        if self._broken is None:
+            self._broken = {}
+            if self._raises(self._quantizable) is not None:
+                by_type: dict[str, list[str]] = {}
+                for op in sorted(self._quantizable):
+                    by_type.setdefault(self._keys[op][1], []).append(op)
+                for ops in by_type.values():
+                    self._broken |= self._search(ops)
+                if (error := self._raises(self._quantizable - self._broken.keys())) is not None:
+                    raise QsensError(
+                        f"engine inc: the model cannot run with everything quantized, and no op alone is to blame: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+        return self._broken
+
+    def _search(self, ops: Sequence[str]) -> dict[str, Exception]:
+        error = self._raises(ops)
+        if error is None:
+            return {}
+        if len(ops) == 1:
+            return {ops[0]: error}
+        middle = len(ops) // 2
+        return self._search(ops[:middle]) | self._search(ops[middle:])
+
+    def _raises(self, ops: Collection[str]) -> Exception | None:
+        others = [key for key in self._config["op"] if key not in {self._keys[op] for op in ops}]
+        try:
+            self._leave_out(_EVERYTHING, _with_fp32(self._config, others))
+        except Exception as error:  # noqa: BLE001 - a model with quantized modules can raise anything
+            return error
+        return None
+
+    def _drive(
+        self, function: str, loop: Sequence[Any], keys: Sequence[Key], config: dict[str, Any], mapping: dict[str, Any]
+    ) -> Iterator[Measured]:
+        """Run one of its loops over these candidates only.
+
+        Args:
+            function: Name of the function that loops.
+            loop: What it is to loop over.
+            keys: The candidate that each of these is.
+            config: Its ``tune_cfg``.
+            mapping: What it would know from its first phase: name → how the op is quantized.
+
+        """
+        session = _Session(self, loop)
+        with unchanged_state(self._model), _replaced(session, mapping) as util:
+            getattr(util, function)(self._adaptor, self._model, {}, config)
+        ops = {key: op for op, key in self._keys.items()}
+        for key, outputs in zip(keys, session.outputs[1:], strict=True):
+            yield Measured(ops.get(key, key[0]), session.scores[key], outputs)
+
+    def evaluate(self, model: nn.Module) -> list[Tensor]:
+        """Scored outputs of the evaluation batches."""
+        with self._threads():
+            return [run_model(model, batch, self._output) for batch in self._batches]
+
+    def calibrate(self, model: nn.Module) -> None:
+        """Run a prepared model on the calibration batches."""
+        with one_thread():
+            for batch in self._calibration:
+                run_model(model, batch, self._output)
+
+
+class _Session:
+    """Stands in for the names that Intel Neural Compressor's loops look up in their module."""
+
+    def __init__(self, engine: IncEngine, loop: Sequence[Any]) -> None:
+        self._engine = engine
+        self._loops = [loop]
+        self._hook: Callable[..., object] | None = None
+        self.outputs: list[list[Tensor]] = []
+        """Outputs of every scored run, that of the unquantized model first."""
+        self.scores: dict[Key, float] = {}
+
+    def tqdm(self, _: object) -> Iterator[Any]:
+        """Loop over the candidates once; the first phase's second look at the best few is left out."""
+        for candidate in self._loops.pop() if self._loops else ():
+            assert_and_get_unique_device.cache_clear()  # keeps every model alive that was ever prepared
+            yield candidate
+
+    def fetch_module(self, *_: object) -> _Session:
+        """Whatever module it means to read the score at, it gets the scored output."""
+        return self
+
+    def register_forward_hook(self, hook: Callable[..., object]) -> None:
+        """Take the hook that waits for the value of the next run; it is never on a module of the model."""
+        self._hook = hook
+
+    def simple_inference(self, model: nn.Module, _: object) -> None:
+        """Calibrate a prepared model; run one that is to be scored."""
+        if self._hook is None:
+            self._engine.calibrate(model)
+            return
+        outputs = self._engine.evaluate(model)
+        self.outputs.append(outputs)
+        self._hook(None, None, torch.cat([output.flatten() for output in outputs]))
+        self._hook = None
+
+    def sorted(self, keys: Iterable[Key], key: Callable[[Key], Any], **options: bool) -> list[Key]:
+        """Note the scores it sorts by."""
+        found = list(keys)
+        self.scores.update((candidate, float(key(candidate))) for candidate in found)
+        return sorted(found, key=key, **options)
+
+
+@contextmanager
+def _replaced(session: _Session, mapping: dict[str, Any]) -> Iterator[Any]:
+    with _quiet():
+        import neural_compressor.adaptor.torch_utils.util as util
+
+        names = ("tqdm", "fetch_module", "simple_inference", "sorted")
+        saved = {name: vars(util)[name] for name in names if name in vars(util)}
+        known = dict(util.op_cfg_mapping)
+        try:
+            vars(util).update({name: getattr(session, name) for name in names})
+            util.op_cfg_mapping.clear()  # it would take an op of one model for that of another
+            util.op_cfg_mapping.update(mapping)
+            yield util
+        finally:
+            for name in names:
+                del vars(util)[name]
+            vars(util).update(saved)
+            util.op_cfg_mapping.clear()
+            util.op_cfg_mapping.update(known)
+            assert_and_get_unique_device.cache_clear()
+
+
+class _Loader:
+    """One batch with a label beside it: alone, a batch of two keys would be taken for batch and label."""
+
+    batch_size = 1
+
+    def __init__(self, batch: Batch) -> None:
+        self.dataset = [(dict(batch), 0)]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
+        return iter(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _strategy(model: nn.Module, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    """Build the strategy on the model; returns its adaptor and the configuration that quantizes everything."""
+    with _quiet(), tempfile.TemporaryDirectory() as workspace:
+        from neural_compressor.config import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion, options
+        from neural_compressor.model import Model
+        from neural_compressor.quantization import _Config
+        from neural_compressor.strategy.mse_v2 import MSE_V2TuneStrategy
+
+        own, options.workspace = options.workspace, workspace  # it writes its history there
+        try:
+            quantization = PostTrainingQuantConfig(
+                device="cpu",
+                quant_level=1,
+                tuning_criterion=TuningCriterion(max_trials=1, strategy="mse_v2"),
+                accuracy_criterion=AccuracyCriterion(tolerable_loss=0.0),
+            )
+            config = _Config(quantization=quantization, benchmark=None, pruning=None, distillation=None, nas=None)
+            strategy = MSE_V2TuneStrategy(
+                model=Model(model, conf=quantization), conf=config, q_dataloader=_Loader(batch), eval_func=None
+            )
+            strategy._prepare_tuning()  # noqa: SLF001 - what its `traverse` does first
+            _, _, tuning = strategy.initial_tuning_cfg()
+            tuning.setdefault("calib_sampling_size", 1)
+            return strategy.adaptor, strategy._tune_cfg_converter(tuning)  # noqa: SLF001 - as above
+        finally:
+            options.workspace = own
+
+
+def _keys(listed: Iterable[Key], ops: Collection[str]) -> dict[str, Key]:
+    """Op → its name and type there: a module traced alone is wrapped, and has ``.module`` after its name."""
+    wrapped = {name.removesuffix(".module"): (name, kind) for name, kind in listed}
+    exact = {name: (name, kind) for name, kind in listed}
+    return {op: found for op in ops if (found := exact.get(op) or wrapped.get(op))}
+
+
+def _with_fp32(config: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+    """Copy the configuration, with some of its ops in fp32."""
+    ops = ((key, _FP32 if key in keys else value) for key, value in config["op"].items())
+    return {**config, "op": copy.deepcopy(OrderedDict(ops))}
+
+
+def _all_in_fp32(config: dict[str, Any]) -> dict[str, Any]:
+    return _with_fp32(config, list(config["op"]))
+
+
+def _qconfigs(config: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+    """Name → how it is quantized, for some of the ops."""
+    with _quiet():
+        from neural_compressor.adaptor.pytorch import _cfg_to_qconfig
+
+        found = _cfg_to_qconfig(config, config["approach"])
+    return {name: found[name] for name, _ in keys if name in found}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what it logs and warns about at import and per op out of the terminal."""
+    logger = logging.getLogger("neural_compressor")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logger.disabled = False

@@ -1,0 +1,42 @@
+"""How far scores of a quantized model move when nothing but the last digits of its values do.
+
+With everything quantized, a value next to a rounding boundary takes the other integer for any reason at all, and what
+follows takes others in turn. A difference smaller than that says nothing about an op.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+SEEDS = (1, 2, 3)
+RELATIVE = 1e-6
+STUDENT_T = 3.182
+"""Two-sided 95 % quantile of Student's t distribution with as many degrees of freedom as there are seeds."""
+
+
+def perturbed(value: Tensor, seed: int) -> Tensor:
+    """Multiply every element by 1 + `RELATIVE` times a seeded normal number; the value's shape and dtype stay."""
+    generator = torch.Generator(value.device).manual_seed(seed)
+    factor = torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
+    return value * (1 + RELATIVE * factor)
+
+
+def spread(draws: Sequence[float]) -> float:
+    """Sample standard deviation of a score as it is and under every seed."""
+    return statistics.stdev(draws)
+
+
+def distinguishable(draws: Sequence[float]) -> bool:
+    """Whether the first of these differences differs from zero by more than they differ from each other.
+
+    Two-sided at 95 %: beyond `STUDENT_T` sample standard deviations.
+    """
+    return abs(draws[0]) > STUDENT_T * spread(draws)
