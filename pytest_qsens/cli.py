@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.add_argument("b", type=Path, metavar="B.json")
     comparison.add_argument("--mode", choices=MODES, help="of our result files; default: what both files have")
     comparison.add_argument("--metric", help="of our result files; default: nmse, or the other tool's if ours has it")
-    comparison.add_argument("--top", type=_positive, default=10, metavar="K", help="most sensitive ops, default 10")
+    comparison.add_argument("--top", type=_positive, default=10, metavar="K", help="length of lists, default 10")
     comparison.add_argument("--all", action="store_true", help="shorten no list")
     comparison.add_argument("--json", action="store_true", help="print the same for machines")
     comparison.set_defaults(run=_compare)
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
+    return int(text)
 
 
 def _show(arguments: argparse.Namespace) -> list[str]:

@@ -175,7 +175,7 @@ def _missing(
     why = dict(source.without)
     for group in shared:
         if group.suspect:
-            why |= dict.fromkeys(group.ops, f"value {group.value:.4g} shared by {len(group.ops)} ops: {NEVER_MEASURED}")
+            why |= dict.fromkeys(group.ops, f"value {group.value:.9g} shared by {len(group.ops)} ops: {NEVER_MEASURED}")
     found = []
     for op, reason in why.items():
         twin = to_other.get(op)
@@ -232,7 +232,7 @@ def _nothing_common(a: Sensitivities, b: Sensitivities, matching: Matching) -> s
 
 
 def _shortage(source: Sensitivities, shared: Iterable[Shared]) -> str:
-    reasons = [f"{count(len(group.ops), 'op')} share the value {group.value:.10g}" for group in shared if group.suspect]
+    reasons = [f"{count(len(group.ops), 'op')} share the value {group.value:.9g}" for group in shared if group.suspect]
     reasons = [f"{', '.join(reasons)} ({NEVER_MEASURED})"] if reasons else []
     if source.without:
         reasons.append(f"{count(len(source.without), 'op')} without a value")

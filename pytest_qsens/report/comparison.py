@@ -57,7 +57,7 @@ def _file(letter: str, side: Side) -> Iterator[str]:
 def _ties(shared: Sequence[Shared]) -> Iterator[str]:
     for group in shared:
         verdict = f"{NEVER_MEASURED}, so not ranked" if group.suspect else "ranked as equals"
-        yield f"{len(group.ops)} ops share the value {_number(group.value)}: {verdict}"
+        yield f"{len(group.ops)} ops share the value {group.value:.9g}: {verdict}"
 
 
 def _match(found: Comparison) -> str:
@@ -128,9 +128,9 @@ def _missing(letter: str, other: str, side: Side, limit: int | None) -> Iterator
         return
     yield ""
     valued = sum(op.other is not None for op in side.missing)
+    values = f"{other} has a value for {valued}: shown, the most sensitive in {other} first"
     yield from _wrapped(
-        f"not ranked in {letter}: {len(side.missing)} ops, of which {other} has a value for {valued}"
-        f"{f' (shown, what {other} finds most sensitive first)' if valued else ''}"
+        f"not ranked in {letter}: {count(len(side.missing), 'op')} ({values if valued else f'nor has {other} a value'})"
     )
     groups: dict[str, list[Missing]] = {}
     for op in side.missing:
