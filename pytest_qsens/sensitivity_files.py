@@ -65,7 +65,7 @@ class _Results:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return tuple(mode for mode in MODES if any(op.modes.get(mode) for op in self.run.ops))
+        return tuple(mode for mode in MODES if self.metrics(mode))
 
     def metrics(self, mode: str) -> tuple[str, ...]:
         found = {metric for op in self.run.ops for metric in _scores(op, mode)}
@@ -131,7 +131,7 @@ def _chosen(
     if isinstance(file, Sensitivities):
         return file
     others = other.modes if isinstance(other, _Results) else (other.mode,)
-    mode = _choice(file, "mode", mode, file.modes, [known for known in file.modes if known in others])
+    mode = _choice(file.path, "mode", mode, file.modes, [known for known in file.modes if known in others])
     metrics = file.metrics(mode)
     if isinstance(other, Sensitivities):
         wanted = [known for known in (other.metric, "nmse") if known in metrics]
@@ -139,7 +139,7 @@ def _chosen(
         # the mode that is chosen for the other file, seen from there
         shared = other.metrics(mode) if mode in other.modes else other.metrics(other.modes[0])
         wanted = [known for known in metrics if known in shared]
-    metric = _choice(file, f"metric of mode {mode}", metric, metrics, wanted)
+    metric = _choice(f"{file.path}, mode {mode}", "metric", metric, metrics, wanted)
     values: dict[str, float] = {}
     without: dict[str, str] = {}
     for op in file.run.ops:
@@ -149,6 +149,7 @@ def _chosen(
             values[op.op] = math.inf if value is None else value
         else:
             without[op.op] = _why(op, mode, metric)
+    estimates = sum(op.status == "estimated" for op in file.run.ops if op.op in values)
     info = file.run.run
     return Sensitivities(
         path=str(file.path),
@@ -160,14 +161,15 @@ def _chosen(
         values=values,
         without=without,
         trusted=True,
+        notes=(f"estimates, not measured: {estimates} of {len(values)} values",) if estimates else (),
     )
 
 
-def _choice(file: _Results, what: str, asked: str | None, known: Sequence[str], wanted: Sequence[str]) -> str:
+def _choice(where: object, what: str, asked: str | None, known: Sequence[str], wanted: Sequence[str]) -> str:
     if asked is None:
         return [*wanted, *known][0]
     if asked not in known:
-        raise QsensError(f"{file.path}: there is no {what} {asked!r} in it. It has {', '.join(known)}.")
+        raise QsensError(f"{where}: there is no {what} {asked!r} in it. It has {', '.join(known)}.")
     return asked
 
 

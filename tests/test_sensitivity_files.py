@@ -39,6 +39,13 @@ def test_ours(tmp_path: Path) -> None:
     assert found.trusted
 
 
+def test_estimates_are_called_so(tmp_path: Path) -> None:
+    """A value that was estimated is compared, and never passes for a measured one."""
+    path = results(tmp_path / "r.json", [*OURS, OpResult("d", "linear", "", "estimated", "probe", {"nmse": 0.4})])
+    assert read(path).notes == ("estimates, not measured: 1 of 4 values",)
+    assert read(path, metric="sse").notes == ()
+
+
 @pytest.mark.parametrize(
     ("mode", "metric", "larger"),
     [
@@ -134,8 +141,8 @@ def test_two_of_ours_meet_in_a_mode_and_metric_of_both(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         ({"mode": "fallback"}, r"r\.json: there is no mode 'fallback' in it\. It has isolated\."),
-        ({"metric": "kl"}, r"r\.json: there is no metric of mode isolated 'kl' in it\. It has nmse, sse\."),
-        ({"metric": "colour"}, r"there is no metric of mode isolated 'colour'"),
+        ({"metric": "kl"}, r"r\.json, mode isolated: there is no metric 'kl' in it\. It has nmse, sse\."),
+        ({"metric": "colour"}, r"there is no metric 'colour' in it"),
     ],
 )
 def test_what_is_not_in_a_result_is_said_with_what_is(tmp_path: Path, asked: dict[str, str], message: str) -> None:
@@ -231,6 +238,9 @@ def test_a_result_of_ours_without_scores_or_with_an_op_twice(tmp_path: Path) -> 
     """There is nothing to compare in a run that measured nothing, and an op with two scores has none."""
     path = results(tmp_path / "r.json", [OpResult("a", "linear", "", "unrun")])
     with pytest.raises(QsensError, match=r"none of its 1 ops has a score\. `qsens show .*r\.json` says why"):
+        read(path)
+    results(path, [OpResult("a", "linear", "", "measured", None, {"colour": 1.0})])
+    with pytest.raises(QsensError, match="none of its 1 ops has a score"):
         read(path)
     with pytest.raises(QsensError, match=r"r\.json, 'ops': 'a' is there twice"):
         read(results(path, [measured("a", 1.0), measured("a", 2.0)]))
