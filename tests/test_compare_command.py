@@ -116,7 +116,7 @@ def test_all_shortens_nothing(files: list[str], capsys: pytest.CaptureFixture[st
 def test_json_says_the_same(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Machines get everything that people get, lists in full."""
     found: dict[str, Any] = json.loads(output(capsys, [*files, "--json", "--top", "2"]))
-    assert list(found) == ["a", "b", "common", "prefix", "ranked", "with_suspects", "top", "disagreements", "ops"]
+    assert " ".join(found) == "a b common prefix rival_prefixes ranked with_suspects top disagreements ops"
     assert {key: found["a"][key] for key in ("path", "tool", "mode", "metric", "sensitive", "ops", "with_value")} == {
         "path": "modelopt.json",
         "tool": "ModelOpt AutoQuantize",
@@ -177,6 +177,9 @@ def test_ambiguous_prefixes_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     full = model_opt(tmp_path / "b.json", {"x": 1.0, "y": 2.0, "z": 3.0, **{n: 4.0 + i for i, n in enumerate(names)}})
     text = output(capsys, ["compare", str(short), str(full)])
     assert "3 common ops (names as they are; several prefixes would match equally many" in text
+    found = json.loads(output(capsys, ["compare", str(short), str(full), "--json"]))
+    assert found["prefix"] is None
+    assert found["rival_prefixes"] == [{"side": "a", "text": "dec."}, {"side": "a", "text": "enc."}]
 
 
 def test_bad_input_ends_in_one_line_and_code_4(files: list[str], tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def as_json(found: Comparison) -> str:
         "prefix": None
         if prefix is None
         else {"side": prefix.side, "text": prefix.text, "needed_by": found.matching.by_prefix},
+        "rival_prefixes": [{"side": rival.side, "text": rival.text} for rival in found.matching.rivals],
         "ranked": _correlation_payload(found.correlation),
         "with_suspects": None if found.with_suspects is None else _correlation_payload(found.with_suspects),
         "top": {
