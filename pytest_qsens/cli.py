@@ -1,4 +1,4 @@
-"""The console script ``qsens``: look at result files."""
+"""The console script ``qsens``: look at result files, and compare them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qsens.compare import compare
 from pytest_qsens.errors import QsensError
-from pytest_qsens.results import load
+from pytest_qsens.report.comparison import as_json, report
+from pytest_qsens.results import MODES, load
+from pytest_qsens.sensitivity_files import read_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,14 +36,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = commands.add_parser("show", help="print the ops of a result file as a table")
     show.add_argument("result", type=Path, metavar="RESULT.json", help="written by `pytest --qsens-json`")
     show.add_argument("--sort", choices=("nmse", "op"), help="worst first, or by name; default: model order")
+    show.set_defaults(run=_show)
+    comparison = commands.add_parser(
+        "compare",
+        help="tell whether two files agree on which ops are sensitive",
+        description="Compare the ops' sensitivity in two files: results of `pytest --qsens-json`, Intel Neural "
+        "Compressor's fp32_fallback_sensitivity, ModelOpt's layer_sensitivity, in any combination.",
+    )
+    comparison.add_argument("a", type=Path, metavar="A.json")
+    comparison.add_argument("b", type=Path, metavar="B.json")
+    comparison.add_argument("--mode", choices=MODES, help="of our result files; default: what both files have")
+    comparison.add_argument("--metric", help="of our result files; default: nmse, or the other tool's if ours has it")
+    comparison.add_argument("--top", type=_positive, default=10, metavar="K", help="length of lists, default 10")
+    comparison.add_argument("--all", action="store_true", help="shorten no list")
+    comparison.add_argument("--json", action="store_true", help="print the same for machines")
+    comparison.set_defaults(run=_compare)
     arguments = parser.parse_args(argv)
     try:
-        result = load(arguments.result)
+        lines = arguments.run(arguments)
     except QsensError as error:
         sys.stderr.write(f"qsens: {error}\n")
         return BAD_INPUT
-    sys.stdout.write("\n".join(table(result, arguments.sort)) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
+    return int(text)
+
+
+def _show(arguments: argparse.Namespace) -> list[str]:
+    return table(load(arguments.result), arguments.sort)
+
+
+def _compare(arguments: argparse.Namespace) -> list[str]:
+    a, b = read_pair(arguments.a, arguments.b, arguments.mode, arguments.metric)
+    found = compare(a, b, arguments.top)
+    return [as_json(found)] if arguments.json else list(report(found, None if arguments.all else arguments.top))
 
 
 def table(result: RunResult, sort: str | None = None) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.errors import QsensError
 
@@ -40,15 +40,19 @@ def read_text(path: Path) -> str | None:
         raise QsensError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def parse_json(text: str, path: Path) -> Any:  # noqa: ANN401  # JSON is whatever it is; `Fields` narrows it
+def parse_json(text: str, path: Path, *, constants: bool = False) -> Any:  # noqa: ANN401  # JSON is whatever it is; `Fields` narrows it
     """Parse strict JSON: no NaN or Infinity, no key given twice (what a badly resolved merge leaves).
+
+    With ``constants`` NaN and Infinity are let through, for a caller that refuses them with their place (`finite`).
 
     Raises:
         QsensError: With the path, and the line if the text is malformed.
 
     """
 
-    def no_constant(name: str) -> NoReturn:
+    def constant(name: str) -> float:
+        if constants:
+            return float(name)
         raise QsensError(f"{path}: {name} is not a score. Restore the file from version control.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def parse_json(text: str, path: Path) -> Any:  # noqa: ANN401  # JSON is whateve
         return result
 
     try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise QsensError(
             f"{path}, line {error.lineno}: malformed JSON ({error.msg}). "

@@ -215,7 +215,17 @@ def load(path: Path) -> RunResult:
     text = read_text(path)
     if text is None:
         raise QsensError(f"there is no result file {path}. `pytest --qsens-json FILE` writes one.")
-    fields = Fields(parse_json(text, path), str(path))
+    return from_document(parse_json(text, path), path)
+
+
+def from_document(document: object, path: Path) -> RunResult:
+    """Rebuild a run from the parsed JSON of a result file.
+
+    Raises:
+        QsensError: As `load`.
+
+    """
+    fields = Fields(document, str(path))
     fields.schema(SCHEMA)
     run = _read_run(Fields(fields.take("run"), fields.at("run")))
     ops = tuple(from_payload(op, f"{path}, op") for op in typed(fields.take("ops"), list, fields.at("ops")))
