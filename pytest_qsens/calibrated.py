@@ -202,8 +202,9 @@ def calibrate(
         device: A torch device.
 
     Raises:
-        QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or is not deterministic, its reference output is not finite or all zero,
-            no finite value calibrates an op, or ``replay`` is asked for and refused.
+        QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
+            is not deterministic, its reference output is not finite or all zero, no finite value calibrates an op, or
+            ``replay`` is asked for and refused.
 
     """
     check_engine(engine, scheme, device)

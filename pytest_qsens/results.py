@@ -185,7 +185,8 @@ def read_scores(value: object, where: str) -> Scores:
 
 def _score(metric: str, number: object, where: str) -> float:
     if metric == "distinguishable":
-        return typed(number, bool, where)
+        flag: bool = typed(number, bool, where)
+        return flag
     score = finite(number, where)
     if score < 0 and metric in NON_NEGATIVE:
         raise QsensError(f"{where}: {number!r} is not possible, it is never negative")

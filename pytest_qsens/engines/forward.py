@@ -61,7 +61,7 @@ class ForwardEngine(ABC):
 
     @abstractmethod
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:
-        """Outputs of the evaluation batches with these ops quantized."""
+        """Run the evaluation batches with these ops quantized."""
 
     def _reference(self) -> Iterator[Tensor]:
         for number, batch in enumerate(self._batches, 1):

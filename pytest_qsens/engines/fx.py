@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from pytest_qsens.engines.forward import ForwardEngine
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import unchanged_state
@@ -15,7 +13,7 @@ from pytest_qsens.threads import one_thread
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pytest_qsens.graph.capture import Output
     from pytest_qsens.models.spec import Batch
@@ -70,7 +68,7 @@ class FxEngine(ForwardEngine):
         return self._run({op}, others=False)
 
     def quantized(self, ops: Collection[str]) -> Iterator[Tensor]:
-        """These ops are quantized, and what torch quantizes beside the ops, such as additions and poolings."""
+        """Quantize these ops, and what torch quantizes beside the ops, such as additions and poolings."""
         return self._run(ops, others=True)
 
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:

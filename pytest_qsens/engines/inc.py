@@ -8,11 +8,12 @@ whatever module comes last in a dictionary, and to give them the run's calibrati
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import tempfile
 import warnings
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,9 +88,9 @@ class IncEngine(ForwardEngine):
         """Only this op is quantized: the second phase with one candidate."""
         yield from self._kept(next(self.requantize([op])))
 
-    def joint(self, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - no place to move a value
-        """Everything that Intel Neural Compressor can quantize in this model is quantized."""
-        yield from self._kept(self._first_phase(_EVERYTHING))
+    def joint(self, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything is quantized with which the model still runs."""
+        return self._outputs(self._quantizable - self._without_kernels().keys(), seed)
 
     def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - as above
         """Everything but this op is quantized: the first phase with one candidate.
@@ -102,9 +103,10 @@ class IncEngine(ForwardEngine):
 
     def fall_back(self, op: str) -> Measured:
         """Run the first phase for one op."""
-        if op in self._without_kernels():
-            raise self._without_kernels()[op]
-        return self._first_phase(self._keys[op])
+        broken = self._without_kernels()
+        if op in broken:
+            raise broken[op]
+        return self._first_phase(self._keys[op], self._quantizable - broken.keys())
 
     def requantize(self, ops: Sequence[str]) -> Iterator[Measured]:
         """Run the second phase: each op is scored with those before it in ``ops`` quantized as well.
@@ -112,22 +114,22 @@ class IncEngine(ForwardEngine):
         It leaves what it has quantized so, which its name does not say.
         """
         keys = [self._keys[op] for op in ops]
-        configs = _qconfigs(self._config, keys)
-        return self._drive("get_mse_order_per_int8", keys, keys, _all_in_fp32(self._config), configs)
+        return self._drive("get_mse_order_per_int8", keys, keys, _in_fp32(self._config, self._config["op"]), keys)
+
+    def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
+        yield from self._kept(self._first_phase(_EVERYTHING, quantized))
 
     def _kept(self, measured: Measured) -> list[Tensor]:
         self.reported = {"inc_sse": measured.sse}
         return measured.outputs
 
-    def _first_phase(self, candidate: Key) -> Measured:
-        broken = self._without_kernels()
-        config = _with_fp32(self._config, [self._keys[op] for op in broken])
-        return self._leave_out(candidate, config)
-
-    def _leave_out(self, candidate: Key, config: dict[str, Any]) -> Measured:
+    def _first_phase(self, candidate: Key, quantized: Collection[str]) -> Measured:
+        """Score one candidate left out of what is quantized."""
+        kept = {self._keys[op] for op in quantized}
+        config = _in_fp32(self._config, [key for key in self._config["op"] if key not in kept])
         config["op"][_EVERYTHING] = _FP32
         pair = candidate[0], True  # in place of the op's configuration, which is only put back at the end
-        (measured,) = self._drive("get_mse_order_per_fp32", [pair], [candidate], config, {})
+        (measured,) = self._drive("get_mse_order_per_fp32", [pair], [candidate], config)
         return measured
 
     def _without_kernels(self) -> Mapping[str, Exception]:
@@ -157,32 +159,38 @@ class IncEngine(ForwardEngine):
         return self._search(ops[:middle]) | self._search(ops[middle:])
 
     def _raises(self, ops: Collection[str]) -> Exception | None:
-        others = [key for key in self._config["op"] if key not in {self._keys[op] for op in ops}]
         try:
-            self._leave_out(_EVERYTHING, _with_fp32(self._config, others))
+            self._first_phase(_EVERYTHING, ops)
         except Exception as error:  # noqa: BLE001 - a model with quantized modules can raise anything
             return error
         return None
 
     def _drive(
-        self, function: str, loop: Sequence[Any], keys: Sequence[Key], config: dict[str, Any], mapping: dict[str, Any]
+        self,
+        function: str,
+        loop: Sequence[Any],
+        candidates: Sequence[Key],
+        config: dict[str, Any],
+        known: Sequence[Key] = (),
     ) -> Iterator[Measured]:
-        """Run one of its loops over these candidates only.
+        """Run one of its loops.
 
         Args:
             function: Name of the function that loops.
             loop: What it is to loop over.
-            keys: The candidate that each of these is.
+            candidates: The op that each of these is.
             config: Its ``tune_cfg``.
-            mapping: What it would know from its first phase: name → how the op is quantized.
+            known: Ops whose configuration it knows from its first phase.
 
         """
         session = _Session(self, loop)
-        with unchanged_state(self._model), _replaced(session, mapping) as util:
+        # torch prints the code of a traced module that raises, which the caller tells in one line
+        printed = redirect_stderr(io.StringIO())
+        with printed, unchanged_state(self._model), _replaced(session, _qconfigs(self._config, known)) as util:
             getattr(util, function)(self._adaptor, self._model, {}, config)
-        ops = {key: op for op, key in self._keys.items()}
-        for key, outputs in zip(keys, session.outputs[1:], strict=True):
-            yield Measured(ops.get(key, key[0]), session.scores[key], outputs)
+        names = {key: op for op, key in self._keys.items()}
+        for key, outputs in zip(candidates, session.outputs[1:], strict=True):
+            yield Measured(names.get(key, key[0]), session.scores[key], outputs)
 
     def evaluate(self, model: nn.Module) -> list[Tensor]:
         """Scored outputs of the evaluation batches."""
@@ -241,7 +249,7 @@ class _Session:
 @contextmanager
 def _replaced(session: _Session, mapping: dict[str, Any]) -> Iterator[Any]:
     with _quiet():
-        import neural_compressor.adaptor.torch_utils.util as util
+        from neural_compressor.adaptor.torch_utils import util
 
         names = ("tqdm", "fetch_module", "simple_inference", "sorted")
         saved = {name: vars(util)[name] for name in names if name in vars(util)}
@@ -310,17 +318,13 @@ def _keys(listed: Iterable[Key], ops: Collection[str]) -> dict[str, Key]:
     return {op: found for op in ops if (found := exact.get(op) or wrapped.get(op))}
 
 
-def _with_fp32(config: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
-    """Copy the configuration, with some of its ops in fp32."""
+def _in_fp32(config: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+    """Copy the configuration, with these ops in fp32."""
     ops = ((key, _FP32 if key in keys else value) for key, value in config["op"].items())
     return {**config, "op": copy.deepcopy(OrderedDict(ops))}
 
 
-def _all_in_fp32(config: dict[str, Any]) -> dict[str, Any]:
-    return _with_fp32(config, list(config["op"]))
-
-
-def _qconfigs(config: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+def _qconfigs(config: dict[str, Any], keys: Sequence[Key]) -> dict[str, Any]:
     """Name → how it is quantized, for some of the ops."""
     with _quiet():
         from neural_compressor.adaptor.pytorch import _cfg_to_qconfig

@@ -90,9 +90,7 @@ class ReplayEngine:
     def _joint_runs(self, seed: int | None) -> list[Run]:
         if seed not in self._quantized:
             with one_thread():
-                self._quantized[seed] = [
-                    Run(run.graph, self._everything(run.graph, seed)) for run in self._clean
-                ]
+                self._quantized[seed] = [Run(run.graph, self._everything(run.graph, seed)) for run in self._clean]
         return self._quantized[seed]
 
     def _everything(self, graph: Graph, seed: int | None) -> dict[Node, Override]:
