@@ -26,7 +26,7 @@ from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.workers import check_distribution, machine, workers_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Generator
     from pathlib import Path
 
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
@@ -346,9 +346,22 @@ class Controller:
         stopped = isinstance(report, pytest.TestReport) and "abort" in getattr(report, "qsens", {})
         return ("", "", "") if stopped else None
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write files and settle the exit code, after syrupy has added its own."""
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Finish after all others, as syrupy adds to the exit code, and also if one of them raises."""
+        try:
+            result = yield
+        except BaseException:  # such as a warning of another plugin, where warnings are errors
+            self._finish(session)
+            terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            if terminal is not None:  # pytest does not come to its summary
+                self.pytest_terminal_summary(terminal)
+            raise
+        self._finish(session)
+        return result
+
+    def _finish(self, session: pytest.Session) -> None:
+        """Write files and settle the exit code."""
         if self._abort is not None or self._unusable:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             return

@@ -244,6 +244,18 @@ def test_interrupted_runs_keep_what_was_accepted(pytester: pytest.Pytester) -> N
     assert statuses == ["measured"] * 3 + ["unrun"] * 5
 
 
+@pytest.mark.parametrize("what", ["RuntimeError('theirs')", "pytest.exit('theirs')"])
+def test_another_plugin_that_fails_at_the_end_costs_nothing(pytester: pytest.Pytester, what: str) -> None:
+    """What was measured is recorded and summarized although a plugin raises at the end, and its error is not hidden."""
+    write_model(pytester)
+    pytester.makeconftest(f"import pytest\ndef pytest_sessionfinish(): raise {what}")
+    result = run(pytester, "--snapshot-update", "--qsens-json", "out.json")
+    result.stderr.fnmatch_lines(["*theirs"])
+    result.stdout.fnmatch_lines(["8 ops: 8 measured*", f"qsens: wrote {snapshot_file(pytester)}*"])
+    assert set(snapshot_ops(pytester)) == set(OPS)
+    assert {op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]} == {"measured"}
+
+
 def test_a_changed_environment_is_pointed_out(pytester: pytest.Pytester) -> None:
     """A snapshot measured elsewhere still gates, and the summary says what is different."""
     write_model(pytester)
