@@ -92,8 +92,6 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             yield from _table(scores, metric, width, bar)
     if total is not None and total.isolated is not None:
         yield f"total, everything quantized: {_numbers(total.isolated)}"
-    elif total is not None:
-        yield f"total, everything quantized: {total.status}, {total.reason}"
 
 
 def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iterator[str]:
@@ -139,8 +137,7 @@ def _numbers(scores: Scores) -> str:
 
 def attention(run: Run) -> Iterator[str]:
     """Lines that must not be missed, with ``-q`` either."""
-    listed = [result for op, result in run.results.items() if op != TOTAL]
-    unexercised = [result for result in listed if result.status == "unexercised"]
+    unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
         yield (
             f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} ops have no score, nothing is known about them: "
@@ -148,7 +145,7 @@ def attention(run: Run) -> Iterator[str]:
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
             yield f"  {reason}"
-    for result in listed:
+    for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
     if run.engine_reason:
