@@ -62,6 +62,8 @@ class Run:
     """How the environment of the snapshot differs from that of this run."""
     gone: list[str] = field(default_factory=list)
     """Lines of the snapshot that are of no op of the model."""
+    lost: set[str] = field(default_factory=set)
+    """Ops whose worker died."""
 
     @property
     def engines(self) -> list[str]:
@@ -132,6 +134,8 @@ class Run:
         from pytest_qsens.thresholds import Verdict, combine
 
         result = from_payload(payload["result"])
+        if result.op in self.lost:
+            return
         self.results[result.op] = _joined(self.results.get(result.op), result)
         if payload["verdict"]:
             verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
@@ -143,10 +147,17 @@ class Run:
             self.confirmed[result.op] = {*self.confirmed.get(result.op, ()), *result.modes}
 
     def crashed(self, name: str, reason: str) -> None:
-        """Note an op whose worker died while measuring it."""
+        """Note an op whose worker died during its test. Nothing counts that was, or will be, reported of it.
+
+        xdist fails the test even if the worker died in its teardown, when the score had come in as passed.
+        """
         op = next((op for op in self.ops if op.name == name), Op(TOTAL, TOTAL) if name == TOTAL else None)
-        if op is not None and name not in self.results:
+        if op is not None:
+            self.lost.add(name)
             self.results[name] = _without_score(op, "failed", reason)
+            self.verdicts.pop(name, None)
+            self.entries.pop(name, None)
+            self.confirmed.pop(name, None)
 
     def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
         """One result for every op of the model, in model order, then the functional ones."""
@@ -319,8 +330,10 @@ class Controller:
                     return
             for record in payload["records"]:
                 self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
-        elif report.when not in ("setup", "call", "teardown"):  # xdist's report of a worker that died
-            self._crashed(report.nodeid, f"worker crashed: {report.longrepr}")
+        elif report.when not in ("setup", "call", "teardown") and report.failed:
+            # xdist's report of a worker that died: "worker 'gw0' crashed while running ...". A plugin that repeats
+            # the test makes another outcome of it.
+            self._crashed(report.nodeid, str(report.longrepr))
 
     def _crashed(self, nodeid: str, reason: str) -> None:
         case = self._cases.get(nodeid)
