@@ -43,8 +43,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(_cost(run, controller.wall_seconds))
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
-    for path in controller.written:
-        terminal.write_line(f"qsens: wrote {path}")
+    for path, news in controller.written.items():
+        terminal.write_line(f"qsens: wrote {path}{news}")
     for problem in controller.problems:
         terminal.write_line(f"qsens: {problem}", red=True)
 
@@ -152,7 +152,7 @@ def attention(run: Run) -> Iterator[str]:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
     if run.mismatch:
         yield f"the snapshot was measured elsewhere, scores may differ for that alone: {'; '.join(run.mismatch)}"
-    if len({tuple(sorted(facts["environment"].items())) for facts in run.facts}) > 1:
+    if len(run.environments) > 1:
         yield "workers run in different environments, scores may differ for that alone"
     if len({facts["reference"] for facts in run.facts}) > 1:
         yield "the unquantized outputs differ between machines: if by more than rounding, seed what is random"

@@ -83,6 +83,7 @@ def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, 
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.re_match_lines([rf"FAILED: {re.escape(op)}: worker 'gw\d' crashed while running .*"])
     assert result.stdout.str().count("replacing crashed worker") == 1
+    result.stdout.fnmatch_lines([f"qsens: wrote {snapshot_file(pytester)} ({len(OPS) - 1} lines new or changed)"])
     after = snapshot_ops(pytester)
     assert after.pop(op)["isolated"] == {"nmse": 1.0}
     assert after == {name: entry for name, entry in recorded.items() if name != op}
@@ -117,7 +118,7 @@ def test_a_crash_outweighs_other_tests_of_the_op(*, crash_first: bool) -> None:
         report()
     assert (run.results["head"].status, run.results["head"].isolated) == ("failed", None)
     assert not run.entries
-    assert not run.confirmed
+    assert not run.compared
     assert not run.verdicts
 
 
