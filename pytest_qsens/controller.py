@@ -373,6 +373,7 @@ class Controller:
             self._finish(session)
             terminal = self.config.pluginmanager.getplugin("terminalreporter")
             if terminal is not None:  # pytest does not come to its summary
+                terminal.write_line("")  # ends the line of progress
                 self.pytest_terminal_summary(terminal)
             raise
         self._finish(session)

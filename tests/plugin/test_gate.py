@@ -315,7 +315,7 @@ def move(pytester: pytest.Pytester, *ops: str, **environment: str) -> dict[str, 
 def test_updating_a_whole_file_elsewhere_takes_all_of_it(pytester: pytest.Pytester, workers: str) -> None:
     """Where every line was measured, those within their thresholds get this environment's numbers with its name."""
     write_model(pytester)
-    run(pytester, "--snapshot-update", "-n", workers)
+    run(pytester, "--snapshot-update")
     path = snapshot_file(pytester)
     here = path.read_bytes()
     move(pytester, "blocks.0.up", "total", cpu="another")
