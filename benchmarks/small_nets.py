@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (256, *[512] * 6)
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
         self.act = nn.GELU()
         self.head = nn.Linear(512, 64)
 

@@ -148,7 +148,7 @@ class Run:
         if payload["entry"] and passed:
             self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
         if passed and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
-            self.compared = union(self.compared, {result.op: Entry(result.type, **result.modes)})
+            self.compared = union(self.compared, {result.op: Entry(result.type, **result.metrics)})
 
     def crashed(self, name: str, reason: str) -> None:
         """Note an op whose worker died during its test. Nothing counts that was, or will be, reported of it.

@@ -112,6 +112,11 @@ class RunResult:
     total: OpResult | None = None
 
 
+def lost_in_noise(scores: Scores | None) -> bool:
+    """Whether the gain in these scores is known to be no more than noise."""
+    return scores is not None and scores.get("distinguishable") is False
+
+
 def round_score(value: float) -> float:
     """``value`` at the 6 significant digits that snapshots hold; never a negative zero."""
     return float(f"{value:.6g}") + 0.0

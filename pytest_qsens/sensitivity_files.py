@@ -180,7 +180,7 @@ def _larger_is_sensitive(mode: str, metric: str) -> bool:
 
 
 def _scores(op: OpResult, mode: str) -> Mapping[str, float | None]:
-    return {str(known): scores for known, scores in op.modes.items()}.get(mode, {})
+    return {str(known): scores for known, scores in op.metrics.items()}.get(mode, {})
 
 
 def _why(op: OpResult, mode: str, metric: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import lost_in_noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -90,6 +91,9 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         if scores:
             yield f"worst ops, {mode} ({direction})"
             yield from _table(scores, metric, width, bar)
+        noisy = sum(map(lost_in_noise, scores.values()))
+        if noisy:
+            yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
     if total is not None and total.isolated is not None:
         yield f"total, everything quantized: {_numbers(total.isolated)}"
 
@@ -105,7 +109,8 @@ def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iter
         drawn = f"  {bar * _length(value, values, bar_width)}" if bar_width > 3 else ""
         sqnr = scores[op]["sqnr_db"]
         decibels = "identical" if sqnr is None else f"{sqnr:6.1f} dB"
-        yield f"  {_shortened(op, name_width):<{name_width}} {value:10.3g} {decibels:>9}{drawn}".rstrip()
+        mark = "~" if lost_in_noise(scores[op]) else " "
+        yield f"  {_shortened(op, name_width):<{name_width}} {value:10.3g}{mark}{decibels:>9}{drawn}".rstrip()
 
 
 def _length(value: float, values: Sequence[float], width: int) -> int:
