@@ -216,8 +216,7 @@ def noise() -> tuple[list[str], list[str]]:
     sure_worse = sum(gains[i] < 0 for i in sure)
     facts = [
         f"{sum(flags)} of {len(flags)} ops have a gain that can be told from noise.",
-        f"Restoring an op to fp32 makes the error larger for {worse} of {len(gains)} ops; for {sure_worse} of them by "
-        "more than noise.",
+        f"Restoring an op to fp32 makes the error larger for {worse} of {len(gains)} ops ({sure_worse} beyond noise).",
     ]
     return rows, facts
 
