@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def same(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal to the last bit; NaN equals NaN."""
-    return left.shape == right.shape and torch.equal(left.nan_to_num(), right.nan_to_num())
+    if left is right or torch.equal(left, right):
+        return True
+    if left.shape != right.shape or not torch.equal(left.isnan(), right.isnan()):
+        return False
+    return torch.equal(left.masked_fill(left.isnan(), 0), right.masked_fill(right.isnan(), 0))
 
 
 def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | None:
