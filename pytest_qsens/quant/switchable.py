@@ -50,7 +50,11 @@ class _Rounded:
     """A value on an edge that is quantized, for those who need it rounded, and those who need it as it was."""
 
     def __init__(
-        self, real: Tensor, qparams: QParams, readers: Mapping[str, QParams] | None = None, dtype: Any = torch.quint8
+        self,
+        real: Tensor,
+        qparams: QParams,
+        readers: Mapping[str, QParams] | None = None,
+        dtype: torch.dtype = torch.quint8,
     ) -> None:
         self.real = real
         self._qparams, self._readers, self._dtype = qparams, readers or {}, dtype
@@ -105,7 +109,8 @@ class _Int8Run(Interpreter):
         if n.op == "call_module" and n.target in self._between:
             return self._run_between(n, str(n.target))
         if n.op == "call_function" and n.target is torch.quantize_per_tensor:
-            value, scale, zero_point, dtype = map_arg(n.args, self.env.__getitem__)  # type: ignore[misc] # four
+            arguments: Any = map_arg(n.args, self.env.__getitem__)
+            value, scale, zero_point, dtype = arguments
             return _Rounded(value, QParams(float(scale), int(zero_point)), dtype=dtype)
         if n.op == "call_method" and n.target == "dequantize":
             (argument,) = n.all_input_nodes
@@ -127,7 +132,7 @@ class _Int8Run(Interpreter):
         packed: Any = self.submodules[target]
         weight_only = isinstance(packed, QuantizedEmbedding)
         if target not in self.in_fp32:
-            output = packed(_indices(self.env[n.args[0]])) if weight_only else super().run_node(n)
+            output = packed(_indices(self.env[n.all_input_nodes[0]])) if weight_only else super().run_node(n)
             return self._moved(output) if weight_only else output
         output = self._moved(self._twins[target](*map_arg(n.args, lambda a: _real(self.env[a]))))
         if weight_only:
