@@ -228,4 +228,6 @@ def _quiet() -> Iterator[None]:
         # torch.ao.quantization announces its removal in torch 2.10, and is still there in 2.13
         warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor.* are deprecated", category=UserWarning)
+        # torch's default configuration, of itself
+        warnings.filterwarnings("ignore", message="Please use quant_min and quant_max", category=UserWarning)
         yield
