@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+collect_ignore = [] if find_spec("neural_compressor") else ["inc"]
+"""Tests that need Intel Neural Compressor, which asks for an environment of its own, are run by name: tests/inc."""
 
 OUTSIDE = {"CI", "PYTEST_ADDOPTS", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
 

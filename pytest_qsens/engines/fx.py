@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.engines.forward import ForwardEngine
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import unchanged_state
 from pytest_qsens.quant.kernels import KernelModel
@@ -30,6 +31,9 @@ class FxEngine(ForwardEngine):
         quantizable: Ops that the scheme can quantize and the calibration data reaches.
         calibration: Calibration batches.
 
+    Raises:
+        QsensError: If two runs of the unquantized model differ, or torch cannot prepare a part of it.
+
     """
 
     name = "fx"
@@ -49,7 +53,13 @@ class FxEngine(ForwardEngine):
                 run_model(root, batch, output)
 
         with one_thread(), unchanged_state(model):
-            self._kernels = KernelModel(model, self._quantizable, calibrate)
+            try:
+                self._kernels = KernelModel(model, self._quantizable, calibrate)
+            except Exception as error:
+                raise QsensError(
+                    f"engine fx: torch's FX quantization cannot prepare this model: {told(error)}. Use engine auto, "
+                    "which needs no kernels."
+                ) from error
         self.out_of_reach |= self._kernels.refused
         self._quantizable -= self._kernels.refused.keys()
 

@@ -23,6 +23,7 @@ from pytest_qsens.engines.forward import ForwardEngine
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import unchanged_state
+from pytest_qsens.graph.modules import op_type
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class IncEngine(ForwardEngine):
         super().__init__(model, batches, output, quantizable)
         self._calibration = calibration
         self._adaptor, self._config = _strategy(model, batches[0])
+        own = [name for name, module in model.named_modules() if op_type(module)]
+        self._ops = set(_keys(self._config["op"], own).values())
         self._keys = _keys(self._config["op"], self._quantizable)
         for op in self._quantizable - self._keys.keys():
             self.out_of_reach[op] = "Intel Neural Compressor does not list it as quantizable"
@@ -114,7 +117,7 @@ class IncEngine(ForwardEngine):
         It leaves what it has quantized so, which its name does not say.
         """
         keys = [self._keys[op] for op in ops]
-        return self._drive("get_mse_order_per_int8", keys, keys, _in_fp32(self._config, self._config["op"]), keys)
+        return self._drive("get_mse_order_per_int8", keys, keys, _in_fp32(self._config, self._ops), keys)
 
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
         yield from self._kept(self._first_phase(_EVERYTHING, quantized))
@@ -125,8 +128,8 @@ class IncEngine(ForwardEngine):
 
     def _first_phase(self, candidate: Key, quantized: Collection[str]) -> Measured:
         """Score one candidate left out of what is quantized."""
-        kept = {self._keys[op] for op in quantized}
-        config = _in_fp32(self._config, [key for key in self._config["op"] if key not in kept])
+        # what it lists beside the ops, such as a ReLU6, stays as it wants it
+        config = _in_fp32(self._config, self._ops - {self._keys[op] for op in quantized})
         config["op"][_EVERYTHING] = _FP32
         pair = candidate[0], True  # in place of the op's configuration, which is only put back at the end
         (measured,) = self._drive("get_mse_order_per_fp32", [pair], [candidate], config)

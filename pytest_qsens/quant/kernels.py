@@ -15,6 +15,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.observer import (
     HistogramObserver,
+    MinMaxObserver,
     PerChannelMinMaxObserver,
     default_per_channel_weight_observer,
 )
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 LEFT_ALONE = (nn.LayerNorm, nn.InstanceNorm3d, nn.Dropout)
 """What Intel Neural Compressor keeps in fp32 although torch has kernels (its pytorch_cpu.yaml says: accuracy)."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Convolutions that are no ops, and whose weights it quantizes per tensor."""
 
 
 class KernelModel:
@@ -59,7 +63,7 @@ class KernelModel:
                 part.pack()
         found = {op for part in self._parts.values() for op in part.ops.values()}
         for op in set(ops) - found:
-            self.refused.setdefault(op, "torch's FX quantization finds no module to trace around it")
+            self.refused.setdefault(op, "torch's FX quantization has no kernel for it, or cannot trace around it")
 
     @property
     def root(self) -> nn.Module:
@@ -109,7 +113,12 @@ class KernelModel:
             if isinstance(original, Leaf)
             else {target: f"{name}.{target}" if name else target for target, _ in original.named_modules()}
         )
-        chosen = {target: op for target, op in names.items() if op in ops}
+        leaves = get_default_qconfig_propagation_list()
+        chosen = {
+            target: op
+            for target, op in names.items()
+            if op in ops and type(original.get_submodule(target)) in leaves  # it goes by the class itself
+        }
         if not chosen:
             return
         part = Part(original, chosen, _qconfigs(original, chosen, whole=not name))
@@ -117,7 +126,8 @@ class KernelModel:
         for target, op in chosen.items():
             if called.count(target) != 1:
                 self.refused[op] = (
-                    f"torch's FX quantization has one scale for it, and sees {called.count(target)} calls"
+                    f"torch's FX quantization has one scale for it, and sees {called.count(target)} calls; where other "
+                    "ops are measured, it is quantized with the rest"
                 )
                 del part.ops[target]
         self._parts[name] = part
@@ -175,6 +185,7 @@ def _qconfigs(original: nn.Module, ops: Collection[str], *, whole: bool) -> QCon
     # without VNNI instructions the kernels add pairs of products in 16 bits, which must not overflow
     histogram = HistogramObserver.with_args(reduce_range=not torch.cpu._is_vnni_supported())  # noqa: SLF001 - no public name
     symmetric = PerChannelMinMaxObserver.with_args(qscheme=torch.per_channel_symmetric, dtype=torch.qint8)
+    per_tensor = MinMaxObserver.with_args(qscheme=torch.per_tensor_symmetric, dtype=torch.qint8)
     mapping = QConfigMapping().set_global(None)
     if whole:
         mapping.set_global(_qconfig(histogram, default_per_channel_weight_observer))
@@ -188,6 +199,8 @@ def _qconfigs(original: nn.Module, ops: Collection[str], *, whole: bool) -> QCon
             )
         elif whole and isinstance(module, LEFT_ALONE):
             mapping.set_module_name(name, None)
+        elif whole and isinstance(module, TRANSPOSED):
+            mapping.set_module_name(name, _qconfig(histogram, per_tensor))
     return mapping
 
 
@@ -215,4 +228,6 @@ def _quiet() -> Iterator[None]:
         # torch.ao.quantization announces its removal in torch 2.10, and is still there in 2.13
         warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor.* are deprecated", category=UserWarning)
+        # torch's default configuration, of itself
+        warnings.filterwarnings("ignore", message="Please use quant_min and quant_max", category=UserWarning)
         yield

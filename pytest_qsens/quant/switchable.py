@@ -4,18 +4,22 @@
 one op in fp32 changes nothing but the edges around that op. And a scale is that of the tensor it was observed on, in
 the unquantized model. So the graph with one op in fp32 is the fully quantized one, in which this op runs its float
 module and the values are rounded, or not, on its edges. Nothing has to be copied, prepared or packed again for it.
+
+One thing is not reproduced: when `Tensor.reshape` follows an op in fp32, torch takes its result for quantized, and then
+does not quantize the op behind it; here that op stays quantized.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized import Embedding as QuantizedEmbedding
-from torch.ao.quantization.observer import ObserverBase
+from torch.ao.quantization.observer import FixedQParamsObserver, HistogramObserver, ObserverBase
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
@@ -45,20 +49,29 @@ class Leaf(nn.Module):
 class _Rounded:
     """A value on an edge that is quantized, for those who need it rounded, and those who need it as it was."""
 
-    def __init__(self, real: Tensor, scale: float, zero_point: int, dtype: torch.dtype = torch.quint8) -> None:
+    def __init__(
+        self,
+        real: Tensor,
+        qparams: QParams,
+        readers: Mapping[str, QParams] | None = None,
+        dtype: torch.dtype = torch.quint8,
+    ) -> None:
         self.real = real
-        self._scale, self._zero_point, self._dtype = scale, zero_point, dtype
-        self._integers: Tensor | None = None
+        self._qparams, self._readers, self._dtype = qparams, readers or {}, dtype
+        self._integers: dict[QParams, Tensor] = {}
 
-    @property
-    def integers(self) -> Tensor:
-        if self._integers is None:
-            self._integers = torch.quantize_per_tensor(self.real, self._scale, self._zero_point, self._dtype)
-        return self._integers
+    def integers(self, reader: Node) -> Tensor:
+        qparams = self._readers.get(_known_as(reader, self._readers), self._qparams)
+        if qparams not in self._integers:
+            self._integers[qparams] = torch.quantize_per_tensor(
+                self.real, qparams.scale, qparams.zero_point, self._dtype
+            )
+        return self._integers[qparams]
 
 
-def _integers(value: Any) -> Any:  # noqa: ANN401 - a value of any node
-    return value.integers if isinstance(value, _Rounded) else value
+def _known_as(node: Node, names: Collection[str]) -> str:
+    """Name the node had before conversion, which puts functions in place of functions, with a number after it."""
+    return node.name if node.name in names or node.op != "call_function" else re.sub(r"_\d+$", "", node.name)
 
 
 def _real(value: Any) -> Any:  # noqa: ANN401 - a value of any node
@@ -67,12 +80,25 @@ def _real(value: Any) -> Any:  # noqa: ANN401 - a value of any node
     return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
 
 
+def _indices(value: Any) -> Any:  # noqa: ANN401 - a tensor
+    """Lay them out as the kernel wants them; expanded position ids are not."""
+    return value.contiguous()
+
+
 class _Int8Run(Interpreter):
     """Runs a fully quantized graph with some of the ops in fp32."""
 
-    def __init__(self, graph: GraphModule, twins: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        graph: GraphModule,
+        twins: Mapping[str, nn.Module],
+        readers: Mapping[str, Mapping[str, QParams]],
+        between: Mapping[str, nn.Module],
+    ) -> None:
         super().__init__(graph)
         self._twins: Mapping[Any, nn.Module] = twins
+        self._readers = readers
+        self._between: Mapping[Any, nn.Module] = between
         self.in_fp32: Collection[str] = ()
         self.seed: int | None = None
 
@@ -80,9 +106,12 @@ class _Int8Run(Interpreter):
         """Give values that are to be rounded as `_Rounded`; everything but an op in fp32 gets them rounded."""
         if n.op == "call_module" and n.target in self._twins:
             return self._run_op(n, str(n.target))
+        if n.op == "call_module" and n.target in self._between:
+            return self._run_between(n, str(n.target))
         if n.op == "call_function" and n.target is torch.quantize_per_tensor:
             arguments: Any = map_arg(n.args, self.env.__getitem__)
-            return _Rounded(*arguments)
+            value, scale, zero_point, dtype = arguments
+            return _Rounded(value, QParams(float(scale), int(zero_point)), dtype=dtype)
         if n.op == "call_method" and n.target == "dequantize":
             (argument,) = n.all_input_nodes
             value = _real(self.env[argument])
@@ -103,17 +132,33 @@ class _Int8Run(Interpreter):
         packed: Any = self.submodules[target]
         weight_only = isinstance(packed, QuantizedEmbedding)
         if target not in self.in_fp32:
-            output = super().run_node(n)
+            output = packed(_indices(self.env[n.all_input_nodes[0]])) if weight_only else super().run_node(n)
             return self._moved(output) if weight_only else output
         output = self._moved(self._twins[target](*map_arg(n.args, lambda a: _real(self.env[a]))))
-        return output if weight_only else _Rounded(output, packed.scale, packed.zero_point)
+        if weight_only:
+            return output
+        return _Rounded(output, QParams(float(packed.scale), int(packed.zero_point)), self._readers.get(target))
+
+    def _run_between(self, n: Node, target: str) -> Any:  # noqa: ANN401 - a quantized tensor, or a value to be rounded
+        value = self.env[n.all_input_nodes[0]]
+        if isinstance(self._between[target], nn.Dropout):
+            return value
+        if not isinstance(value, _Rounded) and not all(reader.target in self.in_fp32 for reader in n.users):
+            return super().run_node(n)
+        packed: Any = self.submodules[target]
+        return _Rounded(self._between[target](_real(value)), QParams(float(packed.scale), int(packed.zero_point)))
 
     def _moved(self, value: Any) -> Any:  # noqa: ANN401 - a tensor
         return value if self.seed is None else perturbed(value, self.seed)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
         """Round what is to be rounded."""
-        return map_arg((n.args, n.kwargs), lambda a: _integers(self.env[a]))
+
+        def rounded(argument: Node) -> Any:  # noqa: ANN401 - a value of any node
+            value = self.env[argument]
+            return value.integers(n) if isinstance(value, _Rounded) else value
+
+        return map_arg((n.args, n.kwargs), rounded)
 
 
 class _FloatRun(Interpreter):
@@ -129,7 +174,9 @@ class _FloatRun(Interpreter):
         """Quantize the input of an op, call its kernel, and give its output in fp32."""
         if target not in self.quantized:
             return super().call_module(target, args, kwargs)
-        if target in self._inputs:
+        if isinstance(self._packed[target], QuantizedEmbedding):
+            args = (_indices(args[0]),)
+        elif target in self._inputs:
             qparams = self._inputs[target]
             args = (torch.quantize_per_tensor(args[0], qparams.scale, qparams.zero_point, torch.quint8), *args[1:])
         return _real(self._packed[target](*args, **kwargs))
@@ -183,7 +230,9 @@ class Part(nn.Module):
             if node.op == "call_module" and node.target in self.ops and node.args[0].target in observers:
                 scale, zero_point = observers[node.args[0].target].calculate_qparams()
                 self.inputs[node.target] = QParams(float(scale), int(zero_point))
+        readers = _readers(self.prepared, self.ops, observers)
         unquantized = _without_observers(self.prepared, observers)
+        qconfigs = _qconfigs_by_node(self.prepared)
         int8 = convert_fx(self.prepared)
         del self.prepared
         twins = {target: unquantized.get_submodule(target) for target in self.ops}
@@ -192,7 +241,7 @@ class Part(nn.Module):
             kernel: Any = packed
             if not isinstance(packed, QuantizedEmbedding):
                 self.outputs[target] = QParams(float(kernel.scale), int(kernel.zero_point))
-        self._int8 = _Int8Run(int8, twins)
+        self._int8 = _Int8Run(int8, twins, readers, _between(int8, unquantized, qconfigs))
         self._unquantized = _FloatRun(unquantized, self.packed, self.inputs)
 
     def switch(self, quantized: Collection[str], *, others: bool, seed: int | None) -> None:
@@ -207,6 +256,43 @@ def _search_once(observer: Any) -> None:  # noqa: ANN401 - an observer of any cl
     """Let every reader of the observer's scale share one search for it, which is slow."""
     found = observer.calculate_qparams()
     observer.calculate_qparams = lambda: found
+
+
+def _qconfigs_by_node(prepared: GraphModule) -> Mapping[str, Any]:
+    """Name of a node → how it is to be quantized."""
+    found: Mapping[str, Any] = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    return found
+
+
+def _between(int8: GraphModule, unquantized: GraphModule, qconfigs: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Find what is quantized unasked: conversion does so with a norm that has quantized neighbours on both sides."""
+    called = [node for node in unquantized.graph.nodes if node.op == "call_module" and qconfigs.get(node.name) is None]
+    modules = {str(node.target): unquantized.get_submodule(str(node.target)) for node in called}
+    return {target: own for target, own in modules.items() if type(int8.get_submodule(target)) is not type(own)}
+
+
+def _readers(
+    prepared: GraphModule, ops: Collection[str], observers: Mapping[str, Any]
+) -> dict[str, dict[str, QParams]]:
+    """Op → reader of its output → how the reader rounds what comes in fp32, where the op would round it otherwise.
+
+    A sigmoid for example has a fixed scale, meant for its output, which torch takes for its input as well.
+    """
+    qconfigs = _qconfigs_by_node(prepared)
+    found: dict[str, dict[str, QParams]] = {}
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or node.target not in observers or node.args[0].target not in ops:
+            continue
+        for reader in node.users:
+            qconfig = None if reader.target in ops else qconfigs.get(reader.name)
+            own = None if qconfig is None else qconfig.activation()
+            if isinstance(own, HistogramObserver):  # what it would see is what the op's observer saw
+                seen = observers[node.target]
+                own.histogram, own.min_val, own.max_val = seen.histogram, seen.min_val, seen.max_val
+            if isinstance(own, HistogramObserver | FixedQParamsObserver):
+                scale, zero_point = own.calculate_qparams()
+                found.setdefault(node.args[0].target, {})[reader.name] = QParams(float(scale), int(zero_point))
+    return found
 
 
 def _without_observers(prepared: GraphModule, observers: Collection[str]) -> GraphModule:

@@ -1,0 +1,1 @@
+"""Tests of the engines against Intel Neural Compressor itself; they need it installed."""
