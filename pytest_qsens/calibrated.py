@@ -230,8 +230,8 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
-        engine: ``replay``, ``delta``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured; ``fx`` or
-            ``inc`` for int8 kernels.
+        engine: ``replay``, ``delta``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured;
+            ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+_WORTH_NARROWING = 2**18
+"""Values in a weight from which bf16 products pay. It takes many values for their rounding to average out, too."""
+
 
 class _Head(NamedTuple):
     """A linear layer at the end, of whose output nothing but rows is taken."""
@@ -139,7 +142,7 @@ class DeltaRun:
 
     def _weight(self, node: Node) -> Tensor:
         weight: Tensor = self._run.values(node)
-        if not self._use_narrow:
+        if not self._use_narrow or weight.numel() < _WORTH_NARROWING:
             return weight
         if node not in self._narrow:
             narrow = weight.to(torch.bfloat16)
