@@ -1,8 +1,8 @@
 """What engine delta costs, in forwards: python benchmarks/delta.py [LAYERS].
 
-A language model of the sizes of Qwen2.5-0.5B with random bf16 weights, one batch of 64 tokens, W8A8, mode isolated, all linears.
-One unit is one fp32 forward of the same model. For replay, and for a full forward per op with one quantizer switched on (eager), a few
-ops stand for all.
+A language model of the sizes of Qwen2.5-0.5B with random bf16 weights, one batch of 64 tokens, W8A8, mode isolated, all
+linears. One unit is one fp32 forward of the same model. For replay, and for a full forward per op with one quantizer
+switched on (eager), a few ops stand for all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_qsens.ops import Op
 
 TOKENS = 64
-FEW = 12
+FEW = 6
 
 
 def language_model(layers: int) -> ModelSpec:
@@ -86,7 +86,8 @@ def main() -> None:
         whole = (setup / len(ops) + seconds) / forward
         print(
             f"{engine:7} forward {forward * 1e3:.0f} ms; per op {seconds / forward:.3f} forwards, "
-            f"{whole:.3f} with the set-up of {setup / forward:.0f}"
+            f"{whole:.3f} with the set-up of {setup / forward:.0f}",
+            flush=True,
         )
         del model
     fast = [error for op, error in zip(ops, errors["delta"], strict=True) if op in few]
