@@ -27,6 +27,25 @@ def same(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.masked_fill(left.isnan(), 0), right.masked_fill(right.isnan(), 0))
 
 
+def squared_distance(one: Tensor, other: Tensor) -> float:
+    """Sum of squared differences, in float64."""
+    chunks = (torch.split(values.reshape(-1), _CHUNK) for values in (one, other))
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*chunks, strict=True))
+
+
+def related(sse: float, energy: float, count: int) -> Scores:
+    """Relate an error to the reference.
+
+    Args:
+        sse: Sum of squared differences.
+        energy: Sum of the reference's squares, not zero.
+        count: Number of values.
+
+    """
+    nmse = sse / energy
+    return {"sse": sse, "mse": sse / count, "nmse": nmse, "sqnr_db": -10 * math.log10(nmse) if nmse else None}
+
+
 def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | None:
     """Score quantized outputs against the reference over all evaluation batches.
 
@@ -63,13 +82,7 @@ def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | 
                 log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)
                 kl += float((log_p.exp() * (log_p - log_q)).sum())
                 agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())
-    nmse = sse / energy
-    result: Scores = {
-        "sse": sse,
-        "mse": sse / count,
-        "nmse": nmse,
-        "sqnr_db": -10 * math.log10(nmse) if nmse else None,
-    }
+    result = related(sse, energy, count)
     if logits:
         # the sum of non-negative terms can come out below zero by rounding
         result |= {"kl": max(kl / positions, 0.0), "top1": agreeing / positions}

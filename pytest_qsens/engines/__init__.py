@@ -40,6 +40,9 @@ class Engine(Protocol):
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
 
+    def errors(self, op: str) -> list[float] | None:
+        """Sum of squared differences of each batch when only this op is quantized; ``None`` if it takes the outputs."""
+
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized.
 

@@ -51,6 +51,10 @@ class ForwardEngine(ABC):
         """Only this op is quantized."""
         return self._outputs({op}, None)
 
+    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
+        """Nothing: all this engine has is outputs."""
+        return None
+
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
         return self._outputs(self._quantizable, seed)

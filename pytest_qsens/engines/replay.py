@@ -74,6 +74,10 @@ class ReplayEngine:
                 output = run.replay(self._quantize(run.graph, [op]))
             yield output
 
+    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
+        """Nothing: all this engine has is outputs."""
+        return None
+
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
         for run in self._joint_runs(seed):
