@@ -339,7 +339,6 @@ def _qconfigs(config: dict[str, Any], keys: Sequence[Key]) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what it logs and warns about at import and per op out of the terminal."""
-    logger = logging.getLogger("neural_compressor")
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -348,4 +347,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-        logger.disabled = False
