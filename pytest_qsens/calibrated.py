@@ -115,7 +115,8 @@ class CalibratedModel:
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        return _measured(op, measured, failures, time.perf_counter() - start)
+        note = self._engine.note if "fallback" in measured else None
+        return _measured(op, measured, failures, note, time.perf_counter() - start)
 
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
@@ -123,7 +124,9 @@ class CalibratedModel:
         with torch.no_grad():
             joint = self._joint_scores()
         failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
-        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, failures, time.perf_counter() - start)
+        return _measured(
+            Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._engine.note, time.perf_counter() - start
+        )
 
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
@@ -143,7 +146,10 @@ class CalibratedModel:
         """Score without outputs, if the engine can and nobody needs them."""
         if self._logits and self._divergence:
             return None
-        errors = self._engine.errors(op)
+        try:
+            errors = self._engine.errors(op)
+        except Exception as error:  # noqa: BLE001 - as in `_scores`
+            return f"the model fails ({_first_line(error)})"
         if errors is None:
             return None
         sse = sum(errors)
@@ -196,7 +202,9 @@ def _result(op: Op, status: Status, *, reason: str) -> OpResult:
     return OpResult(op.name, op.type, op.block, status, reason)
 
 
-def _measured(op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str], seconds: float) -> OpResult:
+def _measured(
+    op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str], note: str | None, seconds: float
+) -> OpResult:
     found: dict[str, Scores] = {mode: values for mode, values in measured.items() if not isinstance(values, str)}
     identical = not failures and all(values["sse"] == 0 for values in found.values())
     return OpResult(
@@ -204,7 +212,7 @@ def _measured(op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str
         op.type,
         op.block,
         "failed" if failures else "measured",
-        "; ".join(failures) or (_IDENTICAL if identical else None),
+        "; ".join(failures) or (_IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
         seconds=seconds,

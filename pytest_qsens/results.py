@@ -50,7 +50,8 @@ class OpResult:
     """What is known about one op after a run.
 
     ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``, or ``failed`` for the other mode
-    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference.
+    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference, or what
+    was left unquantized in a fully quantized model.
     """
 
     op: str

@@ -18,6 +18,10 @@ class Engine(Protocol):
     reported: Mapping[str, float]
     """What another tool said itself about the output asked for last: name → number."""
 
+    @property
+    def note(self) -> str | None:
+        """What has to be said of every score with everything else quantized, if something has."""
+
     perturbs: bool
     """Whether it can move values by a seed."""
 

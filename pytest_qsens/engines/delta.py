@@ -105,7 +105,7 @@ class DeltaEngine(ReplayEngine):
                 return f"differences cannot be followed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             pairs = zip(self.references, super().isolated(op), strict=True)
             exact = sum(squared_distance(reference, output) for reference, output in pairs)
-            if abs(found - exact) > tolerance(exact / energy) * exact:
+            if not abs(found - exact) <= tolerance(exact / energy) * exact:  # nor if it is NaN
                 return f"the error of {op} comes out {abs(found - exact) / exact:.1%} apart from an exact replay"
         return None
 

@@ -47,6 +47,11 @@ class ForwardEngine(ABC):
         self.references = list(self._reference())
         self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
 
+    @property
+    def note(self) -> str | None:
+        """Nothing to say."""
+        return None
+
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
         return self._outputs({op}, None)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class ReplayEngine:
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
-    All values of the clean run are kept, and of the fully quantized ones once they are asked for. All are made on one
-    thread; replays use all of them if the clean values come out the same on all.
+    All values of the clean run are kept; those of the fully quantized run once it is asked for, and of one more for
+    each seed. All are made on one thread; replays use all of them if the clean values come out the same on all.
 
     Raises:
         CaptureRefused: If a batch's graph is not an exact stand-in for the model.
@@ -41,6 +41,7 @@ class ReplayEngine:
 
     name = "replay"
     perturbs = True
+    note: str | None = None
 
     def __init__(
         self,

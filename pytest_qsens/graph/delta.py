@@ -83,7 +83,7 @@ class DeltaRun:
             return value
 
         rows = torch.vmap(take_rows)(delta).flatten(1, -2).double()
-        return ((rows @ head.gram) * rows).sum((1, 2))
+        return ((rows @ head.gram) * rows).sum((1, 2)).clamp_min(0)  # what should be zero can come out below
 
     def _values(self, changes: Sequence[Mapping[Node, Override]], target: Node) -> Tensor:
         needed = self._upstream(target)
@@ -161,7 +161,7 @@ class DeltaRun:
         weight = self._run.values(node.args[1])  # type: ignore[arg-type] # a node
         if weight.shape[0] <= weight.shape[1]:
             return None
-        return _Head(node.args[0], tuple(rows), (weight.t() @ weight).double())  # type: ignore[arg-type] # a node
+        return _Head(node.args[0], tuple(rows), weight.double().t() @ weight.double())  # type: ignore[arg-type] # a node
 
     def _downstream(self, start: Iterable[Node]) -> list[Node]:
         """Nodes that depend on these, in order, with them."""

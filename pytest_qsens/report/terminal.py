@@ -95,7 +95,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         if noisy:
             yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
     if total is not None and total.isolated is not None:
-        yield f"total, everything quantized: {_numbers(total.isolated)}"
+        yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
 
 
 def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iterator[str]:
@@ -156,7 +156,8 @@ def attention(run: Run) -> Iterator[str]:
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
     if run.mismatch:
-        yield f"the snapshot was measured elsewhere, scores may differ for that alone: {'; '.join(run.mismatch)}"
+        where = "elsewhere" if any(not line.startswith("kernels ") for line in run.mismatch) else "with other kernels"
+        yield f"the snapshot was measured {where}, scores may differ for that alone: {'; '.join(run.mismatch)}"
     if len(run.environments) > 1:
         yield "workers run in different environments, scores may differ for that alone"
     if len({facts["reference"] for facts in run.facts}) > 1:
