@@ -278,12 +278,12 @@ def cost(model: str, count: int = 4) -> tuple[str, str]:
     median = statistics.median
     slow, fast = median(times["inc"]), median(times["fx"])
     forward = driven.reference_seconds
+    left = {name: f"{median(kept[name]):.0f} | {median(memory[name]):.1f} MB" for name in kept}
     seconds = f"{forward * 1e3:.3g} ms | {slow:.3g} s | {fast * 1e3:.3g} ms"
     ratios = f"{slow / fast:.0f} | {slow / forward:.0f} | {fast / forward:.2f}"
     return (
         f"| {model} | {len(ops)} | {seconds} | {ratios} |",
-        f"| {model} | {median(kept['inc']):.0f} | {median(memory['inc']):.1f} MB | {median(kept['fx']):.0f} "
-        f"| {median(memory['fx']):.1f} MB |",
+        f"| {model} | {left['inc']} | {left['fx']} |",
     )
 
 
