@@ -394,7 +394,7 @@ def test_workers_of_two_environments_move_nothing(pytester: pytest.Pytester) -> 
         worker = os.environ.get("PYTEST_XDIST_WORKER")
         if worker:
             here = measure.environment
-            measure.environment = lambda device: {**here(device), "cpu": worker}
+            measure.environment = lambda *options: {**here(*options), "cpu": worker}
         """
     )
     result = run(pytester, "--snapshot-update", "-n", "2")
