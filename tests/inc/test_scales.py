@@ -130,7 +130,8 @@ def test_folded_batch_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         spec = resnet()
         both, by_hand = build(spec), build(folded(spec))
         found = quantized_ops(converted(both.inc, monkeypatch))
-        plain, alike = [op for op in both.ops if same(found[op], of_simulation(both, op))], []
+        plain = [op for op in both.ops if torch.equal(found[op].scales, of_simulation(both, op).scales)]
+        alike = []
         for op in both.ops:
             ours = of_simulation(by_hand, op)
             assert torch.equal(found[op].integers, ours.integers), op
