@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,12 +12,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
+from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
-from pytest_qsens.metrics import scores
+from pytest_qsens.metrics import related, scores, squared_distance
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.quant.calibration import Calibration
@@ -26,7 +28,7 @@ from pytest_qsens.results import OpResult
 from pytest_qsens.threads import one_thread, reproducible_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -60,6 +62,7 @@ class CalibratedModel:
         engine: Engine,
         *,
         logits: bool,
+        divergence: bool,
         engine_reason: str | None,
         reference_seconds: float,
     ) -> None:
@@ -70,6 +73,7 @@ class CalibratedModel:
         self._simulator = simulator
         self._engine = engine
         self._logits = logits
+        self._divergence = divergence
         self._joint: dict[int | None, Scores | str] = {}
 
     @property
@@ -111,7 +115,8 @@ class CalibratedModel:
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        return _measured(op, measured, failures, time.perf_counter() - start)
+        note = self._engine.note if "fallback" in measured else None
+        return _measured(op, measured, failures, note, time.perf_counter() - start)
 
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
@@ -119,11 +124,13 @@ class CalibratedModel:
         with torch.no_grad():
             joint = self._joint_scores()
         failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
-        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, failures, time.perf_counter() - start)
+        return _measured(
+            Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._engine.note, time.perf_counter() - start
+        )
 
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
-            result = self._scores(self._engine.isolated(op))
+            result = self._errors(op) or self._scores(self._engine.isolated(op))
             if not self._joint:  # nothing else needs this weight quantized
                 self._simulator.forget(op)
             return result
@@ -134,6 +141,31 @@ class CalibratedModel:
             if self._engine.perturbs:
                 self._add_noise(op, result)
         return result
+
+    def _errors(self, op: str) -> Scores | str | None:
+        """Score without outputs, if the engine can and nobody needs them."""
+        if self._logits and self._divergence:
+            return None
+        try:
+            errors = self._engine.errors(op)
+        except Exception as error:  # noqa: BLE001 - as in `_scores`
+            return f"the model fails ({_first_line(error)})"
+        if errors is None:
+            return None
+        sse = sum(errors)
+        return related(sse, *self._reference_size) if math.isfinite(sse) else _NOT_FINITE
+
+    @cached_property
+    def _reference_size(self) -> tuple[float, int]:
+        """Sum of squares and number of values of the reference."""
+        references = self._engine.references
+        energy = sum(squared_distance(reference, torch.zeros_like(reference)) for reference in references)
+        return energy, sum(reference.numel() for reference in references)
+
+    def expect(self, ops: Collection[str]) -> None:
+        """Tell which ops are going to be asked for: an engine that measures several together leaves out the others."""
+        if isinstance(self._engine, DeltaEngine):
+            self._engine.expected = frozenset(ops)
 
     def _add_noise(self, op: str, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
@@ -155,7 +187,8 @@ class CalibratedModel:
     def _scores(self, outputs: Iterator[Tensor]) -> Scores | str:
         """Score what an engine computes; why there is no score, if there is none."""
         try:
-            found = scores(zip(self._engine.references, outputs, strict=True), logits=self._logits)
+            pairs = zip(self._engine.references, outputs, strict=True)
+            found = scores(pairs, logits=self._logits and self._divergence)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
             return f"the model fails ({_first_line(error)})"
         return _NOT_FINITE if found is None else found | dict(self._engine.reported)
@@ -169,7 +202,9 @@ def _result(op: Op, status: Status, *, reason: str) -> OpResult:
     return OpResult(op.name, op.type, op.block, status, reason)
 
 
-def _measured(op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str], seconds: float) -> OpResult:
+def _measured(
+    op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str], note: str | None, seconds: float
+) -> OpResult:
     found: dict[str, Scores] = {mode: values for mode, values in measured.items() if not isinstance(values, str)}
     identical = not failures and all(values["sse"] == 0 for values in found.values())
     return OpResult(
@@ -177,7 +212,7 @@ def _measured(op: Op, measured: dict[Mode, Scores | str], failures: Sequence[str
         op.type,
         op.block,
         "failed" if failures else "measured",
-        "; ".join(failures) or (_IDENTICAL if identical else None),
+        "; ".join(failures) or (_IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
         seconds=seconds,
@@ -189,7 +224,13 @@ def _first_line(error: Exception) -> str:
 
 
 def calibrate(
-    spec: ModelSpec, ops: Sequence[Op], scheme: str, *, engine: str = "auto", device: str = "cpu"
+    spec: ModelSpec,
+    ops: Sequence[Op],
+    scheme: str,
+    *,
+    engine: str = "auto",
+    device: str = "cpu",
+    divergence: bool = True,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -197,9 +238,10 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
-        engine: ``replay``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured; ``fx`` or
-            ``inc`` for int8 kernels.
+        engine: ``replay``, ``delta``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured;
+            ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
+        divergence: Whether logits are compared as distributions, too, which takes all of them.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -234,6 +276,7 @@ def calibrate(
         simulator,
         built,
         logits=spec.logits,
+        divergence=divergence,
         engine_reason=reason,
         reference_seconds=seconds,
     )
@@ -261,11 +304,14 @@ def _build_engine(
     if name != "eager":
         try:
             with unchanged_state(model):
+                if name == "delta":
+                    built = DeltaEngine(model, batches, spec.output, simulator, quantizable)
+                    return built, built.distrusted
                 return ReplayEngine(model, batches, spec.output, simulator, quantizable), None
         except CaptureRefused as refused:
             reason = f"capture refused: {refused}"
-            if name == "replay":
-                raise QsensError(f"engine replay cannot be used, {reason}. Use the eager engine, or auto.") from refused
+            if name in ("replay", "delta"):
+                raise QsensError(f"engine {name} cannot be used, {reason}. Use the eager engine, or auto.") from refused
     return EagerEngine(model, batches, spec.output, simulator, quantizable), reason
 
 

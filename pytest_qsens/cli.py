@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.compare import compare
 from pytest_qsens.errors import QsensError
 from pytest_qsens.report.comparison import as_json, report
-from pytest_qsens.results import MODES, load
+from pytest_qsens.results import MODES, load, lost_in_noise
 from pytest_qsens.sensitivity_files import read_pair
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ _LEGEND = {
     "nmse": "nmse: higher is worse",
     "sqnr_db": "sqnr_db: lower is worse",
     "fallback nmse": "fallback nmse (all quantized but this op): lower means a more sensitive op",
-    "gain": "gain (total - fallback): higher means a more sensitive op",
+    "gain": "gain (total - fallback): higher means a more sensitive op; ~: not to be told from noise",
+    "noise": "noise: how far the fallback nmse moves with the last digits of values",
 }
 
 
@@ -93,7 +94,9 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         columns["sqnr_db"] = lambda op: _cell(op.isolated, "sqnr_db")
     if any(op.fallback for op in ops):
         columns["fallback nmse"] = lambda op: _cell(op.fallback, "nmse")
-        columns["gain"] = lambda op: _cell(op.fallback, "gain")
+        columns["gain"] = lambda op: _cell(op.fallback, "gain") + " ~" * lost_in_noise(op.fallback)
+    if any(op.fallback and "noise" in op.fallback for op in ops):
+        columns["noise"] = lambda op: _cell(op.fallback, "noise")
     header = ["op", "type", "status", *columns, "reason"]
     rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
     return [

@@ -36,6 +36,7 @@ _OPTIONS = pytest.StashKey[Options]()
 _CATALOGUE = pytest.StashKey["Catalogue"]()
 _SELECTION = pytest.StashKey[tuple[str, ...]]()
 _PLANNED = pytest.StashKey[dict[str, Options]]()
+_EXPECTED = pytest.StashKey[dict[tuple[str, str], set[str]]]()
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,9 @@ def plan(session: pytest.Session) -> Payload | None:
             models[model.label, spec.scheme] = model
     if not cases:
         return None
+    wanted = config.stash.setdefault(_EXPECTED, {})
+    for label, scheme, measured in cases.values():
+        wanted.setdefault((label, scheme), set()).add(measured)
     refusal = None
     try:
         check_overrides(base_options(config), catalogue(config).models)
@@ -307,6 +311,11 @@ def plan(session: pytest.Session) -> Payload | None:
         refusal = str(error)
     listed = [[*key, [[op.name, op.type] for op in model.ops]] for key, model in models.items()]
     return {"cases": cases, "models": listed, "refusal": refusal}
+
+
+def expected(config: pytest.Config, label: str, scheme: str) -> set[str] | None:
+    """Ops of a model under a scheme that the collected tests measure; ``None`` before collection has ended."""
+    return config.stash.get(_EXPECTED, {}).get((label, scheme))
 
 
 class SuiteTest(pytest.Function):

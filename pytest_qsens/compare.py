@@ -131,6 +131,9 @@ def compare(a: Sensitivities, b: Sensitivities, top: int = 10) -> Comparison:
             f"are needed. {_shortage(a, shared_a)}; {_shortage(b, shared_b)}. Measure more ops."
         )
     ops = _ranked(pairs, a, b)
+    by_a = sorted(ops, key=lambda op: (op.rank_a, op.op))
+    by_b = sorted(ops, key=lambda op: (op.rank_b, op.op))
+    places = _places([op.rank_a for op in by_a], [op.rank_b for op in by_b], top)
     every = [pair for pair in matching.pairs if pair[0] in a.values and pair[1] in b.values]
     to_b, to_a = dict(matching.pairs), {right: left for left, right in matching.pairs}
     return Comparison(
@@ -141,8 +144,8 @@ def compare(a: Sensitivities, b: Sensitivities, top: int = 10) -> Comparison:
         correlation=_correlation(ops),
         with_suspects=_correlation(_ranked(every, a, b)) if len(every) > len(pairs) else None,
         ops=tuple(sorted(ops, key=lambda op: (op.rank_a + op.rank_b, op.op))),
-        top_a=tuple(sorted(ops, key=lambda op: (op.rank_a, op.op))[:top]),
-        top_b=tuple(sorted(ops, key=lambda op: (op.rank_b, op.op))[:top]),
+        top_a=tuple(by_a[:places]),
+        top_b=tuple(by_b[:places]),
         disagreements=tuple(
             sorted(
                 (op for op in ops if op.difference), key=lambda op: (-op.difference, min(op.rank_a, op.rank_b), op.op)
@@ -191,6 +194,15 @@ def _missing(
 def joint_name(a: str, b: str) -> str:
     """Name of an op in both files: the longer one, which starts at the outer module."""
     return max(a, b, key=len)
+
+
+def _places(ranks_a: Sequence[float], ranks_b: Sequence[float], top: int) -> int:
+    """Most places, ``top`` at most, after which no side has an equal rank: names would decide who is in."""
+
+    def clean(places: int) -> bool:
+        return places == len(ranks_a) or all(ranks[places - 1] != ranks[places] for ranks in (ranks_a, ranks_b))
+
+    return next((places for places in range(min(top, len(ranks_a)), 0, -1) if clean(places)), 0)
 
 
 def _ranked(pairs: Sequence[tuple[str, str]], a: Sensitivities, b: Sensitivities) -> list[Ranked]:

@@ -26,7 +26,7 @@ from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.workers import check_distribution, machine, workers_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.collect import Model
     from pytest_qsens.options import Options
-    from pytest_qsens.results import Mode, OpResult, Payload
+    from pytest_qsens.results import OpResult, Payload
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
 
@@ -56,12 +56,14 @@ class Run:
     results: dict[str, OpResult] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
-    confirmed: dict[str, Collection[Mode]] = field(default_factory=dict)
-    """Ops and modes whose lines in the snapshot are as this run has measured them, when ``entries`` are recorded."""
+    compared: dict[str, Entry] = field(default_factory=dict)
+    """All scores of ops that the snapshot may have as they are: accepted, better, or within their thresholds."""
     mismatch: list[str] = field(default_factory=list)
     """How the environment of the snapshot differs from that of this run."""
     gone: list[str] = field(default_factory=list)
     """Lines of the snapshot that are of no op of the model."""
+    lost: set[str] = field(default_factory=set)
+    """Ops whose worker died."""
 
     @property
     def engines(self) -> list[str]:
@@ -74,10 +76,14 @@ class Run:
         return next((facts["engine_reason"] for facts in self.facts if facts["engine_reason"]), None)
 
     @property
+    def environments(self) -> list[dict[str, str]]:
+        """Where scores were measured: one place, unless workers differ."""
+        return [dict(items) for items in sorted({tuple(sorted(facts["environment"].items())) for facts in self.facts})]
+
+    @property
     def environment(self) -> dict[str, str]:
         """Where scores were measured; of several different places the same one whatever the order of reports."""
-        found: list[dict[str, str]] = [facts["environment"] for facts in self.facts]
-        return min(found, key=lambda environment: sorted(environment.items()), default={})
+        return next(iter(self.environments), {})
 
     @property
     def contradictory(self) -> bool:
@@ -132,6 +138,8 @@ class Run:
         from pytest_qsens.thresholds import Verdict, combine
 
         result = from_payload(payload["result"])
+        if result.op in self.lost:
+            return
         self.results[result.op] = _joined(self.results.get(result.op), result)
         if payload["verdict"]:
             verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
@@ -140,13 +148,20 @@ class Run:
         if payload["entry"] and passed:
             self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
         if passed and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
-            self.confirmed[result.op] = {*self.confirmed.get(result.op, ()), *result.modes}
+            self.compared = union(self.compared, {result.op: Entry(result.type, **result.metrics)})
 
     def crashed(self, name: str, reason: str) -> None:
-        """Note an op whose worker died while measuring it."""
+        """Note an op whose worker died during its test. Nothing counts that was, or will be, reported of it.
+
+        xdist fails the test even if the worker died in its teardown, when the score had come in as passed.
+        """
         op = next((op for op in self.ops if op.name == name), Op(TOTAL, TOTAL) if name == TOTAL else None)
-        if op is not None and name not in self.results:
+        if op is not None:
+            self.lost.add(name)
             self.results[name] = _without_score(op, "failed", reason)
+            self.verdicts.pop(name, None)
+            self.entries.pop(name, None)
+            self.compared.pop(name, None)
 
     def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
         """One result for every op of the model, in model order, then the functional ones."""
@@ -175,7 +190,8 @@ class Controller:
         self.runs: dict[tuple[str, str], Run] = {}
         self.problems: list[str] = []
         """What went wrong after measuring, for the summary."""
-        self.written: list[Path] = []
+        self.written: dict[Path, str] = {}
+        """Files, and how much in them is new."""
         self.wall_seconds = 0.0
         self._abort: str | None = None
         self._unusable = False
@@ -319,8 +335,10 @@ class Controller:
                     return
             for record in payload["records"]:
                 self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
-        elif report.when not in ("setup", "call", "teardown"):  # xdist's report of a worker that died
-            self._crashed(report.nodeid, f"worker crashed: {report.longrepr}")
+        elif report.when not in ("setup", "call", "teardown") and report.failed:
+            # xdist's report of a worker that died: "worker 'gw0' crashed while running ...". A plugin that repeats
+            # the test makes another outcome of it.
+            self._crashed(report.nodeid, str(report.longrepr))
 
     def _crashed(self, nodeid: str, reason: str) -> None:
         case = self._cases.get(nodeid)
@@ -346,9 +364,23 @@ class Controller:
         stopped = isinstance(report, pytest.TestReport) and "abort" in getattr(report, "qsens", {})
         return ("", "", "") if stopped else None
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write files and settle the exit code, after syrupy has added its own."""
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Finish after all others, as syrupy adds to the exit code, and also if one of them raises."""
+        try:
+            result = yield
+        except BaseException:  # such as a warning of another plugin, where warnings are errors
+            self._finish(session)
+            terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            if terminal is not None:  # pytest does not come to its summary
+                terminal.write_line("")  # ends the line of progress
+                self.pytest_terminal_summary(terminal)
+            raise
+        self._finish(session)
+        return result
+
+    def _finish(self, session: pytest.Session) -> None:
+        """Write files and settle the exit code."""
         if self._abort is not None or self._unusable:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             return
@@ -372,23 +404,41 @@ class Controller:
             self.problems.append(str(error))
 
     def _write_snapshot(self, run: Run) -> None:
-        from pytest_qsens.snapshot import confirm, environment_diff, load, merge, prune, write
+        from pytest_qsens.snapshot import changed, environment_diff, load, merge, prune, write
 
         kept = self._kept(run)
+        news = ""
 
-        def update(snapshot: Snapshot) -> Snapshot:
-            snapshot = merge(snapshot, run.entries)
+        def update(old: Snapshot) -> Snapshot:
+            nonlocal news
+            new = merge(old, run.entries)
             if kept is not None:
-                snapshot = prune(snapshot, kept)
-            return confirm(snapshot, run.confirmed, run.environment)
+                new = prune(new, kept)
+            if environment_diff(old.environment, run.environment):
+                new = self._moved(new, run)
+            # syrupy's count misses the lines of a worker that died, and those that only move with the environment.
+            count = len(changed(old, new))
+            removed = len(old.ops.keys() - new.ops.keys())
+            news = f" ({count} line{'s' * (count != 1)} new or changed{f', {removed} removed' * bool(removed)})"
+            return new
 
-        changing = updating(self.config) and (run.confirmed or kept is not None)
+        changing = updating(self.config) and (run.compared or kept is not None)
         if changing and write(run.path, update, model=run.model, scheme=run.scheme):
-            self.written.append(run.path)
+            self.written[run.path] = news
         now = load(run.path, model=run.model, scheme=run.scheme)
         if now.ops and run.facts:
             run.mismatch = environment_diff(now.environment, run.environment)
         run.gone = sorted(set(now.ops) - {TOTAL} - {op.name for op in run.ops}) if run.ops else []
+
+    def _moved(self, snapshot: Snapshot, run: Run) -> Snapshot:
+        """Replace the environment, and all lines with it, if this run may and has measured all of them in one place."""
+        from pytest_qsens.snapshot import adopt, changed
+
+        if snapshot.environment and len(run.environments) != 1:
+            return snapshot
+        moved = adopt(snapshot, run.compared, run.environment)
+        only_new = not self.config.getoption("update_snapshots")
+        return snapshot if only_new and changed(snapshot, moved) else moved
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""
@@ -432,7 +482,7 @@ class Controller:
             data=run.data,
         )
         write(path, RunResult(info, run.listed(reason), total))
-        self.written.append(path)
+        self.written[path] = ""
 
     def _model(self, options: Options) -> Model:
         return catalogue(self.config).known(options.request)

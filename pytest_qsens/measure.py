@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_qsens.collect import expected
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import to_payload
@@ -65,6 +66,9 @@ class Bench:
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
+            ops = expected(self._config, model.label, spec.scheme)
+            if ops is not None:
+                self._calibrated.expect(ops)
         return self._calibrated
 
     def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
@@ -163,7 +167,14 @@ def _calibrate(spec: RunSpec, model: Model) -> CalibratedModel:
         torch.empty(0, device=spec.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts for a backend it was built without
         raise QsensError(f"device {spec.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return calibrate(model.source.load(), model.ops, spec.scheme, engine=spec.engine, device=spec.device)
+    return calibrate(
+        model.source.load(),
+        model.ops,
+        spec.scheme,
+        engine=spec.engine,
+        device=spec.device,
+        divergence=spec.divergence,
+    )
 
 
 def accept_command(arguments: Sequence[str]) -> str:

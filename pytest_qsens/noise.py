@@ -6,6 +6,7 @@ follows takes others in turn. A difference smaller than that says nothing about 
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,5 @@ def spread(draws: Sequence[float]) -> float:
 
 
 def distinguishable(draws: Sequence[float]) -> bool:
-    """Whether the first of these differences differs from zero by more than they differ from each other.
-
-    Two-sided at 95 %: beyond `STUDENT_T` sample standard deviations.
-    """
-    return abs(draws[0]) > STUDENT_T * spread(draws)
+    """Whether the mean of these differences is not zero: Student's t test, two-sided at 95 %."""
+    return abs(statistics.fmean(draws)) > STUDENT_T * spread(draws) / math.sqrt(len(draws))

@@ -28,7 +28,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "fallback": ("fallback",),
     "both": ("isolated", "fallback"),
 }
-ENGINES = ("auto", "replay", "eager", "fx", "inc")
+ENGINES = ("auto", "replay", "delta", "eager", "fx", "inc")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class RunSpec:
     scheme: str
     engine: str
     device: str
+    divergence: bool
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,16 @@ class Options:
     @property
     def run_spec(self) -> RunSpec:
         """Key of the calibrated model these options ask for."""
-        return RunSpec(self.request, self.scheme, self.engine, self.device)
+        return RunSpec(self.request, self.scheme, self.engine, self.device, self._divergence)
+
+    @property
+    def _divergence(self) -> bool:
+        """Whether logits are to be compared as distributions; the fast engine does so only if it gates something."""
+        from pytest_qsens.thresholds import parse_fail
+
+        gated = {threshold.metric for threshold in parse_fail(self.fail)}
+        gated |= {threshold.metric for _, thresholds in self.overrides().rules for threshold in thresholds}
+        return self.engine != "delta" or not gated.isdisjoint(("kl", "top1"))
 
     @property
     def restricted(self) -> bool:

@@ -50,7 +50,8 @@ class OpResult:
     """What is known about one op after a run.
 
     ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``, or ``failed`` for the other mode
-    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference.
+    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference, or what
+    was left unquantized in a fully quantized model.
     """
 
     op: str
@@ -110,6 +111,11 @@ class RunResult:
     run: RunInfo
     ops: tuple[OpResult, ...]
     total: OpResult | None = None
+
+
+def lost_in_noise(scores: Scores | None) -> bool:
+    """Whether the gain in these scores is known to be no more than noise."""
+    return scores is not None and scores.get("distinguishable") is False
 
 
 def round_score(value: float) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import Fields, parse_json, read_text, typed
-from pytest_qsens.results import MODES, from_document
+from pytest_qsens.results import MODES, from_document, lost_in_noise
 from pytest_qsens.thresholds import METRICS
 
 if TYPE_CHECKING:
@@ -150,6 +150,10 @@ def _chosen(
         else:
             without[op.op] = _why(op, mode, metric)
     estimates = sum(op.status == "estimated" for op in file.run.ops if op.op in values)
+    notes = [f"estimates, not measured: {estimates} of {len(values)} values"] if estimates else []
+    noisy = sum(mode == "fallback" and lost_in_noise(op.fallback) for op in file.run.ops if op.op in values)
+    if noisy:
+        notes.append(f"not to be told from noise: the gain of {noisy} of {len(values)} ops")
     info = file.run.run
     return Sensitivities(
         path=str(file.path),
@@ -161,7 +165,7 @@ def _chosen(
         values=values,
         without=without,
         trusted=True,
-        notes=(f"estimates, not measured: {estimates} of {len(values)} values",) if estimates else (),
+        notes=tuple(notes),
     )
 
 
@@ -180,7 +184,7 @@ def _larger_is_sensitive(mode: str, metric: str) -> bool:
 
 
 def _scores(op: OpResult, mode: str) -> Mapping[str, float | None]:
-    return {str(known): scores for known, scores in op.modes.items()}.get(mode, {})
+    return {str(known): scores for known, scores in op.metrics.items()}.get(mode, {})
 
 
 def _why(op: OpResult, mode: str, metric: str) -> str:

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Entry",
     "Snapshot",
+    "adopt",
+    "changed",
     "check_writable",
-    "confirm",
     "dumps",
     "environment_diff",
     "load",
@@ -103,7 +104,8 @@ class Entry:
 class Snapshot:
     """A snapshot file. ``ops`` maps the names of ops, and `TOTAL` for the whole model, to their entries.
 
-    ``environment`` is where all of it was measured, if all of it was measured in one: see `confirm`.
+    ``environment`` is where all of it was measured at first. What was accepted elsewhere since does not change it,
+    until all of it is measured in one place again: see `adopt`.
     """
 
     model: str
@@ -222,11 +224,24 @@ def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:
     return replace(old, ops=ops)
 
 
-def confirm(snapshot: Snapshot, measured: Mapping[str, Collection[Mode]], environment: Mapping[str, str]) -> Snapshot:
-    """Put ``environment`` in if every line and mode was measured in it: what is left of another one keeps that."""
-    if all(set(entry.modes) <= set(measured.get(name, ())) for name, entry in snapshot.ops.items()):
-        return replace(snapshot, environment=dict(environment))
-    return snapshot
+def adopt(snapshot: Snapshot, measured: Mapping[str, Entry], environment: Mapping[str, str]) -> Snapshot:
+    """Put in ``environment`` and all that was ``measured`` in it, if that is every line and mode of the file.
+
+    Otherwise nothing changes: no line is put under an environment that it was not measured in.
+    """
+    if not _parts(snapshot.ops) <= _parts(measured):
+        return snapshot
+    moved = merge(snapshot, {name: entry for name, entry in measured.items() if name in snapshot.ops})
+    return replace(moved, environment=dict(environment))
+
+
+def _parts(ops: Mapping[str, Entry]) -> set[tuple[str, str, Mode]]:
+    return {(name, entry.type, mode) for name, entry in ops.items() for mode in entry.modes}
+
+
+def changed(old: Snapshot, new: Snapshot) -> list[str]:
+    """Names of the lines of ``new`` that ``old`` does not have, at the precision of the file."""
+    return [name for name, entry in new.ops.items() if name not in old.ops or _line(entry) != _line(old.ops[name])]
 
 
 def prune(snapshot: Snapshot, keep_ops: Collection[str]) -> Snapshot:

@@ -217,3 +217,16 @@ def test_what_cannot_be_compared_is_refused(a: Sensitivities, b: Sensitivities, 
     """No correlation is made up from two ops, from none, or from values that nobody measured."""
     with pytest.raises(QsensError, match=message):
         compare(a, b)
+
+
+def test_equal_values_do_not_agree_by_name() -> None:
+    """A list of the most sensitive ops ends where no side would have to choose among equal ones."""
+    names = [f"op{i:02}" for i in range(20)]
+    left = file(dict(zip(names, [*[0.0] * 17, 1.0, 2.0, 3.0], strict=True)))
+    right = file(dict(zip(names, [1.0, 2.0, 3.0, *[0.0] * 17], strict=True)))
+    found = compare(left, right, 10)
+    assert [op.op for op in found.top_a] == ["op19", "op18", "op17"]
+    assert [op.op for op in found.top_b] == ["op02", "op01", "op00"]
+    assert found.top_both == ()
+    equal = file(dict.fromkeys(names, 1.0))
+    assert compare(equal, equal, 10).top_a == ()

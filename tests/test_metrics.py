@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from pytest_qsens.metrics import scores
+from pytest_qsens.metrics import same, scores
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,17 @@ def test_nmse_is_nncfs_normalised_mse(reference: list[float], quantized: list[fl
     found = scores([(torch.tensor(reference), torch.tensor(quantized))], logits=False)
     assert found is not None
     assert found["nmse"] == pytest.approx(nmse, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        ([1.0, math.nan], [1.0, math.nan], True),
+        ([1.0, math.nan], [math.nan, 1.0], False),
+        ([1.0, math.inf], [1.0, torch.finfo(torch.float32).max], False),
+        ([1.0, 2.0], [1.0, 2.0 + 2**-22], False),
+    ],
+)
+def test_same_means_every_bit(left: list[float], right: list[float], *, equal: bool) -> None:
+    """NaN equals NaN in the same place, and infinity nothing but itself."""
+    assert same(torch.tensor(left), torch.tensor(right)) is equal

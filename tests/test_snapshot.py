@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from pytest_qsens import files
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import Mode, Scores, round_score
+from pytest_qsens.results import Scores, round_score
 from pytest_qsens.snapshot import (
     Entry,
     Snapshot,
+    adopt,
+    changed,
     check_writable,
-    confirm,
     dumps,
     environment_diff,
     load,
@@ -256,18 +257,35 @@ def test_merging_disjoint_entries_commutes(snapshot: Snapshot, one: dict[str, En
     assert merge(merge(snapshot, one), two) == merge(merge(snapshot, two), one)
 
 
-@given(SNAPSHOT, ENVIRONMENT, st.data())
+@given(SNAPSHOT, ENTRIES, ENVIRONMENT, st.data())
 def test_an_environment_is_that_of_every_line(
-    snapshot: Snapshot, environment: dict[str, str], data: st.DataObject
+    snapshot: Snapshot, others: dict[str, Entry], environment: dict[str, str], data: st.DataObject
 ) -> None:
-    """A run's environment is recorded if it measured every mode of every line, and not if one was left out."""
-    measured: dict[str, set[Mode]] = {name: set(entry.modes) for name, entry in snapshot.ops.items()}
-    assert confirm(snapshot, measured, environment) == replace(snapshot, environment=environment)
-    lines = [(name, mode) for name, modes in measured.items() for mode in modes]
+    """What a run measured replaces all lines with their environment, and nothing if one mode of one was left out."""
+    scores: Scores = {"nmse": 0.5}
+    again = {name: Entry(entry.type, **dict.fromkeys(entry.modes, scores)) for name, entry in snapshot.ops.items()}
+    moved = adopt(snapshot, {**others, **again}, environment)
+    assert moved == replace(snapshot, environment=environment, ops=again)
+    lines = [(name, mode) for name, entry in again.items() for mode in entry.modes]
     if lines:
         name, mode = data.draw(st.sampled_from(lines))
-        measured[name].remove(mode)
-        assert confirm(snapshot, measured, environment) == snapshot
+        again[name] = replace(again[name], **{mode: None})
+        assert adopt(snapshot, {**others, **again}, environment) == snapshot
+
+
+def test_an_op_of_another_type_was_not_measured() -> None:
+    """The score of a linear is none of the convolution that is recorded under its name."""
+    snapshot = Snapshot("m", "s", {"torch": "2.12"}, {"a": Entry("conv1d", isolated={"nmse": 0.1})})
+    assert adopt(snapshot, {"a": entry(0.1)}, {"torch": "2.13"}) == snapshot
+
+
+@given(SNAPSHOT)
+def test_what_a_file_cannot_tell_apart_has_not_changed(snapshot: Snapshot) -> None:
+    """Lines count as changed by the six digits that the file has."""
+    assert changed(snapshot, rounded(snapshot)) == []
+    assert set(changed(Snapshot("m", "s"), snapshot)) == set(snapshot.ops)
+    old, new = ({"a": entry(value), "b": entry(0.1)} for value in (0.1, 0.100001))
+    assert changed(Snapshot("m", "s", {}, old), Snapshot("m", "s", {}, new)) == ["a"]
 
 
 @given(SNAPSHOT, ENTRIES)

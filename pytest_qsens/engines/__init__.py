@@ -18,6 +18,10 @@ class Engine(Protocol):
     reported: Mapping[str, float]
     """What another tool said itself about the output asked for last: name → number."""
 
+    @property
+    def note(self) -> str | None:
+        """What has to be said of every score with everything else quantized, if something has."""
+
     perturbs: bool
     """Whether it can move values by a seed."""
 
@@ -39,6 +43,9 @@ class Engine(Protocol):
 
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
+
+    def errors(self, op: str) -> list[float] | None:
+        """Sum of squared differences of each batch when only this op is quantized; ``None`` if it takes the outputs."""
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized.

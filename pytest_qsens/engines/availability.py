@@ -40,8 +40,8 @@ def _check_inc() -> None:
         found = Version(version(_PACKAGE))
     except PackageNotFoundError:
         raise QsensError(
-            f"engine inc needs Intel Neural Compressor with its MSE_V2 strategy ({_PACKAGE} 2.6 to 3.7.x), which is "
-            f"not installed. {_INSTALL}"
+            f"engine inc needs Intel Neural Compressor with its MSE_V2 strategy ({_PACKAGE} 2.6 to 3.7.x; 3.8 removed "
+            f"it), which is not installed. {_INSTALL}"
         ) from None
     if not Version("2.6") <= found < Version("3.8.dev0"):
         why = "which has no MSE_V2 strategy any more" if found >= Version("3.8.dev0") else "which is too old"

@@ -47,9 +47,18 @@ class ForwardEngine(ABC):
         self.references = list(self._reference())
         self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
 
+    @property
+    def note(self) -> str | None:
+        """Nothing to say."""
+        return None
+
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
         return self._outputs({op}, None)
+
+    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
+        """Nothing: all this engine has is outputs."""
+        return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""

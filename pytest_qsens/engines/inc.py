@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
+import random
 import tempfile
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
@@ -51,6 +54,8 @@ class Measured(NamedTuple):
     """Its own number: a sum of squared differences in float32."""
     outputs: list[Tensor]
     """The scored outputs of all evaluation batches that it comes from."""
+    quantized: frozenset[str]
+    """Names of the modules that had int8 kernels."""
 
 
 class IncEngine(ForwardEngine):
@@ -86,10 +91,18 @@ class IncEngine(ForwardEngine):
             self.out_of_reach[op] = "Intel Neural Compressor does not list it as quantizable"
         self._quantizable &= self._keys.keys()
         self._broken: dict[str, Exception] | None = None
+        self._quantized: Collection[str] = ()
+
+    @property
+    def note(self) -> str | None:
+        """What is not quantized although everything should be."""
+        return f"in fp32, as the model cannot run with them: {', '.join(self._broken)}" if self._broken else None
 
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized: the second phase with one candidate."""
-        yield from self._kept(next(self.requantize([op])))
+        measured = next(self.requantize([op]))
+        self._check_quantized(op, measured.quantized)
+        yield from self._kept(measured)
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything is quantized with which the model still runs."""
@@ -109,6 +122,7 @@ class IncEngine(ForwardEngine):
         broken = self._without_kernels()
         if op in broken:
             raise broken[op]
+        self._check_quantized(op, self._quantized)
         return self._first_phase(self._keys[op], self._quantizable - broken.keys())
 
     def requantize(self, ops: Sequence[str]) -> Iterator[Measured]:
@@ -121,6 +135,11 @@ class IncEngine(ForwardEngine):
 
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
         yield from self._kept(self._first_phase(_EVERYTHING, quantized))
+
+    def _check_quantized(self, op: str, quantized: Collection[str]) -> None:
+        """Give no number for an op that it lists, but never finds in a trace, and so leaves as it is."""
+        if self._keys[op][0] not in quantized:
+            raise QsensError("Intel Neural Compressor lists it as quantized, but leaves it in fp32")
 
     def _kept(self, measured: Measured) -> list[Tensor]:
         self.reported = {"inc_sse": measured.sse}
@@ -163,7 +182,7 @@ class IncEngine(ForwardEngine):
 
     def _raises(self, ops: Collection[str]) -> Exception | None:
         try:
-            self._first_phase(_EVERYTHING, ops)
+            self._quantized = self._first_phase(_EVERYTHING, ops).quantized
         except Exception as error:  # noqa: BLE001 - a model with quantized modules can raise anything
             return error
         return None
@@ -192,8 +211,8 @@ class IncEngine(ForwardEngine):
         with printed, unchanged_state(self._model), _replaced(session, _qconfigs(self._config, known)) as util:
             getattr(util, function)(self._adaptor, self._model, {}, config)
         names = {key: op for op, key in self._keys.items()}
-        for key, outputs in zip(candidates, session.outputs[1:], strict=True):
-            yield Measured(names.get(key, key[0]), session.scores[key], outputs)
+        for key, (outputs, quantized) in zip(candidates, session.runs[1:], strict=True):
+            yield Measured(names.get(key, key[0]), session.scores[key], outputs, frozenset(quantized))
 
     def evaluate(self, model: nn.Module) -> list[Tensor]:
         """Scored outputs of the evaluation batches."""
@@ -214,8 +233,8 @@ class _Session:
         self._engine = engine
         self._loops = [loop]
         self._hook: Callable[..., object] | None = None
-        self.outputs: list[list[Tensor]] = []
-        """Outputs of every scored run, that of the unquantized model first."""
+        self.runs: list[tuple[list[Tensor], set[str]]] = []
+        """Outputs of every scored run, and what had int8 kernels in it; that of the unquantized model first."""
         self.scores: dict[Key, float] = {}
 
     def tqdm(self, _: object) -> Iterator[Any]:
@@ -238,7 +257,8 @@ class _Session:
             self._engine.calibrate(model)
             return
         outputs = self._engine.evaluate(model)
-        self.outputs.append(outputs)
+        kernels = {name for name, module in model.named_modules() if ".quantized" in type(module).__module__}
+        self.runs.append((outputs, kernels))
         self._hook(None, None, torch.cat([output.flatten() for output in outputs]))
         self._hook = None
 
@@ -338,14 +358,19 @@ def _qconfigs(config: dict[str, Any], keys: Sequence[Key]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what it logs and warns about at import and per op out of the terminal."""
-    logger = logging.getLogger("neural_compressor")
+    """Keep what it logs and warns about out of the terminal, and its seeds and settings out of the process."""
     disabled = logging.root.manager.disable
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that it seeds
+    environment = dict(os.environ)  # what it imports sets variables, OpenCV among it
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        logger.disabled = False
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 - as above
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)

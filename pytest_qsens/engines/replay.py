@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class ReplayEngine:
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
-    All values of the clean run are kept, and of the fully quantized ones once they are asked for. All are made on one
-    thread; replays use all of them if the clean values come out the same on all.
+    All values of the clean run are kept; those of the fully quantized run once it is asked for, and of one more for
+    each seed. All are made on one thread; replays use all of them if the clean values come out the same on all.
 
     Raises:
         CaptureRefused: If a batch's graph is not an exact stand-in for the model.
@@ -41,6 +41,7 @@ class ReplayEngine:
 
     name = "replay"
     perturbs = True
+    note: str | None = None
 
     def __init__(
         self,
@@ -73,6 +74,10 @@ class ReplayEngine:
             with self._threads():
                 output = run.replay(self._quantize(run.graph, [op]))
             yield output
+
+    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
+        """Nothing: all this engine has is outputs."""
+        return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""

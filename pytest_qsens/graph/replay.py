@@ -7,7 +7,7 @@ group executes that group whole and in order, starting from copies of its roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,14 @@ class Run:
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
         return self._values[node]
+
+    def arguments(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what an op call was given when it ran."""
+        return self._arguments[node]
+
+    def shares_written_storage(self, nodes: Iterable[Node]) -> bool:
+        """Whether any of these nodes' values lie in memory that the graph writes into."""
+        return not self._groups.keys().isdisjoint(nodes)
 
     def replay(self, overrides: Mapping[Node, Override]) -> Tensor:
         """Output of the graph if the given op calls were computed otherwise; the rest as in this run."""

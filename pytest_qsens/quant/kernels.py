@@ -124,11 +124,15 @@ class KernelModel:
         part = Part(original, chosen, _qconfigs(original, chosen, whole=not name))
         called = [node.target for node in part.prepared.graph.nodes if node.op == "call_module"]
         for target, op in chosen.items():
-            if called.count(target) != 1:
+            calls = called.count(target)
+            if not calls:
+                self.refused[op] = "torch's tracer does not see it: it is inside of a module that is traced as one call"
+            elif calls > 1:
                 self.refused[op] = (
-                    f"torch's FX quantization has one scale for it, and sees {called.count(target)} calls; where other "
-                    "ops are measured, it is quantized with the rest"
+                    f"torch's FX quantization has one scale for it, and sees {calls} calls; where other ops are "
+                    "measured, it is quantized with the rest"
                 )
+            if calls != 1:
                 del part.ops[target]
         self._parts[name] = part
 

@@ -96,6 +96,9 @@ def _top(found: Comparison) -> Iterator[str]:
     both = found.top_both
     yield ""
     chance = f"{found.expected_by_chance:.1f} expected by chance"
+    if not found.top_a:
+        yield "no list of the most sensitive ops: those at its end would have equal ranks, whatever its length"
+        return
     yield f"{len(both)} of the {len(found.top_a)} most sensitive ops are the same ({chance})"
     only_a = [op for op in found.top_a if op not in both]
     only_b = [op for op in found.top_b if op not in both]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.results import lost_in_noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -43,8 +44,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(_cost(run, controller.wall_seconds))
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
-    for path in controller.written:
-        terminal.write_line(f"qsens: wrote {path}")
+    for path, news in controller.written.items():
+        terminal.write_line(f"qsens: wrote {path}{news}")
     for problem in controller.problems:
         terminal.write_line(f"qsens: {problem}", red=True)
 
@@ -90,10 +91,11 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         if scores:
             yield f"worst ops, {mode} ({direction})"
             yield from _table(scores, metric, width, bar)
+        noisy = sum(map(lost_in_noise, scores.values()))
+        if noisy:
+            yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
     if total is not None and total.isolated is not None:
-        yield f"total, everything quantized: {_numbers(total.isolated)}"
-    elif total is not None:
-        yield f"total, everything quantized: {total.status}, {total.reason}"
+        yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
 
 
 def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iterator[str]:
@@ -107,7 +109,8 @@ def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iter
         drawn = f"  {bar * _length(value, values, bar_width)}" if bar_width > 3 else ""
         sqnr = scores[op]["sqnr_db"]
         decibels = "identical" if sqnr is None else f"{sqnr:6.1f} dB"
-        yield f"  {_shortened(op, name_width):<{name_width}} {value:10.3g} {decibels:>9}{drawn}".rstrip()
+        mark = "~" if lost_in_noise(scores[op]) else " "
+        yield f"  {_shortened(op, name_width):<{name_width}} {value:10.3g}{mark}{decibels:>9}{drawn}".rstrip()
 
 
 def _length(value: float, values: Sequence[float], width: int) -> int:
@@ -139,8 +142,7 @@ def _numbers(scores: Scores) -> str:
 
 def attention(run: Run) -> Iterator[str]:
     """Lines that must not be missed, with ``-q`` either."""
-    listed = [result for op, result in run.results.items() if op != TOTAL]
-    unexercised = [result for result in listed if result.status == "unexercised"]
+    unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
         yield (
             f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} ops have no score, nothing is known about them: "
@@ -148,14 +150,15 @@ def attention(run: Run) -> Iterator[str]:
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
             yield f"  {reason}"
-    for result in listed:
+    for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
     if run.mismatch:
-        yield f"the snapshot was measured elsewhere, scores may differ for that alone: {'; '.join(run.mismatch)}"
-    if len({tuple(sorted(facts["environment"].items())) for facts in run.facts}) > 1:
+        where = "elsewhere" if any(not line.startswith("kernels ") for line in run.mismatch) else "with other kernels"
+        yield f"the snapshot was measured {where}, scores may differ for that alone: {'; '.join(run.mismatch)}"
+    if len(run.environments) > 1:
         yield "workers run in different environments, scores may differ for that alone"
     if len({facts["reference"] for facts in run.facts}) > 1:
         yield "the unquantized outputs differ between machines: if by more than rounding, seed what is random"

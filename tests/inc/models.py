@@ -194,7 +194,7 @@ def vl_image() -> ModelSpec:
     return ARCHITECTURES["qwen2_5_vl"].spec()
 
 
-def vl_text() -> ModelSpec:
+def vl_text(*, one_batch: bool = False) -> ModelSpec:
     """Build a small Qwen2.5-VL that sees no image."""
     spec = vl_image()
 
@@ -202,7 +202,9 @@ def vl_text() -> ModelSpec:
         ids = batch["input_ids"].clamp_max(99)  # no id of an image
         return {"input_ids": ids, "attention_mask": batch["attention_mask"], "use_cache": False}
 
-    return replace(spec, calibration=[text(b) for b in spec.calibration], evaluation=[text(b) for b in spec.evaluation])
+    evaluation = [text(b) for b in spec.evaluation]
+    calibration = evaluation if one_batch else [text(b) for b in spec.calibration]
+    return replace(spec, calibration=calibration, evaluation=evaluation)
 
 
 def minilm() -> ModelSpec:

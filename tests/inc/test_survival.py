@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -276,3 +278,66 @@ def test_op_that_it_does_not_list() -> None:
         result = calibrate(spec, ops, "w8a8", engine=name).score(ops[0], ["isolated"])
         assert result.status == "unquantizable"
         assert reason in (result.reason or "")
+
+
+class Encoder(nn.Module):
+    """A layer that torch.fx takes as one call, between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, tokens, 16)`` to ``(N, tokens, 4)``."""
+        out: Tensor = self.last(self.layer(self.first(x)))
+        return out
+
+
+def test_what_is_listed_and_left_in_fp32_has_no_number() -> None:
+    """Ops that Intel Neural Compressor lists and never quantizes failed; they are not measured as identical."""
+    torch.manual_seed(0)
+    batches = [{"x": torch.randn(2, 5, 16)} for _ in range(2)]
+    spec = ModelSpec(Encoder().eval(), batches[:1], batches[1:], lambda out, _: out)
+    ops = list_ops(network(spec))
+    model = calibrate(spec, ops, "w8a8", engine="inc")
+    results = {op.name: model.score(op, ["isolated", "fallback"]) for op in ops}
+    for name in ("layer.linear1", "layer.linear2"):
+        assert results[name].status == "failed"
+        assert results[name].modes == {}
+        assert (results[name].reason or "").count("leaves it in fp32") == 2
+    assert results["first"].status == results["last"].status == "measured"
+    packed = calibrate(spec, ops, "w8a8", engine="fx")
+    by_name = {op.name: op for op in ops}
+    assert "inside of a module that is traced as one call" in (
+        packed.score(by_name["layer.linear1"], ["isolated"]).reason or ""
+    )
+
+
+FRESH = """
+import os, random
+import numpy as np
+import torch
+from pytest_qsens.calibrated import calibrate
+from pytest_qsens.graph.modules import list_ops
+from tests.inc.models import mlp
+
+spec = mlp()
+for seed in (torch.manual_seed, np.random.seed, random.seed):
+    seed(5)
+before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), dict(os.environ)
+ops = list_ops(spec.model)
+model = calibrate(spec, ops, "w8a8", engine="inc")
+model.score(ops[0], ["isolated", "fallback"])
+after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), dict(os.environ)
+assert torch.equal(before[0], after[0])
+assert before[1:3] == after[1:3]
+assert after[3] == before[3] | {"MKL_CBWR": "AUTO,STRICT"}, {k for k in after[3] if after[3][k] != before[3].get(k)}
+print("as before")
+"""
+
+
+def test_seeds_and_environment_are_kept() -> None:
+    """From the first import on: random states are the user's, and no variable is set but the one for MKL."""
+    run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)
+    assert run.stdout.endswith("as before\n"), run.stderr

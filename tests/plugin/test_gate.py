@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pytest_qsens.measure import environment
+from pytest_qsens.results import round_score
+from pytest_qsens.snapshot import dumps, load
 from tests.plugin.harness import (
     MODEL,
     OPS,
@@ -244,6 +247,18 @@ def test_interrupted_runs_keep_what_was_accepted(pytester: pytest.Pytester) -> N
     assert statuses == ["measured"] * 3 + ["unrun"] * 5
 
 
+@pytest.mark.parametrize("what", ["RuntimeError('theirs')", "pytest.exit('theirs')"])
+def test_another_plugin_that_fails_at_the_end_costs_nothing(pytester: pytest.Pytester, what: str) -> None:
+    """What was measured is recorded and summarized although a plugin raises at the end, and its error is not hidden."""
+    write_model(pytester)
+    pytester.makeconftest(f"import pytest\ndef pytest_sessionfinish(): raise {what}")
+    result = run(pytester, "--snapshot-update", "--qsens-json", "out.json")
+    result.stderr.fnmatch_lines(["*theirs"])
+    result.stdout.fnmatch_lines(["8 ops: 8 measured*", f"qsens: wrote {snapshot_file(pytester)}*"])
+    assert set(snapshot_ops(pytester)) == set(OPS)
+    assert {op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]} == {"measured"}
+
+
 def test_a_changed_environment_is_pointed_out(pytester: pytest.Pytester) -> None:
     """A snapshot measured elsewhere still gates, and the summary says what is different."""
     write_model(pytester)
@@ -268,7 +283,7 @@ def test_an_environment_is_that_of_the_whole_file(pytester: pytest.Pytester) -> 
     measured_elsewhere = "the snapshot was measured elsewhere*torch 1.0 → *"
     (pytester.path / "worse").write_text("30")
     result = run(pytester, "--snapshot-update", "-k", "blocks.1.down")
-    result.stdout.fnmatch_lines([measured_elsewhere, f"qsens: wrote {path}"])
+    result.stdout.fnmatch_lines([measured_elsewhere, f"qsens: wrote {path} (1 line new or changed)"])
     assert json.loads(path.read_text())["environment"] == elsewhere
     assert snapshot_ops(pytester)["blocks.1.down"] != here["ops"]["blocks.1.down"]
     result = run(pytester, "--snapshot-update")  # all ops, but of each only one of two recorded modes
@@ -282,6 +297,110 @@ def test_an_environment_is_that_of_the_whole_file(pytester: pytest.Pytester) -> 
     result = run(pytester, "--snapshot-update-new-only", "--qsens-mode", "both")
     result.stdout.no_fnmatch_line("the snapshot was measured elsewhere*")
     assert json.loads(path.read_text()) == accepted
+
+
+def move(pytester: pytest.Pytester, *ops: str, **environment: str) -> dict[str, Any]:
+    """Make the snapshot one of another environment, where the NMSE of these ops came out 1 % larger."""
+    content: dict[str, Any] = json.loads(snapshot_file(pytester).read_text())
+    content["environment"].update(environment)
+    for op in ops:
+        scores = (content["ops"][op] if op in content["ops"] else content[op])["isolated"]
+        scores["nmse"] = round_score(1.01 * scores["nmse"])
+    snapshot_file(pytester).write_text(json.dumps(content))
+    snapshot_file(pytester).write_text(dumps(load(snapshot_file(pytester))))
+    return content
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_updating_a_whole_file_elsewhere_takes_all_of_it(pytester: pytest.Pytester, workers: str) -> None:
+    """Where every line was measured, those within their thresholds get this environment's numbers with its name."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    path = snapshot_file(pytester)
+    here = path.read_bytes()
+    move(pytester, "blocks.0.up", "total", cpu="another")
+    result = run(pytester)
+    result.assert_outcomes(passed=COUNT)
+    result.stdout.fnmatch_lines(["the snapshot was measured elsewhere*cpu another → *"])
+    result = run(pytester, "--snapshot-update", "-n", workers)
+    result.assert_outcomes(passed=COUNT)
+    result.stdout.fnmatch_lines([f"qsens: wrote {path} (2 lines new or changed)"])
+    result.stdout.no_fnmatch_line("the snapshot was measured elsewhere*")
+    assert path.read_bytes() == here
+
+
+def test_small_moves_leave_a_file_as_it_is(pytester: pytest.Pytester) -> None:
+    """In the environment of the file, an update makes no diff of what is within its thresholds."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    move(pytester, "blocks.0.up", "total")
+    before = snapshot_file(pytester).read_bytes()
+    result = run(pytester, "--snapshot-update")
+    result.stdout.no_fnmatch_line("qsens: wrote*")
+    assert snapshot_file(pytester).read_bytes() == before
+
+
+FAILS_AFTER_COMPARING = """
+import pytest
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    result = yield
+    assert "-blocks.2.down]" not in pyfuncitem.nodeid
+    return result
+"""
+
+
+@pytest.mark.parametrize(
+    ("conftest", "args"),
+    [("", ["-k", "not blocks.2.down"]), (FAILS_AFTER_COMPARING, [])],
+    ids=["not selected", "failed for another reason"],
+)
+def test_updating_a_part_elsewhere_leaves_the_rest(pytester: pytest.Pytester, conftest: str, args: list[str]) -> None:
+    """If one line was not measured, what is within its thresholds stays, under the environment that it is of."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    here = snapshot_ops(pytester)
+    before = move(pytester, "blocks.0.up", "blocks.2.down", cpu="another")
+    before["ops"]["head"]["isolated"]["nmse"] /= 2
+    del before["ops"]["embed"]
+    snapshot_file(pytester).write_text(json.dumps(before))
+    pytester.makeconftest(conftest)
+    result = run(pytester, "--snapshot-update", *args)
+    result.stdout.fnmatch_lines(
+        ["the snapshot was measured elsewhere*", f"qsens: wrote {snapshot_file(pytester)} (2 lines new or changed)"]
+    )
+    after = json.loads(snapshot_file(pytester).read_text())
+    assert after == {**before, "ops": {**before["ops"], "embed": here["embed"], "head": here["head"]}}
+
+
+def test_new_only_elsewhere_moves_nothing(pytester: pytest.Pytester) -> None:
+    """``--snapshot-update-new-only`` replaces no line, so it keeps the environment of one that came out otherwise."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    before = move(pytester, "blocks.0.up", cpu="another")
+    run(pytester, "--snapshot-update-new-only").assert_outcomes(passed=COUNT)
+    assert json.loads(snapshot_file(pytester).read_text()) == before
+
+
+def test_workers_of_two_environments_move_nothing(pytester: pytest.Pytester) -> None:
+    """Where workers differ, no line is put under the environment of another worker."""
+    write_model(pytester)
+    run(pytester, "--snapshot-update")
+    before = move(pytester, "blocks.0.up", cpu="another")
+    pytester.makeconftest(
+        """
+        import os
+        from pytest_qsens import measure
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        if worker:
+            here = measure.environment
+            measure.environment = lambda device: {**here(device), "cpu": worker}
+        """
+    )
+    result = run(pytester, "--snapshot-update", "-n", "2")
+    result.assert_outcomes(passed=COUNT)
+    result.stdout.fnmatch_lines(["workers run in different environments*"])
+    assert json.loads(snapshot_file(pytester).read_text()) == before
 
 
 def test_a_line_that_could_not_be_accepted_keeps_its_environment(pytester: pytest.Pytester) -> None:
@@ -304,7 +423,7 @@ def test_the_environment_tells_vendors_apart() -> None:
     information = Path("/proc/cpuinfo").read_text()
     if "vendor_id" not in information:
         pytest.skip("this machine names no vendor")
-    vendor, capability = environment("cpu")["cpu"].split(maxsplit=1)
+    vendor, capability = environment("cpu", "auto")["cpu"].split(maxsplit=1)
     assert f": {vendor}\n" in information
     assert capability == torch.backends.cpu.get_cpu_capability()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_qsens.controller import Run
-from pytest_qsens.ops import Op
+from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.report.terminal import attention, worst_ops
 from pytest_qsens.results import OpResult
 from tests.plugin.harness import MODEL, write_model
@@ -76,6 +76,14 @@ def test_many_lines_of_no_op() -> None:
     run = Run("m", "w8a8", Path("m.json"), gone=[f"op{n}" for n in range(9)])
     (line,) = attention(run)
     assert line.startswith("9 lines in m.json of no op of this model: op0, op1, op2, op3, op4, ...; remove with")
+
+
+def test_a_whole_model_without_a_score() -> None:
+    """A failed whole model is said once, among the lines that ``-q`` keeps."""
+    run = Run("m", "w8a8", Path("m.json"))
+    run.results[TOTAL] = OpResult(TOTAL, TOTAL, "", "failed", "the output holds NaN")
+    assert list(attention(run)) == ["FAILED: total: the output holds NaN"]
+    assert not list(worst_ops(run, 80, "#"))
 
 
 def test_quiet(pytester: pytest.Pytester) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from pytest_qsens.controller import Run
+from pytest_qsens.ops import Op
 from pytest_qsens.report.terminal import attention
+from pytest_qsens.results import OpResult, to_payload
 from pytest_qsens.workers import cores
 from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
 
@@ -61,9 +64,12 @@ def pytest_runtest_call(item):
 """
 
 
-@pytest.mark.parametrize("op", ["embed", "blocks.1.up"])
-def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, op: str) -> None:
-    """``kill -9`` fails the op under measurement alone, which keeps its line; it is not tried on other workers."""
+@pytest.mark.parametrize(("op", "phase"), [("embed", "call"), ("blocks.1.up", "call"), ("head", "teardown")])
+def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, op: str, phase: str) -> None:
+    """``kill -9`` fails the op under measurement alone, which keeps its line; it is not tried on other workers.
+
+    In the teardown as well, when the op has a score and its call has passed.
+    """
     write_model(pytester)
     run(pytester, 0, "--snapshot-update")
     recorded = snapshot_ops(pytester)
@@ -71,11 +77,13 @@ def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, 
     for entry in content["ops"].values():
         entry["isolated"] = {"nmse": 1.0}
     snapshot_file(pytester).write_text(json.dumps(content))
-    pytester.makeconftest(CRASH.format(op=op))
+    pytester.makeconftest(CRASH.format(op=op).replace("_call", f"_{phase}"))
     result = run(pytester, 2, "--snapshot-update", "--qsens-json", "out.json")
-    result.assert_outcomes(passed=COUNT - 1, failed=1)
+    result.assert_outcomes(passed=COUNT - (phase == "call"), failed=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.re_match_lines([rf"FAILED: {re.escape(op)}: worker 'gw\d' crashed while running .*"])
     assert result.stdout.str().count("replacing crashed worker") == 1
+    result.stdout.fnmatch_lines([f"qsens: wrote {snapshot_file(pytester)} ({len(OPS) - 1} lines new or changed)"])
     after = snapshot_ops(pytester)
     assert after.pop(op)["isolated"] == {"nmse": 1.0}
     assert after == {name: entry for name, entry in recorded.items() if name != op}
@@ -83,6 +91,35 @@ def test_a_killed_worker_costs_the_op_it_was_running(pytester: pytest.Pytester, 
     assert (ops[op]["status"], ops[op]["isolated"]) == ("failed", None)
     assert "crashed" in ops[op]["reason"]
     assert {entry["status"] for name, entry in ops.items() if name != op} == {"measured"}
+
+
+def test_a_killed_worker_costs_the_whole_models_score(pytester: pytest.Pytester) -> None:
+    """The whole model's score is lost like an op's, and the summary says so with ``-q``, too."""
+    write_model(pytester)
+    pytester.makeconftest(CRASH.format(op="w8a8").replace("_call", "_teardown"))
+    result = run(pytester, 2, "--snapshot-update", "-q")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.re_match_lines([r"FAILED: total: worker 'gw\d' crashed while running .*"])
+    assert set(snapshot_ops(pytester)) == set(OPS)
+    assert "total" not in json.loads(snapshot_file(pytester).read_text())
+
+
+@pytest.mark.parametrize("crash_first", [False, True])
+def test_a_crash_outweighs_other_tests_of_the_op(*, crash_first: bool) -> None:
+    """Where one test of an op kills its worker and another passes, the op is failed in whatever order they end."""
+    run = Run("m", "w8a8", Path("m.json"), (Op("head", "linear"),))
+    result = OpResult("head", "linear", "", "measured", isolated={"nmse": 0.1})
+    entry = {"type": "linear", "isolated": {"nmse": 0.1}}
+    reports = [
+        lambda: run.add({"result": to_payload(result), "verdict": "new", "lines": [], "entry": entry}, passed=True),
+        lambda: run.crashed("head", "worker crashed"),
+    ]
+    for report in reversed(reports) if crash_first else reports:
+        report()
+    assert (run.results["head"].status, run.results["head"].isolated) == ("failed", None)
+    assert not run.entries
+    assert not run.compared
+    assert not run.verdicts
 
 
 OWN = """
@@ -218,17 +255,25 @@ def test_several_crashes_lose_nothing(pytester: pytest.Pytester) -> None:
     assert set(snapshot_ops(pytester)) == {op for op in OPS if not op.endswith(".up")}
 
 
-@pytest.mark.filterwarnings("ignore:syrupy. received")  # it says that a worker's report is missing
 def test_a_crash_without_replacements(pytester: pytest.Pytester) -> None:
-    """With restarts disabled, what the other worker measures is kept, and the rest is listed as not run."""
+    """With restarts disabled, what the other worker measures is kept, and the rest is listed as not run.
+
+    Syrupy warns at the end of such a run, which here is an error: pytest ends with it, and nothing is lost.
+    """
     write_model(pytester)
+    pytester.makeini("[pytest]\nfilterwarnings = error")
     pytester.makeconftest(CRASH.format(op="blocks.0.up"))
-    result = run(pytester, 2, "--snapshot-update", "--max-worker-restart", "0", "--qsens-json", "out.json")
+    args = ("-n", "2", "--max-worker-restart", "0", "--snapshot-update", "--qsens-json", "out.json")
+    result = pytester.runpytest_subprocess("--qsens-model", MODEL, "-p", "no:randomly", *args)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(["*UserWarning: syrupy: received 1 of 2 xdist worker snapshot reports*"])
     statuses = {op["op"]: op["status"] for op in json.loads((pytester.path / "out.json").read_text())["ops"]}
     assert statuses["blocks.0.up"] == "failed"
     assert {status for op, status in statuses.items() if op != "blocks.0.up"} <= {"measured", "unrun"}
-    assert set(snapshot_ops(pytester)) == {op for op, status in statuses.items() if status == "measured"}
+    measured = {op for op, status in statuses.items() if status == "measured"}
+    assert measured
+    assert set(snapshot_ops(pytester)) == measured
+    result.stdout.fnmatch_lines(["FAILED: blocks.0.up: *", f"qsens: wrote {snapshot_file(pytester)}*"])
 
 
 def test_blocks_stay_together(pytester: pytest.Pytester) -> None:

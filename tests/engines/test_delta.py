@@ -1,0 +1,221 @@
+"""Errors by differences are those of an exact replay, but for rounding; where they are not, replays take over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pytest_qsens.calibrated import CalibratedModel, calibrate
+from pytest_qsens.engines.delta import TOLERANCE, DeltaEngine, tolerance
+from pytest_qsens.graph.delta import DeltaRun
+from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.metrics import squared_distance
+from pytest_qsens.models.spec import ModelSpec
+from tests.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_qsens.ops import Op
+    from pytest_qsens.results import OpResult
+
+WRITES_IN_PLACE = {"qwen3_vl", "mixtral", "qwen3_moe", "resnet"}
+"""Most of their ops have something written in place downstream."""
+
+
+def engine_of(model: CalibratedModel) -> DeltaEngine:
+    """Return the engine, which is the fast one."""
+    engine = model._engine
+    assert isinstance(engine, DeltaEngine)
+    assert engine.name == "delta"
+    return engine
+
+
+def measured(spec: ModelSpec, engine: str, *, divergence: bool = True) -> dict[str, OpResult]:
+    """Score every op alone."""
+    assert isinstance(spec.model, nn.Module)
+    ops = list_ops(spec.model)
+    model = calibrate(spec, ops, "w8a8", engine=engine, divergence=divergence)
+    assert model.engine == engine
+    return {op.name: model.score(op, ["isolated"]) for op in ops}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_errors_are_those_of_a_replay(name: str) -> None:
+    """With outputs and without them, every op's error is that of a replay, up to what rounding explains."""
+    exact = measured(ARCHITECTURES[name].spec(), "replay")
+    for divergence in (False, True):
+        fast = measured(ARCHITECTURES[name].spec(), "delta", divergence=divergence)
+        assert fast.keys() == exact.keys()
+        for op, result in fast.items():
+            assert result.status == exact[op].status, op
+            if exact[op].isolated is None or result.isolated is None:
+                continue
+            nmse = exact[op].isolated["nmse"]  # type: ignore[index] # it was looked at
+            assert nmse is not None
+            assert result.isolated["nmse"] == pytest.approx(nmse, rel=tolerance(nmse) if nmse else 0), op
+            if not divergence:
+                assert "kl" not in result.isolated
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - WRITES_IN_PLACE))
+def test_differences_are_what_is_measured(name: str) -> None:
+    """The comparison above is not one of replays with replays."""
+    spec = ARCHITECTURES[name].spec()
+    assert isinstance(spec.model, nn.Module)
+    engine = engine_of(calibrate(spec, list_ops(spec.model), "w8a8", engine="delta"))
+    with torch.no_grad():
+        for op in engine._quantizable:
+            assert op not in engine.exercised or engine.errors(op) is not None
+
+
+class Stack(nn.Module):
+    """Residual blocks of two linears, bf16 weights, and a head that is wider than they are."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.nn.functional.silu, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = 4 * width
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, inner), nn.Linear(inner, width)) for _ in range(3))
+        self.head = nn.Linear(width, 3 * width, bias=False)
+        self.between = between
+        self.bfloat16().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to the stream block by block."""
+        for block in self.blocks:
+            x = x + block[1](self.between(block[0](x)))
+        return self.head(x)
+
+
+def stack(
+    between: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    output: Callable[[Tensor, object], Tensor] = lambda out, _: out,
+    width: int = 32,
+) -> tuple[ModelSpec, tuple[Op, ...]]:
+    """Return the blocks with seeded data, as logits."""
+    model = Stack(between, width)
+    data = torch.randn(2, 4, 6, width, generator=torch.Generator().manual_seed(1))
+    spec = ModelSpec(model, [{"x": data[0]}], [{"x": data[1]}], output, logits=True)
+    return spec, list_ops(model)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None:
+    """Against a run in float64 with the same quantized values, whichever products are used."""
+    spec, ops = stack(width=256)
+    engine = engine_of(calibrate(spec, ops, "w8a8", engine="delta"))
+    run = engine._clean[0]
+    delta = DeltaRun(run, narrow=narrow)
+    precise = Stack(width=256).double()
+    with torch.no_grad():
+        clean = precise(spec.evaluation[0]["x"].double())
+        for op in ops:
+            (node,) = run.graph.calls[op.name]
+            arguments, _ = run.arguments(node)
+            override = engine._quantize(run.graph, [op.name])
+            change = (override[node](*arguments) - run.values(node)).double()
+            hook = precise.get_submodule(op.name).register_forward_hook(lambda _m, _i, out, c=change: out + c)
+            exact = squared_distance(precise(spec.evaluation[0]["x"].double()), clean)
+            hook.remove()
+            (found,) = delta.errors([override]).tolist()
+            assert found == pytest.approx(exact, rel=2e-3), op
+            (output,) = delta.outputs([override])
+            assert squared_distance(output, run.output) == pytest.approx(exact, rel=2e-3), op
+    assert any(weight is not None for weight in delta._narrow.values()) is narrow
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda out, _: out,
+        lambda out, _: out[:, 1:],
+        lambda out, _: out[:, -1],
+        lambda out, _: out[torch.tensor([[True] * 5 + [False]] * 4)],
+        lambda out, _: out[..., :40],
+        lambda out, _: out.softmax(-1),
+    ],
+)
+def test_errors_without_outputs(output: Callable[[Tensor, object], Tensor]) -> None:
+    """The Gram matrix of the head gives what outputs give, also where rows of it are scored, not otherwise."""
+    spec, ops = stack(output=output)
+    engine = engine_of(calibrate(spec, ops, "w8a8", engine="delta"))
+    for op in ops:
+        errors = engine.errors(op.name)
+        assert errors is not None
+        (found,) = errors
+        (outputs,) = engine.isolated(op.name)
+        assert found == pytest.approx(squared_distance(outputs, engine.references[0]), rel=TOLERANCE), op
+
+
+def test_the_ops_of_a_block_are_measured_together_and_no_others() -> None:
+    """One pass for a block; ops that nobody asks for are left out of it."""
+    spec, ops = stack()
+    model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
+    engine = engine_of(model)
+    waves: list[list[str]] = []
+    own = engine._wave
+
+    def count(op: str, measure: Callable[..., Tensor]) -> dict[str, list[Tensor]]:
+        waves.append(list(found := own(op, measure)))
+        return found
+
+    engine._wave = count  # type: ignore[method-assign] # counted
+    model.expect({op.name for op in ops} - {"blocks.1.0"})
+    for op in ops:
+        if op.name != "blocks.1.0":
+            assert model.score(op, ["isolated"]).status == "measured"
+    assert waves == [["blocks.0.0", "blocks.0.1"], ["blocks.1.1"], ["blocks.2.0", "blocks.2.1"], ["head"]]
+
+
+def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If differences give other errors than a replay, all ops are replayed, and the reason is told."""
+    monkeypatch.setattr(DeltaRun, "errors", lambda _, changes: torch.full((len(changes),), 1.0, dtype=torch.float64))
+    spec, ops = stack()
+    model = calibrate(spec, ops, "w8a8", engine="delta")
+    assert model.engine == "replay"
+    assert "apart from an exact replay" in (model.engine_reason or "")
+    exact = calibrate(*stack(), "w8a8", engine="replay")
+    assert [model.score(op, ["isolated"]).isolated for op in ops] == [
+        exact.score(op, ["isolated"]).isolated for op in ops
+    ]
+
+
+def test_what_cannot_be_followed_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch raises when it runs several values together ends in replays, and is told."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("vmap: no batching rule")
+
+    monkeypatch.setattr(DeltaRun, "errors", refuse)
+    spec, ops = stack()
+    model = calibrate(spec, ops, "w8a8", engine="delta")
+    assert model.engine == "replay"
+    assert "cannot be followed (RuntimeError: vmap: no batching rule)" in (model.engine_reason or "")
+    assert all(model.score(op, ["isolated"]).status == "measured" for op in ops)
+
+
+def test_not_finite_fails_that_op_alone() -> None:
+    """An op whose rounding leads to NaN is failed, and leaves the others of its block their numbers."""
+
+    def between(y: Tensor) -> Tensor:
+        return torch.where(y == 0, torch.nan, y)  # as a rounded value is, somewhere
+
+    spec, ops = stack(between)
+    model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
+    statuses = {op.name: model.score(op, ["isolated"]).status for op in ops}
+    failed = {f"blocks.{i}.0" for i in range(3)}
+    assert statuses == {op.name: "failed" if op.name in failed else "measured" for op in ops}
+
+
+def test_other_modes_are_those_of_a_replay() -> None:
+    """``fallback`` and the whole model have the same bits."""
+    spec, ops = stack()
+    fast, exact = (calibrate(spec, ops, "w8a8", engine=engine) for engine in ("delta", "replay"))
+    assert [fast.score(op, ["fallback"]).fallback for op in ops] == [
+        exact.score(op, ["fallback"]).fallback for op in ops
+    ]
+    assert fast.total().isolated == exact.total().isolated
