@@ -18,7 +18,7 @@ from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
-from pytest_qsens.metrics import related, scores, squared_distance
+from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.quant.calibration import Calibration
@@ -62,7 +62,6 @@ class CalibratedModel:
         engine: Engine,
         *,
         logits: bool,
-        divergence: bool,
         engine_reason: str | None,
         reference_seconds: float,
     ) -> None:
@@ -73,7 +72,6 @@ class CalibratedModel:
         self._simulator = simulator
         self._engine = engine
         self._logits = logits
-        self._divergence = divergence
         self._joint: dict[int | None, Scores | str] = {}
 
     @property
@@ -130,7 +128,7 @@ class CalibratedModel:
 
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
-            result = self._errors(op) or self._scores(self._engine.isolated(op))
+            result = self._together(op) or self._scores(self._engine.isolated(op))
             if not self._joint:  # nothing else needs this weight quantized
                 self._simulator.forget(op)
             return result
@@ -142,30 +140,23 @@ class CalibratedModel:
                 self._add_noise(op, result)
         return result
 
-    def _errors(self, op: str) -> Scores | str | None:
-        """Score without outputs, if the engine can and nobody needs them."""
-        if self._logits and self._divergence:
-            return None
+    def _together(self, op: str) -> Scores | str | None:
+        """Score this op with others at once, if the engine can."""
         try:
-            errors = self._engine.errors(op)
+            score = self._engine.together(op)
         except Exception as error:  # noqa: BLE001 - as in `_scores`
             return f"the model fails ({_first_line(error)})"
-        if errors is None:
-            return None
-        sse = sum(errors)
-        return related(sse, *self._reference_size) if math.isfinite(sse) else _NOT_FINITE
+        return None if score is None else self._related(score)
+
+    def _related(self, score: Score) -> Scores | str:
+        found = score.related(*self._reference_size)
+        return _NOT_FINITE if found is None else found
 
     @cached_property
     def _reference_size(self) -> tuple[float, int]:
         """Sum of squares and number of values of the reference."""
         references = self._engine.references
-        energy = sum(squared_distance(reference, torch.zeros_like(reference)) for reference in references)
-        return energy, sum(reference.numel() for reference in references)
-
-    def expect(self, ops: Collection[str]) -> None:
-        """Tell which ops are going to be asked for: an engine that measures several together leaves out the others."""
-        if isinstance(self._engine, DeltaEngine):
-            self._engine.expected = frozenset(ops)
+        return sum(map(energy, references)), sum(reference.numel() for reference in references)
 
     def _add_noise(self, op: str, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
@@ -187,11 +178,13 @@ class CalibratedModel:
     def _scores(self, outputs: Iterator[Tensor]) -> Scores | str:
         """Score what an engine computes; why there is no score, if there is none."""
         try:
-            pairs = zip(self._engine.references, outputs, strict=True)
-            found = scores(pairs, logits=self._logits and self._divergence)
+            score = Score(logits=self._logits)
+            for reference, output in zip(self._engine.references, outputs, strict=True):
+                score.add(reference, output)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
             return f"the model fails ({_first_line(error)})"
-        return _NOT_FINITE if found is None else found | dict(self._engine.reported)
+        found = self._related(score)
+        return found if isinstance(found, str) else found | dict(self._engine.reported)
 
 
 def _number(value: float | None) -> float:
@@ -231,6 +224,7 @@ def calibrate(
     engine: str = "auto",
     device: str = "cpu",
     divergence: bool = True,
+    expected: Collection[str] | None = None,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -238,15 +232,17 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
-        engine: ``replay``, ``delta``, ``eager``, or ``auto``: replay unless the model's graph cannot be captured;
+        engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
             ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
+        expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
+            together leaves out the others.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
             is not deterministic, its reference output is not finite or all zero, no finite value calibrates an op, or
-            ``replay`` is asked for and refused.
+            ``delta`` or ``replay`` is asked for and refused.
 
     """
     check_engine(engine, scheme, device)
@@ -254,6 +250,7 @@ def calibrate(
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
     model = model.to(device).float().eval().requires_grad_(False)
     chosen = SCHEMES[scheme]
+    logits = spec.logits and divergence
     calibration = Calibration(chosen, ranges=engine not in KERNEL_ENGINES)
     simulator = Simulator(chosen, calibration)
     batches = [_placed(batch, device) for batch in spec.evaluation]
@@ -262,21 +259,23 @@ def calibrate(
         with one_thread():
             for number, batch in enumerate(calibrating, 1):
                 _observe(model, batch, number, spec, calibration)
-        seconds = _check_reference(model, batches, spec)
+        references, seconds = _references(model, batches, spec)
         quantizable = [op.name for op in ops if op.name in calibration.reached and chosen.refusal(op.type) is None]
         built: Engine
         reason = None
         if engine in KERNEL_ENGINES:
             built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
         else:
-            built, reason = _build_engine(engine, model, batches, spec, simulator, quantizable)
+            wanted = [op for op in quantizable if expected is None or op in expected]
+            built, reason = _build_engine(
+                engine, model, batches, references, spec, simulator, quantizable, wanted, logits=logits
+            )
     return CalibratedModel(
         chosen,
         calibration,
         simulator,
         built,
-        logits=spec.logits,
-        divergence=divergence,
+        logits=logits,
         engine_reason=reason,
         reference_seconds=seconds,
     )
@@ -296,21 +295,27 @@ def _build_engine(
     name: str,
     model: nn.Module,
     batches: Sequence[Batch],
+    references: Sequence[Tensor],
     spec: ModelSpec,
     simulator: Simulator,
     quantizable: Sequence[str],
+    expected: Sequence[str],
+    *,
+    logits: bool,
 ) -> tuple[Engine, str | None]:
     reason = None
     if name != "eager":
         try:
             with unchanged_state(model):
-                if name == "delta":
-                    built = DeltaEngine(model, batches, spec.output, simulator, quantizable)
-                    return built, built.distrusted
-                return ReplayEngine(model, batches, spec.output, simulator, quantizable), None
+                if name == "replay":
+                    return ReplayEngine(model, batches, references, spec.output, simulator, quantizable), None
+                built = DeltaEngine(
+                    model, batches, references, spec.output, simulator, quantizable, expected, logits=logits
+                )
+                return built, built.distrusted
         except CaptureRefused as refused:
             reason = f"capture refused: {refused}"
-            if name in ("replay", "delta"):
+            if name != "auto":
                 raise QsensError(f"engine {name} cannot be used, {reason}. Use the eager engine, or auto.") from refused
     return EagerEngine(model, batches, spec.output, simulator, quantizable), reason
 
@@ -337,9 +342,10 @@ def _observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calib
         _run(model, batch, spec, f"calibration batch {number}")
 
 
-def _check_reference(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> float:
-    """Run the unquantized model once; returns the seconds it took."""
-    seconds = energy = 0.0
+def _references(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> tuple[list[Tensor], float]:
+    """Run the unquantized model once; returns its outputs and the seconds it took."""
+    references: list[Tensor] = []
+    seconds = size = 0.0
     for number, batch in enumerate(batches, 1):
         where = f"evaluation batch {number}"
         start = time.perf_counter()
@@ -351,10 +357,11 @@ def _check_reference(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec
                 f"the reference output of {where} holds NaN or infinite values "
                 f"({_first_not_finite(model, batch, spec)}). Check the weights and the evaluation data."
             )
-        energy += float(reference.double().square().sum())
-    if energy == 0:
+        size += energy(reference)
+        references.append(reference)
+    if size == 0:
         raise QsensError("the reference output is zero everywhere, so no error can be related to it")
-    return seconds
+    return references, seconds
 
 
 def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:

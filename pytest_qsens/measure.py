@@ -18,7 +18,7 @@ from pytest_qsens.results import to_payload
 from pytest_qsens.workers import limit_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from pytest_qsens.calibrated import CalibratedModel
     from pytest_qsens.collect import Model
@@ -62,13 +62,10 @@ class Bench:
             gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
             limit_threads(self._config)
             try:
-                self._calibrated = _calibrate(spec, model)
+                self._calibrated = _calibrate(spec, model, expected(self._config, model.label, spec.scheme))
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
-            ops = expected(self._config, model.label, spec.scheme)
-            if ops is not None:
-                self._calibrated.expect(ops)
         return self._calibrated
 
     def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
@@ -158,7 +155,7 @@ def environment(device: str, engine: str) -> dict[str, str]:
     }
 
 
-def _calibrate(spec: RunSpec, model: Model) -> CalibratedModel:
+def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None) -> CalibratedModel:
     import torch
 
     from pytest_qsens.calibrated import calibrate
@@ -174,6 +171,7 @@ def _calibrate(spec: RunSpec, model: Model) -> CalibratedModel:
         engine=spec.engine,
         device=spec.device,
         divergence=spec.divergence,
+        expected=ops,
     )
 
 

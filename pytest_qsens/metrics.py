@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pytest_qsens.results import Scores
 
 
@@ -33,57 +31,85 @@ def squared_distance(one: Tensor, other: Tensor) -> float:
     return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*chunks, strict=True))
 
 
-def related(sse: float, energy: float, count: int) -> Scores:
-    """Relate an error to the reference.
+def energy(values: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return sum(float(chunk.double().square().sum()) for chunk in torch.split(values.reshape(-1), _CHUNK))
+
+
+class Score:
+    """How far quantized outputs are from the reference's, batch after batch.
 
     Args:
-        sse: Sum of squared differences.
-        energy: Sum of the reference's squares, not zero.
-        count: Number of values.
+        logits: Whether the last dimension of the outputs holds logits of classes, to be compared as distributions.
+
+    Attributes:
+        sse: Sum of squared differences so far.
+        finite: Whether all outputs so far were.
 
     """
-    nmse = sse / energy
-    return {"sse": sse, "mse": sse / count, "nmse": nmse, "sqnr_db": -10 * math.log10(nmse) if nmse else None}
 
+    def __init__(self, *, logits: bool) -> None:
+        self.sse = 0.0
+        self.finite = True
+        self._logits = logits
+        self._kl = self._agreeing = 0.0
+        self._positions = 0
 
-def scores(pairs: Iterable[tuple[Tensor, Tensor]], *, logits: bool) -> Scores | None:
-    """Score quantized outputs against the reference over all evaluation batches.
+    def add(self, reference: Tensor, quantized: Tensor) -> None:
+        """Compare one batch.
 
-    Args:
-        pairs: ``(reference, quantized)`` per batch, of the same shape.
-        logits: Whether the last dimension holds logits of classes.
+        Raises:
+            ValueError: If the shapes differ.
 
-    Returns:
-        ``sse``, ``mse``, ``nmse`` = SSE / sum(reference²), ``sqnr_db`` = -10 log10(NMSE) (``None`` if nothing differs)
-        and, for logits, ``kl`` = mean KL(reference ‖ quantized) per position in nats and ``top1`` = share of positions
-        with the same most likely class. ``None`` if a quantized output is not finite.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    """
-    sse = energy = kl = agreeing = 0.0
-    count = positions = 0
-    for reference, quantized in pairs:
+        """
         if quantized.shape != reference.shape:
             raise ValueError(f"the output has shape {tuple(quantized.shape)}, not {tuple(reference.shape)}")
         if not bool(torch.isfinite(quantized).all()):
-            return None
-        classes = reference.shape[-1] if logits else 1
-        count += reference.numel()
-        positions += reference.numel() // classes
+            self.finite = False
+        if not self.finite:
+            return
+        if not self._logits:
+            self.sse += squared_distance(reference, quantized)
+            return
+        classes = reference.shape[-1]
+        self._positions += reference.numel() // classes
         rows = max(1, _CHUNK // classes)
         chunks = (torch.split(values.reshape(-1, classes), rows) for values in (reference, quantized))
         for ref, out in zip(*chunks, strict=True):
             ref, out = ref.double(), out.double()  # noqa: PLW2901 - the same values
-            sse += float((out - ref).square().sum())
-            energy += float(ref.square().sum())
-            if logits:
-                log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)
-                kl += float((log_p.exp() * (log_p - log_q)).sum())
-                agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())
-    result = related(sse, energy, count)
-    if logits:
-        # the sum of non-negative terms can come out below zero by rounding
-        result |= {"kl": max(kl / positions, 0.0), "top1": agreeing / positions}
-    return result
+            self.sse += float((out - ref).square().sum())
+            log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)
+            self._kl += float((log_p.exp() * (log_p - log_q)).sum())
+            self._agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())
+
+    def add_error(self, sse: float) -> None:
+        """Add one batch of which only the sum of squared differences is known."""
+        self.sse += sse
+        self.finite = math.isfinite(self.sse)
+
+    def related(self, energy: float, count: int) -> Scores | None:
+        """Relate the error to the reference.
+
+        Args:
+            energy: Sum of the reference's squares, not zero.
+            count: Number of its values.
+
+        Returns:
+            ``sse``, ``mse``, ``nmse`` = SSE / energy, ``sqnr_db`` = -10 log10(NMSE) (``None`` if nothing differs) and,
+            for logits, ``kl`` = mean KL(reference ‖ quantized) per position in nats and ``top1`` = share of positions
+            with the same most likely class. ``None`` if an output was not finite.
+
+        """
+        if not self.finite:
+            return None
+        nmse = self.sse / energy
+        found: Scores = {
+            "sse": self.sse,
+            "mse": self.sse / count,
+            "nmse": nmse,
+            "sqnr_db": -10 * math.log10(nmse) if nmse else None,
+        }
+        if self._logits:
+            # the sum of non-negative terms can come out below zero by rounding
+            found |= {"kl": max(self._kl / self._positions, 0.0), "top1": self._agreeing / self._positions}
+        return found

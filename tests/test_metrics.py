@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pytest_qsens.metrics import same, scores
+from pytest_qsens.metrics import Score, energy, same
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,9 @@ from pytest_qsens.metrics import same, scores
 )
 def test_nmse_is_nncfs_normalised_mse(reference: list[float], quantized: list[float], nmse: float) -> None:
     """``nmse`` divides by the reference's energy, not by the other's: NNCF's tests of its normalised MSE hold."""
-    found = scores([(torch.tensor(reference), torch.tensor(quantized))], logits=False)
+    score = Score(logits=False)
+    score.add(torch.tensor(reference), torch.tensor(quantized))
+    found = score.related(energy(torch.tensor(reference)), len(reference))
     assert found is not None
     assert found["nmse"] == pytest.approx(nmse, abs=1e-6)
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pytest_qsens.metrics import Score
+
 
 class Engine(Protocol):
     """Outputs of the evaluation batches under quantization, one tensor per batch."""
@@ -44,8 +46,8 @@ class Engine(Protocol):
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
 
-    def errors(self, op: str) -> list[float] | None:
-        """Sum of squared differences of each batch when only this op is quantized; ``None`` if it takes the outputs."""
+    def together(self, op: str) -> Score | None:
+        """Score with only this op quantized, if the engine measures several ops at once."""
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from packaging.version import Version
-
 from pytest_qsens.errors import QsensError
 
 KERNEL_ENGINES = ("fx", "inc")
@@ -36,6 +34,8 @@ def check_engine(engine: str, scheme: str, device: str) -> None:
 
 
 def _check_inc() -> None:
+    from packaging.version import Version
+
     try:
         found = Version(version(_PACKAGE))
     except PackageNotFoundError:

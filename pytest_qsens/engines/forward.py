@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
+    from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
 
 
@@ -56,8 +57,8 @@ class ForwardEngine(ABC):
         """Only this op is quantized."""
         return self._outputs({op}, None)
 
-    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
-        """Nothing: all this engine has is outputs."""
+    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine takes one op after the other."""
         return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
@@ -96,3 +97,33 @@ class ForwardEngine(ABC):
             output = run_model(self._model, batch, self._output)
         self.out_of_reach |= interceptor.out_of_reach()
         return output
+
+
+class KernelEngine(ForwardEngine):
+    """Has the model quantized by others, who calibrate it themselves.
+
+    Args:
+        model: Module in fp32 and evaluation mode.
+        batches: Evaluation batches.
+        output: Picks the tensor to score.
+        quantizable: Ops that the scheme can quantize and the calibration data reaches.
+        calibration: Calibration batches.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        output: Output,
+        quantizable: Collection[str],
+        calibration: Sequence[Batch],
+    ) -> None:
+        super().__init__(model, batches, output, quantizable)
+        self._calibration = calibration
+
+    def calibrate(self, model: nn.Module) -> None:
+        """Run a model that observes on the calibration batches; on one thread, for the same scales on any number."""
+        with one_thread():
+            for batch in self._calibration:
+                run_model(model, batch, self._output)

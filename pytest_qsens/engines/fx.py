@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.engines.forward import ForwardEngine
+from pytest_qsens.engines.forward import KernelEngine
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import unchanged_state
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.calibration import QParams
 
 
-class FxEngine(ForwardEngine):
+class FxEngine(KernelEngine):
     """Scores as torch's x86 backend computes them, and as Intel Neural Compressor measures them, to the last bit.
-
-    Args:
-        model: Module in fp32 and evaluation mode.
-        batches: Evaluation batches.
-        output: Picks the tensor to score.
-        quantizable: Ops that the scheme can quantize and the calibration data reaches.
-        calibration: Calibration batches.
 
     Raises:
         QsensError: If two runs of the unquantized model differ, or torch cannot prepare a part of it.
@@ -46,15 +39,10 @@ class FxEngine(ForwardEngine):
         quantizable: Collection[str],
         calibration: Sequence[Batch],
     ) -> None:
-        super().__init__(model, batches, output, quantizable)
-
-        def calibrate(root: nn.Module) -> None:
-            for batch in calibration:
-                run_model(root, batch, output)
-
+        super().__init__(model, batches, output, quantizable, calibration)
         with one_thread(), unchanged_state(model):
             try:
-                self._kernels = KernelModel(model, self._quantizable, calibrate)
+                self._kernels = KernelModel(model, self._quantizable, self.calibrate)
             except Exception as error:
                 raise QsensError(
                     f"engine fx: torch's FX quantization cannot prepare this model: {told(error)}. Use engine auto, "

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 
-from pytest_qsens.engines.forward import ForwardEngine
+from pytest_qsens.engines.forward import KernelEngine
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import unchanged_state
 from pytest_qsens.graph.modules import op_type
-from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -58,17 +57,8 @@ class Measured(NamedTuple):
     """Names of the modules that had int8 kernels."""
 
 
-class IncEngine(ForwardEngine):
-    """Prepares, calibrates, converts and runs the whole model for every op, as Intel Neural Compressor does.
-
-    Args:
-        model: Module in fp32 and evaluation mode.
-        batches: Evaluation batches.
-        output: Picks the tensor to score.
-        quantizable: Ops that the scheme can quantize and the calibration data reaches.
-        calibration: Calibration batches.
-
-    """
+class IncEngine(KernelEngine):
+    """Prepares, calibrates, converts and runs the whole model for every op, as Intel Neural Compressor does."""
 
     name = "inc"
     perturbs = False
@@ -81,8 +71,7 @@ class IncEngine(ForwardEngine):
         quantizable: Collection[str],
         calibration: Sequence[Batch],
     ) -> None:
-        super().__init__(model, batches, output, quantizable)
-        self._calibration = calibration
+        super().__init__(model, batches, output, quantizable, calibration)
         self._adaptor, self._config = _strategy(model, batches[0])
         own = [name for name, module in model.named_modules() if op_type(module)]
         self._ops = set(_keys(self._config["op"], own).values())
@@ -108,7 +97,7 @@ class IncEngine(ForwardEngine):
         """Everything is quantized with which the model still runs."""
         return self._outputs(self._quantizable - self._without_kernels().keys(), seed)
 
-    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - as above
+    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
         """Everything but this op is quantized: the first phase with one candidate.
 
         Raises:
@@ -218,12 +207,6 @@ class IncEngine(ForwardEngine):
         """Scored outputs of the evaluation batches."""
         with self._threads():
             return [run_model(model, batch, self._output) for batch in self._batches]
-
-    def calibrate(self, model: nn.Module) -> None:
-        """Run a prepared model on the calibration batches."""
-        with one_thread():
-            for batch in self._calibration:
-                run_model(model, batch, self._output)
 
 
 class _Session:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
+    from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.quant.simulate import Simulator
 
@@ -47,13 +48,17 @@ class ReplayEngine:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
+        references: Sequence[Tensor],
         output: Output,
         simulator: Simulator,
         quantizable: Collection[str],
     ) -> None:
         self._simulator = simulator
-        self._clean = [_verified_run(model, batch, output) for batch in batches]
-        self._threads = nullcontext if all(_same_on_all_threads(run) for run in self._clean) else one_thread
+        verified = [
+            _verified_run(model, batch, output, reference) for batch, reference in zip(batches, references, strict=True)
+        ]
+        self._clean = [run for run, _ in verified]
+        self._threads = nullcontext if all(anywhere for _, anywhere in verified) else one_thread
         self._quantized: dict[int | None, list[Run]] = {}
         self.reported: Mapping[str, float] = {}
         graphs = [run.graph for run in self._clean]
@@ -75,8 +80,8 @@ class ReplayEngine:
                 output = run.replay(self._quantize(run.graph, [op]))
             yield output
 
-    def errors(self, op: str) -> list[float] | None:  # noqa: ARG002 - the protocol's
-        """Nothing: all this engine has is outputs."""
+    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine takes one op after the other."""
         return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
@@ -123,43 +128,42 @@ def _moved(call: Any, seed: int | None) -> Override:  # noqa: ANN401 - a call no
     return moved
 
 
-def _verified_run(model: nn.Module, batch: Batch, output: Output) -> Run:
+def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor) -> tuple[Run, bool]:
+    """Capture and run a batch; also whether every value is the same on one thread and on all.
+
+    ``reference`` is the model's output on all threads. The run is made on one.
+    """
+    graph = capture(model, batch, output)
     with one_thread():
-        reference = run_model(model, batch, output)
-        run = Run(capture(model, batch, output))
-        if not same(run.output, reference):
-            raise CaptureRefused("the captured graph does not reproduce the model's output bit for bit")
-        # a value that left torch, through numpy or a Python number, would be a constant in the graph, and state that is
-        # entered and left around a part of it would be missing in a replay of that part
-        ops = list(run.graph.calls)
-        for changed in (ops, ops[len(ops) // 2 :]):
-            if not _follows(run, changed, model, batch, output):
-                raise CaptureRefused("the captured graph does not follow the model when the outputs of its ops change")
-    return run
+        run = Run(graph)
+    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_values(run, Run(graph)))
+    threads = nullcontext if anywhere else one_thread
+    if not anywhere:
+        with one_thread():
+            run = Run(capture(model, batch, output))
+            if not same(run.output, run_model(model, batch, output)):
+                raise CaptureRefused("the captured graph does not reproduce the model's output bit for bit")
+    with threads():
+        # a value that left torch, through numpy or a Python number, would be a constant in the graph
+        if not _follows(run, model, batch, output):
+            raise CaptureRefused("the captured graph does not follow the model when the outputs of its ops change")
+    return run, anywhere
 
 
-def _follows(run: Run, ops: Collection[str], model: nn.Module, batch: Batch, output: Output) -> bool:
-    """Whether a replay with the outputs of ``ops`` changed gives what the model gives."""
+def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
+    """Whether a replay with the outputs of all ops changed gives what the model gives."""
+    ops = run.graph.calls
 
     def handler(op: str, _: Call, call: Callable[[], Tensor]) -> Tensor:
         return _change(call()) if op in ops else call()
 
     with unchanged_state(model), OpInterceptor(model, handler):
         expected = run_model(model, batch, output)
-    overrides = {node: _changed(node.target) for op in ops for node in run.graph.calls[op]}
-    return same(run.replay(overrides), expected)
+    return same(run.replay({node: _changed(node.target) for nodes in ops.values() for node in nodes}), expected)
 
 
-def _same_on_all_threads(run: Run) -> bool:
-    """Whether every value is the same on as many threads as there are; the run was made on one."""
-    if torch.get_num_threads() == 1:
-        return True
-    again = Run(run.graph)
-    return all(_same_values(run.values(node), again.values(node)) for node in run.graph.nodes)
-
-
-def _same_values(left: object, right: object) -> bool:
-    pairs = zip(tree_leaves(left), tree_leaves(right), strict=True)
+def _same_values(one: Run, other: Run) -> bool:
+    pairs = zip(tree_leaves(one.clean), tree_leaves(other.clean), strict=True)
     return all(same(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 

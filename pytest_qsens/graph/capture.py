@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -95,7 +97,7 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     versions = {name: tensor._version for name, tensor in _state(model)}  # noqa: SLF001 - torch has no public name
     try:
         # grad mode stays on, with no parameter requiring grad: under no_grad the graph gets _set_grad_enabled nodes
-        with torch.enable_grad(), scopes:
+        with torch.enable_grad(), scopes, tracing(TracingContext(FakeTensorMode())):  # else one mode for every node
             module = make_fx(forward, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 *inputs
             )

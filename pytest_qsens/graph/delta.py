@@ -1,33 +1,69 @@
-"""Carry the differences that several ops make through a graph together.
+"""Carry the changes that several ops make through a graph side by side.
 
-Each change is followed by itself to the first value that everything later depends on it through alone: the end of its
-block, in a transformer. From there the changes go on side by side. Between linear layers, values are computed anew in
-fp32; a linear layer maps the difference of its input to that of its output, W·δ, where nothing cancels, so that bf16
-with fp32 accumulation is enough if the weight is bf16 to begin with.
+Every change has its own values, computed as in a replay. Where a layer is linear in the one argument that changes, the
+changes wait for each other: their differences to the clean value go through it together, W·δ. Nothing cancels in that
+product, so that bf16 with fp32 accumulation is enough if the weight is bf16 to begin with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.node import map_arg
+from torch.fx import Node
 from torch.nn import functional
 
+from pytest_qsens.graph.schedule import Level, Schedule, Step, Touched, Values, reader_of
 from pytest_qsens.metrics import squared_distance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from torch.fx import Node
-
-    from pytest_qsens.graph.replay import Override, Run
+    from pytest_qsens.graph.replay import Change, Run
 
 aten = torch.ops.aten
 
 _WORTH_NARROWING = 2**18
 """Values in a weight from which bf16 products pay. It takes many values for their rounding to average out, too."""
+
+
+_GRAM_ROWS = 4096
+"""Rows of a weight multiplied at a time: what rounding each part to the weight's dtype does averages out over parts."""
+
+
+class LinearMap(NamedTuple):
+    """How differences go through a call that is linear in one of its arguments.
+
+    Attributes:
+        argument: Position of that argument.
+        weight: Position of the other factor, which must be a constant.
+        apply: ``(differences (changes, *argument), weight, all arguments)`` → differences of the output
+            ``(changes, *output)``.
+
+    """
+
+    argument: int
+    weight: int
+    apply: Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
+
+
+def _convolve(convolution: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor]:
+    def apply(delta: Tensor, weight: Tensor, args: Sequence[Any]) -> Tensor:
+        leading = delta.shape[: delta.dim() - weight.dim() + 1]  # changes and, if there is one, the batch
+        return convolution(delta.flatten(0, len(leading) - 1), weight, None, *args[3:]).unflatten(0, leading)
+
+    return apply
+
+
+RULES: dict[Any, LinearMap] = {
+    aten.linear.default: LinearMap(0, 1, lambda delta, weight, _: functional.linear(delta, weight)),
+    aten.addmm.default: LinearMap(1, 2, lambda delta, weight, _: delta @ weight),
+    aten.mm.default: LinearMap(0, 1, lambda delta, weight, _: delta @ weight),
+    aten.conv1d.default: LinearMap(0, 1, _convolve(aten.conv1d.default)),
+    aten.conv2d.default: LinearMap(0, 1, _convolve(aten.conv2d.default)),
+    aten.conv3d.default: LinearMap(0, 1, _convolve(aten.conv3d.default)),
+}
+"""ATen op → how differences go through it. Everything else is computed from values, as in a replay."""
 
 
 class _Head(NamedTuple):
@@ -41,8 +77,27 @@ class _Head(NamedTuple):
     """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""
 
 
+class _Follower:
+    """One change on its way through the graph."""
+
+    def __init__(self, run: Run, change: Change, touched: Touched) -> None:
+        self.change = change
+        self.touched = touched
+        self.values: Values = run.clean.copy()
+        self._run = run
+
+    def take(self, step: Step) -> None:
+        if self.touched.active[step.position]:
+            self._run.take(step, self.values, self.change, self.touched)
+
+    def put(self, step: Step, value: Tensor) -> None:
+        self.values[step.position] = value
+        for position in step.dead:
+            self.values[position] = None
+
+
 class DeltaRun:
-    """Differences to a clean run.
+    """Several changes to a clean run at once.
 
     Args:
         run: The clean run.
@@ -53,100 +108,111 @@ class DeltaRun:
     def __init__(self, run: Run, *, narrow: bool) -> None:
         self._run = run
         self._use_narrow = narrow
-        self._order = {node: i for i, node in enumerate(run.graph.nodes)}
         self._narrow: dict[Node, Tensor | None] = {}
+        self._together = {
+            node: node.args[rule.argument]
+            for node in run.graph.nodes
+            if (rule := RULES.get(node.target)) is not None and self._is_linear(node, rule)
+        }
         self._head = self._find_head()
+        self._to_output = self._schedule(run.graph.output)
+        self._to_head = None if self._head is None else self._schedule(self._head.source)
 
-    def can_follow(self, nodes: Iterable[Node]) -> bool:
-        """Whether nothing downstream of these nodes is written in place."""
-        return not self._run.shares_written_storage(self._downstream(nodes))
+    def outputs(self, changes: Sequence[Change]) -> Iterator[Tensor]:
+        """Compute the output of the graph with each of these changes."""
+        return self._follow(changes, self._to_output, self._run.graph.output)
 
-    def outputs(self, changes: Sequence[Mapping[Node, Override]]) -> Tensor:
-        """Return the outputs of the graph with each of these changes: fp32, ``(changes, *output)``."""
-        return self._values(changes, self._run.graph.output)
+    def errors(self, changes: Sequence[Change]) -> list[float]:
+        """Compute each change's sum of squared differences to the clean output."""
+        head, schedule = self._head, self._to_head
+        short = [] if head is None or schedule is None else [c for c in changes if schedule.shows(c)]
+        found = {}
+        if short:
+            found |= dict(zip(map(id, short), self._head_errors(short, head, schedule), strict=True))
+        others = [change for change in changes if id(change) not in found]
+        for change, output in zip(others, self.outputs(others), strict=True):
+            found[id(change)] = squared_distance(self._run.output, output)
+        return [found[id(change)] for change in changes]
 
-    def errors(self, changes: Sequence[Mapping[Node, Override]]) -> Tensor:
-        """Return each change's sum of squared differences to the clean output: float64, ``(changes,)``."""
-        head = self._head
-        roots = {node for change in changes for node in change}
-        if head is None or not roots.isdisjoint(self._downstream([head.source])):
-            outputs = self.outputs(changes)
-            distances = [squared_distance(self._run.output, output) for output in outputs]
-            return torch.tensor(distances, dtype=torch.float64)
-        delta = self._values(changes, head.source) - self._run.values(head.source)
-
-        def take_rows(value: Tensor) -> Tensor:
-            new: dict[Node, Any] = {}
+    def _head_errors(self, changes: Sequence[Change], head: _Head, schedule: Schedule) -> Iterator[float]:
+        clean = self._run.values(head.source)
+        for value in self._follow(changes, schedule, head.source):
+            delta = value - clean
             for node in head.rows:
-                new[node] = value
-                value = node.target(value, *self._arguments(node, new)[0][1:])  # type: ignore[operator] # a call
-            return value
+                (_, *rest), options = reader_of(node, self._run.order)(self._run.clean)
+                delta = node.target(delta, *rest, **options)  # type: ignore[operator] # a call
+            rows = delta.reshape(-1, delta.shape[-1]).double()
+            yield float(((rows @ head.gram) * rows).sum().clamp_min(0))  # what should be zero can come out below
 
-        rows = torch.vmap(take_rows)(delta).flatten(1, -2).double()
-        return ((rows @ head.gram) * rows).sum((1, 2)).clamp_min(0)  # what should be zero can come out below
+    def _schedule(self, target: Node) -> Schedule:
+        run = self._run
+        return Schedule(run.graph.nodes, run.groups, run.call_nodes, target, self._together)
 
-    def _values(self, changes: Sequence[Mapping[Node, Override]], target: Node) -> Tensor:
-        needed = self._upstream(target)
-        roots = {node for change in changes for node in change}
-        steps = [node for node in self._downstream(roots) if node in needed]
-        if not steps:
-            return torch.stack([self._run.values(target)] * len(changes))
-        cut = self._cut(steps, roots, target)
-        position = self._order[cut]
-        values: list[Tensor] = []
-        for change in changes:
-            new: dict[Node, Any] = {}
-            for node in self._downstream(change):
-                if node in needed and self._order[node] <= position:
-                    self._step(node, new, change)
-            values.append(new.get(cut, self._run.values(cut)))
-        rest = [node for node in steps if self._order[node] > position]
+    def _follow(self, changes: Sequence[Change], schedule: Schedule, target: Node) -> Iterator[Tensor]:
+        """Compute this node's value with each change."""
+        followers = [_Follower(self._run, change, schedule.touched(change)) for change in changes]
+        last = max((i for i, level in enumerate(schedule.levels) if level.together), default=0)
+        for level in schedule.levels[:last]:
+            self._advance(level, followers)
+        position = self._run.order[target]
+        while followers:  # by itself from here on: outputs can be large
+            follower = followers.pop(0)
+            for level in schedule.levels[last:]:
+                self._advance(level, [follower])
+            yield follower.values[position]
 
-        def follow(value: Tensor) -> Tensor:
-            new: dict[Node, Any] = {cut: value}
-            for node in rest:
-                self._step(node, new, {})
-            found: Tensor = new[target]
-            return found
+    def _advance(self, level: Level, followers: Sequence[_Follower]) -> None:
+        for follower in followers:  # one after the other, so that values stay in the processor's cache
+            for step in level.steps:
+                follower.take(step)
+        for steps in level.together:
+            self._multiply(steps, followers)
 
-        stacked = torch.stack(values)
-        return torch.vmap(follow)(stacked) if rest else stacked
+    def _multiply(self, steps: Sequence[Step], followers: Sequence[_Follower]) -> None:
+        """Take steps that are linear in the same argument for all changes."""
+        source = self._run.order[self._together[steps[0].node]]
+        clean: Tensor = self._run.clean[source]
+        changed = [f for f in followers if f.values[source] is not clean] if clean.numel() else []
+        deltas: dict[torch.dtype, Tensor] = {}
+        for step in steps:
+            through = [f for f in changed if f.touched.active[step.position] and step.node not in f.change]
+            if through:
+                rule = RULES[step.node.target]
+                weight = self._weight(step.node.args[rule.weight])  # type: ignore[arg-type] # a node
+                if weight.dtype not in deltas:
+                    deltas[weight.dtype] = _differences([f.values[source] for f in changed], clean, weight.dtype)
+                delta = deltas[weight.dtype]
+                if len(through) < len(changed):
+                    delta = delta[[f in through for f in changed]]
+                args, _ = step.read(self._run.clean)
+                before: Tensor = self._run.clean[step.position]
+                for follower, product in zip(through, rule.apply(delta, weight, args), strict=True):
+                    follower.put(step, product.float().add_(before))
+            for follower in followers:
+                if follower not in through:
+                    follower.take(step)
 
-    def _arguments(self, node: Node, new: Mapping[Node, Any]) -> tuple[Any, Any]:
-        return map_arg((node.args, node.kwargs), lambda a: new[a] if a in new else self._run.values(a))
-
-    def _step(self, node: Node, new: dict[Node, Any], change: Mapping[Node, Override]) -> None:
-        if node in change:
-            args, kwargs = (
-                self._run.arguments(node)
-                if new.keys().isdisjoint(node.all_input_nodes)
-                else (self._arguments(node, new))
-            )
-            new[node] = change[node](*args, **kwargs)
-            return
-        rule = RULES.get(node.target)
-        if rule is not None and rule(self, node, new):
-            return
-        args, kwargs = self._arguments(node, new)
-        new[node] = node.target(*args, **kwargs)  # type: ignore[operator] # a call
-
-    def linear(self, node: Node, new: dict[Node, Any]) -> bool:
-        """W·δ, if the weight is as it was."""
-        x, weight_node, *_ = node.args
-        if x not in new or any(argument in new for argument in node.all_input_nodes[1:]):
-            return False
-        weight = self._weight(weight_node)  # type: ignore[arg-type] # a node
-        delta = (new[x] - self._run.values(x)).to(weight.dtype)  # type: ignore[index, arg-type] # a node
-        new[node] = self._run.values(node) + functional.linear(delta, weight)
-        return True
+    def _is_linear(self, node: Node, rule: LinearMap) -> bool:
+        """Whether only that argument can change, and the values of the clean run are still those it saw and made."""
+        run = self._run
+        argument, weight = node.args[rule.argument], node.args[rule.weight]
+        others = [other for other in node.all_input_nodes if other is not argument]
+        return (
+            isinstance(argument, Node)
+            and all(other in run.graph.constants and other not in run.groups for other in others)
+            and weight in others
+            and not node.kwargs
+            and node not in run.groups
+            and run.is_settled(argument, node)
+            and run.is_original(node)
+        )
 
     def _weight(self, node: Node) -> Tensor:
         weight: Tensor = self._run.values(node)
         if not self._use_narrow or weight.numel() < _WORTH_NARROWING:
             return weight
         if node not in self._narrow:
-            narrow = weight.to(torch.bfloat16)
-            self._narrow[node] = narrow if torch.equal(narrow.float(), weight) else None
+            self._narrow[node] = _narrowed(weight)
         found = self._narrow[node]
         return weight if found is None else found
 
@@ -156,65 +222,52 @@ class DeltaRun:
         while node.target in _TAKES_ROWS and _leaves_last_dimension(node):
             rows.insert(0, node)
             node = node.all_input_nodes[0]
-        if node.target is not aten.linear.default or node.args[1] not in self._run.graph.constants:
+        if node.target is not aten.linear.default or node not in self._together:
             return None
-        weight = self._run.values(node.args[1])  # type: ignore[arg-type] # a node
+        weight = self._weight(node.args[1])  # type: ignore[arg-type] # a node
         if weight.shape[0] <= weight.shape[1]:
             return None
-        return _Head(node.args[0], tuple(rows), weight.double().t() @ weight.double())  # type: ignore[arg-type] # a node
+        return _Head(node.args[0], tuple(rows), _gram(weight))  # type: ignore[arg-type] # a node
 
-    def _downstream(self, start: Iterable[Node]) -> list[Node]:
-        """Nodes that depend on these, in order, with them."""
-        dirty = set(start)
-        todo = list(dirty)
-        while todo:
-            fresh = {user for user in todo.pop().users if user.op == "call_function"} - dirty
-            todo += fresh
-            dirty |= fresh
-        return sorted(dirty, key=self._order.__getitem__)
 
-    def _upstream(self, target: Node) -> set[Node]:
-        """Nodes that this one depends on, with it."""
-        found = {target}
-        todo = [target]
-        while todo:
-            fresh = set(todo.pop().all_input_nodes) - found
-            todo += fresh
-            found |= fresh
-        return found
+def _narrowed(weight: Tensor) -> Tensor | None:
+    """Return the weight in bf16 if it loses nothing; part by part, as its like in fp32 may be large."""
+    found = torch.empty_like(weight, dtype=torch.bfloat16)
+    rows = max(1, _WORTH_NARROWING // weight.shape[1:].numel())
+    for narrow, part in zip(found.split(rows), weight.split(rows), strict=True):
+        if not torch.equal(narrow.copy_(part).float(), part):
+            return None
+    return found
 
-    def _cut(self, steps: Sequence[Node], roots: set[Node], target: Node) -> Node:
-        """Return the first value after all changes that all later steps depend on them through alone."""
-        dirty = set(steps)
-        readers = {node: sum(user in dirty for user in node.users) for node in steps}
-        open_values: set[Node] = set()
-        missing = len(roots & dirty)
-        for node in steps:
-            missing -= node in roots
-            for argument in node.all_input_nodes:
-                if argument in open_values:
-                    readers[argument] -= 1
-                    if not readers[argument]:
-                        open_values.discard(argument)
-            if readers[node]:
-                open_values.add(node)
-            if not missing and open_values <= {node} and isinstance(self._run.values(node), Tensor):
-                return node
-        return target
+
+def _gram(weight: Tensor) -> Tensor:
+    """WᵀW of ``(out, in)``, summed in float64 over parts of the rows."""
+    found = weight.new_zeros((weight.shape[1], weight.shape[1]), dtype=torch.float64)
+    for rows in weight.split(_GRAM_ROWS):
+        found += rows.t() @ rows
+    return found
+
+
+def _differences(values: Sequence[Tensor], clean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Differences to the clean value, ``(values, *value)``."""
+    found = clean.new_empty((len(values), *clean.shape), dtype=dtype)
+    for row, value in zip(found, values, strict=True):
+        row.copy_(value - clean)
+    return found
 
 
 _TAKES_ROWS = {aten.index.Tensor, aten.slice.Tensor, aten.select.int}
 
 
 def _leaves_last_dimension(node: Node) -> bool:
-    dimensions = node.all_input_nodes[0].meta["val"].dim()
+    value = node.all_input_nodes[0].meta["val"]
     if node.target is aten.index.Tensor:
         indices: Any = node.args[1]
-        return len(indices) < dimensions and not any(i is None for i in indices)
+        taken = sum(i.meta["val"].dim() if i.meta["val"].dtype in _MASKS else 1 for i in indices if i is not None)
+        return taken < value.dim() and not any(i is None for i in indices)
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type] # a number
-    last: bool = dim % dimensions == dimensions - 1
+    last: bool = dim % value.dim() == value.dim() - 1
     return not last
 
 
-RULES: dict[Any, Callable[[DeltaRun, Node, dict[Node, Any]], bool]] = {aten.linear.default: DeltaRun.linear}
-"""ATen op → how a difference goes through it; what is not here is computed anew."""
+_MASKS = (torch.bool, torch.uint8)

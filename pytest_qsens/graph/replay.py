@@ -7,15 +7,16 @@ group executes that group whole and in order, starting from copies of its roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 from torch.nn import Parameter
+
+from pytest_qsens.graph.schedule import Arguments, Schedule, Step, Touched, Values, reader_of
 
 if TYPE_CHECKING:
     from pytest_qsens.graph.capture import Graph
@@ -23,14 +24,8 @@ if TYPE_CHECKING:
 Override = Callable[..., Tensor]
 """Takes the arguments of a call node, positional and keyword, and returns its value."""
 
-
-@dataclass(frozen=True)
-class _Step:
-    node: Node
-    first_change: bool
-    """Whether this is an overridden call that no other change reaches: its arguments are those it had in the run."""
-    dead: tuple[Node, ...]
-    """Values that no later step reads."""
+Change = Mapping[Node, Override]
+"""What some call nodes compute instead."""
 
 
 class Run:
@@ -40,76 +35,101 @@ class Run:
     long as the run does.
     """
 
-    def __init__(self, graph: Graph, overrides: Mapping[Node, Override] | None = None) -> None:
+    def __init__(self, graph: Graph, overrides: Change | None = None) -> None:
         self.graph = graph
-        self._overrides = dict(overrides or {})
-        self._call_nodes = {node for nodes in graph.calls.values() for node in nodes}
-        # what op calls were given when they ran, even if it was overwritten later
-        self._arguments: dict[Node, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.call_nodes = tuple(node for nodes in graph.calls.values() for node in nodes)
+        overrides = overrides or {}
+        self._calls: list[Any] = [overrides.get(node, node.target) for node in graph.nodes]
+        # what op calls were given when they ran, where it was overwritten later
+        self._overwritten: dict[Node, Arguments] = {}
         self._written = {node: written for node in graph.nodes if (written := _written_arguments(node))}
-        self._order = {node: i for i, node in enumerate(graph.nodes)}
-        self._values: dict[Node, Any] = {}
+        self._values: Values = [None] * len(graph.nodes)
         self._execute()
-        self._groups = self._find_groups()
-        self.output: Tensor = self._values[graph.output].clone()
+        self.groups = self._find_groups()
+        self.output: Tensor = self.values(graph.output).clone()
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
-        return self._values[node]
+        return self._values[self.order[node]]
 
-    def arguments(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, node: Node) -> Arguments:
         """Return what an op call was given when it ran."""
-        return self._arguments[node]
+        return self._overwritten.get(node) or reader_of(node, self.order)(self._values)
 
-    def shares_written_storage(self, nodes: Iterable[Node]) -> bool:
-        """Whether any of these nodes' values lie in memory that the graph writes into."""
-        return not self._groups.keys().isdisjoint(nodes)
+    @property
+    def clean(self) -> Values:
+        """All values at the end of the run, in the order of the graph's nodes; not to be changed."""
+        return self._values
 
-    def replay(self, overrides: Mapping[Node, Override]) -> Tensor:
+    def is_original(self, node: Node) -> bool:
+        """Whether a node computes what it did in the model."""
+        return self._calls[self.order[node]] is node.target
+
+    def is_settled(self, node: Node, at: Node) -> bool:
+        """Whether the value of ``node`` is not written into after ``at``."""
+        position = self.order[at]
+        return all(self._last_write[group] < position for group in self.groups.get(node, ()))
+
+    def replay(self, overrides: Change) -> Tensor:
         """Output of the graph if the given op calls were computed otherwise; the rest as in this run."""
-        fresh: dict[Node, Any] = {}
-
-        def value(node: Node) -> Any:  # noqa: ANN401 - as `values`
-            return fresh[node] if node in fresh else self._values[node]
-
-        for step in self._plan(frozenset(overrides)):
-            node = step.node
-            if node in overrides:
-                kept = step.first_change
-                args, kwargs = self._arguments[node] if kept else map_arg((node.args, node.kwargs), value)
-                fresh[node] = overrides[node](*args, **kwargs)
-            elif node.op == "call_function":
-                fresh[node] = self._call(node, value)
-            else:  # the root of a group that is written into
-                fresh[node] = _copy(self._root(node))
-            for dead in step.dead:
-                fresh.pop(dead, None)
-        result: Tensor = fresh.get(self.graph.output, self.output)
+        values = self._values.copy()
+        touched = self._schedule.touched(overrides)
+        for level in self._schedule.levels:
+            for step in level.steps:
+                if touched.active[step.position]:
+                    self.take(step, values, overrides, touched)
+        position = self.order[self.graph.output]
+        result: Tensor = values[position] if touched.active[position] else self.output
         return result
+
+    def take(self, step: Step, values: Values, overrides: Change, touched: Touched) -> None:
+        """Compute one value of a replay, and drop those that nothing needs any more."""
+        node = step.node
+        if node in overrides:
+            kept = self._overwritten.get(node) if node in touched.first else None
+            args, kwargs = kept or step.read(values)
+            values[step.position] = overrides[node](*args, **kwargs)
+        elif node.op == "call_function":
+            args, kwargs = step.read(values)
+            values[step.position] = self._calls[step.position](*args, **kwargs)
+        else:  # the root of a group that is written into
+            values[step.position] = _copy(self._root(node))
+        for position in step.dead:
+            values[position] = None
+
+    @cached_property
+    def _last_write(self) -> dict[tuple[Node, ...], int]:
+        """Group → position of the last node that writes into it."""
+        return {
+            group: self.order[node]
+            for node, written in self._written.items()
+            for target in written
+            for group in self.groups.get(target, ())
+        }
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.graph.nodes, self.groups, self.call_nodes, self.graph.output)
 
     def _execute(self) -> None:
         kept: dict[int, list[Node]] = {}  # storage → op call nodes that read it
-        for node in self.graph.nodes:
+        calls = set(self.call_nodes)
+        for position, node in enumerate(self.graph.nodes):
             if node.op != "call_function":
                 root = self._root(node)
                 # the graph may write into anything but parameters, which capture has checked
-                self._values[node] = root if isinstance(root, Parameter) else _copy(root)
+                self._values[position] = root if isinstance(root, Parameter) else _copy(root)
                 continue
-            if node in self._call_nodes:
-                arguments = map_arg((node.args, node.kwargs), self._values.__getitem__)
-                self._arguments[node] = arguments
-                for storage in _storages(arguments):
+            args, kwargs = reader_of(node, self.order)(self._values)
+            if node in calls:
+                for storage in _storages((args, kwargs)):
                     kept.setdefault(storage, []).append(node)
             for written in self._written.get(node, ()):
-                for storage in _storages(self._values[written]):
+                for storage in _storages(self.values(written)):
                     for reader in kept.pop(storage, ()):
-                        self._arguments[reader] = _copy(self._arguments[reader])
-            self._values[node] = self._call(node, self._values.__getitem__)
-
-    def _call(self, node: Node, value: Callable[[Node], Any]) -> Any:  # noqa: ANN401 - as `values`
-        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-        function: Callable[..., Any] = self._overrides.get(node, node.target)  # type: ignore[arg-type] # a call
-        return function(*args, **kwargs)
+                        self._overwritten.setdefault(reader, _copy(self.arguments(reader)))
+            self._values[position] = self._calls[position](*args, **kwargs)
 
     def _root(self, node: Node) -> Any:  # noqa: ANN401 - as `values`
         return self.graph.inputs[node] if node.op == "placeholder" else self.graph.constants[node]
@@ -117,48 +137,15 @@ class Run:
     def _find_groups(self) -> dict[Node, tuple[tuple[Node, ...], ...]]:
         members: dict[int, dict[Node, None]] = {}
         for node in self.graph.nodes:
-            for storage in _storages(self._values[node]):
+            for storage in _storages(self.values(node)):
                 members.setdefault(storage, {})[node] = None
-        written = {s for targets in self._written.values() for node in targets for s in _storages(self._values[node])}
+        written = {s for targets in self._written.values() for node in targets for s in _storages(self.values(node))}
         groups: dict[Node, tuple[tuple[Node, ...], ...]] = {}
         for storage in sorted(written):
             group = tuple(members[storage])
             for node in group:
                 groups[node] = (*groups.get(node, ()), group)
         return groups
-
-    def _plan(self, changed: frozenset[Node]) -> Iterator[_Step]:
-        """Yield the steps of a replay in order: everything downstream of ``changed``, groups whole."""
-        dirty = set(changed)
-        todo = list(changed)
-        while todo:  # a group with one new value is new as a whole
-            node = todo.pop()
-            new = [user for user in node.users if user.op == "call_function"]
-            new += [member for group in self._groups.get(node, ()) for member in group if member.op == "call_function"]
-            todo += (fresh := set(new) - dirty)
-            dirty |= fresh
-        first = {node for node in changed if dirty.isdisjoint(node.all_input_nodes)}
-        needed = set(dirty)
-        todo = list(dirty)
-        while todo:  # a group that is read is executed again, to have the values of that moment
-            node = todo.pop()
-            touched = (node,) if node in first else (node, *node.all_input_nodes)
-            members = {member for t in touched for group in self._groups.get(t, ()) for member in group}
-            todo += (fresh := members - needed)
-            needed |= fresh
-        steps = sorted(needed, key=self._order.__getitem__)
-        last_reader: dict[Node, Node] = {}
-        for node in steps:
-            last_reader[node] = node
-            for argument in node.all_input_nodes:
-                if argument in needed:
-                    last_reader[argument] = node
-        dead: dict[Node, list[Node]] = {}
-        for node, reader in last_reader.items():
-            if node is not self.graph.output:
-                dead.setdefault(reader, []).append(node)
-        for node in steps:
-            yield _Step(node, node in first, tuple(dead.get(node, ())))
 
 
 def _written_arguments(node: Node) -> tuple[Node, ...]:

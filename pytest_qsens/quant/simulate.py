@@ -19,7 +19,7 @@ from torch.nn import functional
 from pytest_qsens.graph.calls import finite_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -50,25 +50,44 @@ class QuantizedWeight:
     sums: Tensor
 
 
+_CHUNK = 2**17
+"""Values taken through several steps at a time, so that what is between the steps stays in a core's cache."""
+
+
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
     """Quantize a weight ``(out, ...)`` to int8 by the largest magnitude of each output channel."""
     observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
     observer(weight)
-    scale, zero_point = observer.calculate_qparams()
-    primitives: Any = torch.ops.quantized_decomposed
-    values = primitives.quantize_per_channel(weight, scale, zero_point, 0, -128, 127, torch.int8)
-    return QuantizedWeight(values, scale, values.flatten(1).sum(1))
+    scale, _ = observer.calculate_qparams()
+    values = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    sums = torch.empty_like(scale, dtype=torch.int64)
+    parts = (values.flatten(1), weight.flatten(1), (1 / scale)[:, None], sums)
+    rows = max(1, _CHUNK // parts[0].shape[1])
+    for integers, part, inverse, total in zip(*(tensor.split(rows) for tensor in parts), strict=True):
+        rounded = (part * inverse).round_().clamp_(-128, 127)
+        integers.copy_(rounded)
+        total.copy_(rounded.sum(1, dtype=_exact_sum(part.shape[1])))
+    return QuantizedWeight(values, scale, sums)
+
+
+def _exact_sum(count: int) -> torch.dtype:
+    """Return a dtype that adds up so many int8 values without rounding: fp32 below 2**24."""
+    return torch.float32 if count < 2**24 // 128 else torch.float64
 
 
 def quantize_activation(values: Tensor, qparams: QParams) -> Tensor:
-    """Round to uint8, per tensor; the integers come as int32.
+    """Round to uint8, per tensor; the integers come as fp32.
 
     The kernels compute round_half_even(fma(x, 1 / scale, zero_point)) in fp32. float64 holds the product and the sum
     exactly for every value in range, so rounding it to fp32 is the one rounding of the fma.
     """
     inverse = 1 / torch.tensor(qparams.scale, dtype=torch.float32, device=values.device)
-    scaled = (values.double() * inverse.double() + qparams.zero_point).float()
-    return scaled.round().clamp(0, 255).to(torch.int32)
+    found = torch.empty_like(values, memory_format=torch.contiguous_format)
+    parts = (tensor.reshape(-1).split(_CHUNK) for tensor in (found, values))
+    for integers, part in zip(*parts, strict=True):
+        integers.copy_(part.double().mul_(inverse.double()).add_(qparams.zero_point))
+        integers.round_().clamp_(0, 255)
+    return found
 
 
 def quantized_embedding(rows: Tensor) -> Tensor:
@@ -93,6 +112,9 @@ def _per_channel(values: Tensor, kind: str) -> Tensor:
     """Shape ``(out,)`` so that it broadcasts over an op's output."""
     return values if kind == "linear" else values.view(-1, *[1] * int(kind[4]))
 
+
+_INT32_SUM = 2**31 // (255 * 128)
+"""So many products of uint8 and int8 can be added before int32 overflows."""
 
 _INT32_LENGTH = 2**31 // (128 * 128)
 """So many products of int8 can be added before int32 overflows."""
@@ -163,15 +185,24 @@ class Simulator:
         scale = _per_channel(torch.tensor(x.scale, device=call.x.device) * weight.scale, call.kind)
         products = _uint8_products(call, weight, x)
         bias = None if call.bias is None else _per_channel(call.bias, call.kind)
+        found = torch.empty_like(products, dtype=torch.float32)
         if not self._scheme.requantize_output:
-            product: Tensor = products.float() * scale
-            return product if bias is None else product + bias
+            for output, part in _rows(call.kind, found, products):
+                torch.mul(part.float(), scale, out=output)
+                if bias is not None:
+                    output.add_(bias)
+            return found
         y = self._calibration.output_qparams(op)
         y_scale = torch.tensor(y.scale, device=call.x.device)
-        accumulated = products.float() if bias is None else products.float() + bias / scale
-        integers = ((accumulated * (scale / y_scale)).round() + y.zero_point).clamp(0, 255)
-        dequantized: Tensor = (integers - y.zero_point) * y_scale
-        return dequantized
+        multiplier = scale / y_scale
+        shift = None if bias is None else bias / scale
+        for output, part in _rows(call.kind, found, products):
+            output.copy_(part)
+            if shift is not None:
+                output.add_(shift)
+            # the integers less the zero point, which fp32 holds exactly
+            output.mul_(multiplier).round_().clamp_(-y.zero_point, 255 - y.zero_point).mul_(y_scale)
+        return found
 
     @staticmethod
     def _dynamic(call: Call, weight: QuantizedWeight) -> Tensor:
@@ -182,12 +213,25 @@ class Simulator:
         return output if call.bias is None else output + call.bias
 
 
+def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split outputs of one shape into parts that fit into a cache, none of them through a channel's values."""
+    if kind == "linear":
+        tensors = tuple(tensor.view(-1, tensor.shape[-1]) for tensor in tensors)
+    elif tensors[0].dim() < int(kind[4]) + 2:  # no batch
+        return iter([tensors])
+    rows = max(1, _CHUNK // max(1, tensors[0].shape[1:].numel()))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
 def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
-    """Sum (x - zero_point) * weight over integers, exactly: int64 or integer-valued float64."""
+    """Sum (x - zero_point) * weight over integers, exactly: integers or integer-valued float64."""
     integers = quantize_activation(call.x, x)
     if call.kind == "linear":
-        shifted = (integers - 128).to(torch.int8)
-        return _integer_linear(shifted, weight.values) + (128 - x.zero_point) * weight.sums
+        product = _integer_linear(integers.sub_(128).to(torch.int8), weight.values)
+        correction = (128 - x.zero_point) * weight.sums
+        if product.dtype == torch.int32 and call.x.shape[-1] < _INT32_SUM:
+            return product.add_(correction.int())
+        return product + correction
     # padding is with real zeros, which is integer zero once the zero point is taken off
-    centred = (integers - x.zero_point).double()
+    centred = integers.sub_(x.zero_point).double()
     return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))
