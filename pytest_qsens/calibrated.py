@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
+from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
@@ -155,8 +155,8 @@ class CalibratedModel:
     @cached_property
     def _reference_size(self) -> tuple[float, int]:
         """Sum of squares and number of values of the reference."""
-        references = self._engine.references
-        return sum(map(energy, references)), sum(reference.numel() for reference in references)
+        sizes = [(energy(reference), reference.numel()) for reference in self._engine.references]
+        return sum(size for size, _ in sizes), sum(count for _, count in sizes)
 
     def _add_noise(self, op: str, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
@@ -225,6 +225,7 @@ def calibrate(
     device: str = "cpu",
     divergence: bool = True,
     expected: Collection[str] | None = None,
+    memory: int | None = None,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -238,6 +239,7 @@ def calibrate(
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
             together leaves out the others.
+        memory: Bytes for values that could be computed again; half of what is free if it is not given.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -259,16 +261,18 @@ def calibrate(
         with one_thread():
             for number, batch in enumerate(calibrating, 1):
                 _observe(model, batch, number, spec, calibration)
-        references, seconds = _references(model, batches, spec)
+        references = _References(model, batches, spec)
         quantizable = [op.name for op in ops if op.name in calibration.reached and chosen.refusal(op.type) is None]
         built: Engine
         reason = None
         if engine in KERNEL_ENGINES:
+            references.finish()
             built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
         else:
             wanted = [op for op in quantizable if expected is None or op in expected]
+            limit = default_memory(1) if memory is None else memory
             built, reason = _build_engine(
-                engine, model, batches, references, spec, simulator, quantizable, wanted, logits=logits
+                engine, model, batches, references, spec, simulator, quantizable, limit, wanted, logits=logits
             )
     return CalibratedModel(
         chosen,
@@ -277,7 +281,7 @@ def calibrate(
         built,
         logits=logits,
         engine_reason=reason,
-        reference_seconds=seconds,
+        reference_seconds=references.seconds,
     )
 
 
@@ -295,10 +299,11 @@ def _build_engine(
     name: str,
     model: nn.Module,
     batches: Sequence[Batch],
-    references: Sequence[Tensor],
+    references: _References,
     spec: ModelSpec,
     simulator: Simulator,
     quantizable: Sequence[str],
+    memory: int,
     expected: Sequence[str],
     *,
     logits: bool,
@@ -308,15 +313,16 @@ def _build_engine(
         try:
             with unchanged_state(model):
                 if name == "replay":
-                    return ReplayEngine(model, batches, references, spec.output, simulator, quantizable), None
+                    return ReplayEngine(model, batches, references, spec.output, simulator, quantizable, memory), None
                 built = DeltaEngine(
-                    model, batches, references, spec.output, simulator, quantizable, expected, logits=logits
+                    model, batches, references, spec.output, simulator, quantizable, memory, expected, logits=logits
                 )
                 return built, built.distrusted
         except CaptureRefused as refused:
             reason = f"capture refused: {refused}"
             if name != "auto":
                 raise QsensError(f"engine {name} cannot be used, {reason}. Use the eager engine, or auto.") from refused
+    references.finish()
     return EagerEngine(model, batches, spec.output, simulator, quantizable), reason
 
 
@@ -342,26 +348,43 @@ def _observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calib
         _run(model, batch, spec, f"calibration batch {number}")
 
 
-def _references(model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> tuple[list[Tensor], float]:
-    """Run the unquantized model once; returns its outputs and the seconds it took."""
-    references: list[Tensor] = []
-    seconds = size = 0.0
-    for number, batch in enumerate(batches, 1):
-        where = f"evaluation batch {number}"
-        start = time.perf_counter()
-        with unchanged_state(model):
-            reference = _run(model, batch, spec, where)
-        seconds += time.perf_counter() - start
-        if not bool(torch.isfinite(reference).all()):
-            raise QsensError(
-                f"the reference output of {where} holds NaN or infinite values "
-                f"({_first_not_finite(model, batch, spec)}). Check the weights and the evaluation data."
-            )
-        size += energy(reference)
-        references.append(reference)
-    if size == 0:
-        raise QsensError("the reference output is zero everywhere, so no error can be related to it")
-    return references, seconds
+class _References:
+    """Outputs of the unquantized model, batch by batch, checked as they come; no batch is run twice.
+
+    Attributes:
+        seconds: Wall seconds of the forwards so far.
+
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> None:
+        self.seconds = 0.0
+        self._outputs = self._run(model, batches, spec)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._outputs
+
+    def finish(self) -> None:
+        """Check the batches that nobody has asked for."""
+        for _ in self._outputs:
+            pass
+
+    def _run(self, model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> Iterator[Tensor]:
+        size = 0.0
+        for number, batch in enumerate(batches, 1):
+            where = f"evaluation batch {number}"
+            start = time.perf_counter()
+            with unchanged_state(model):
+                reference = _run(model, batch, spec, where)
+            self.seconds += time.perf_counter() - start
+            if not bool(torch.isfinite(reference).all()):
+                raise QsensError(
+                    f"the reference output of {where} holds NaN or infinite values "
+                    f"({_first_not_finite(model, batch, spec)}). Check the weights and the evaluation data."
+                )
+            size += energy(reference)
+            yield reference
+        if size == 0:
+            raise QsensError("the reference output is zero everywhere, so no error can be related to it")
 
 
 def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:

@@ -13,9 +13,10 @@ import pytest
 
 from pytest_qsens.collect import expected
 from pytest_qsens.errors import QsensError
+from pytest_qsens.memory import default_memory, parse_memory
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import to_payload
-from pytest_qsens.workers import limit_threads
+from pytest_qsens.workers import limit_threads, workers_here
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -62,7 +63,9 @@ class Bench:
             gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
             limit_threads(self._config)
             try:
-                self._calibrated = _calibrate(spec, model, expected(self._config, model.label, spec.scheme))
+                self._calibrated = _calibrate(
+                    spec, model, expected(self._config, model.label, spec.scheme), workers_here(self._config)
+                )
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
@@ -155,7 +158,7 @@ def environment(device: str, engine: str) -> dict[str, str]:
     }
 
 
-def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None) -> CalibratedModel:
+def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None, workers: int) -> CalibratedModel:
     import torch
 
     from pytest_qsens.calibrated import calibrate
@@ -172,6 +175,7 @@ def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None) -> Cali
         device=spec.device,
         divergence=spec.divergence,
         expected=ops,
+        memory=default_memory(max(1, workers)) if spec.memory is None else parse_memory(spec.memory, "memory"),
     )
 
 

@@ -64,12 +64,8 @@ class Score:
         """
         if quantized.shape != reference.shape:
             raise ValueError(f"the output has shape {tuple(quantized.shape)}, not {tuple(reference.shape)}")
-        if not bool(torch.isfinite(quantized).all()):
-            self.finite = False
-        if not self.finite:
-            return
-        if not self._logits:
-            self.sse += squared_distance(reference, quantized)
+        self.add_error(squared_distance(reference, quantized))
+        if not self._logits or not self.finite:
             return
         classes = reference.shape[-1]
         self._positions += reference.numel() // classes
@@ -77,7 +73,6 @@ class Score:
         chunks = (torch.split(values.reshape(-1, classes), rows) for values in (reference, quantized))
         for ref, out in zip(*chunks, strict=True):
             ref, out = ref.double(), out.double()  # noqa: PLW2901 - the same values
-            self.sse += float((out - ref).square().sum())
             log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)
             self._kl += float((log_p.exp() * (log_p - log_q)).sum())
             self._agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())

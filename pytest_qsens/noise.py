@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
 SEEDS = (1, 2, 3)
 RELATIVE = 1e-6
@@ -25,9 +25,13 @@ STUDENT_T = 3.182
 
 def perturbed(value: Tensor, seed: int) -> Tensor:
     """Multiply every element by 1 + `RELATIVE` times a seeded normal number; the value's shape and dtype stay."""
-    generator = torch.Generator(value.device).manual_seed(seed)
-    factor = torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
-    return value * (1 + RELATIVE * factor)
+    return value * _factors(value.shape, value.dtype, value.device, seed)
+
+
+@lru_cache(maxsize=32)  # a model has few shapes, and drawing takes longer than the product
+def _factors(shape: torch.Size, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return 1 + RELATIVE * torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def spread(draws: Sequence[float]) -> float:

@@ -94,6 +94,14 @@ _DECLARATIONS = (
         "METRIC:TOLERANCE",
         marker=True,
     ),
+    _Declaration(
+        "memory",
+        "text",
+        "memory for values that could be computed again, such as 4GB: less is slower (default: half of what is free, "
+        "shared by the workers)",
+        "SIZE",
+        marker=True,
+    ),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
     _Declaration("json", "path", "write every score to FILE", "FILE"),
     _Declaration("cache", "path", "where op lists are cached (default: the user's cache directory)", "DIR"),
@@ -137,6 +145,7 @@ class RunSpec:
     scheme: str
     engine: str
     device: str
+    memory: str | None
     divergence: bool
 
 
@@ -155,6 +164,7 @@ class Options:
     eval: Path | None
     engine: str
     fail: str
+    memory: str | None
     device: str
     json: Path | None
     cache: Path | None
@@ -253,16 +263,16 @@ class Options:
     @property
     def run_spec(self) -> RunSpec:
         """Key of the calibrated model these options ask for."""
-        return RunSpec(self.request, self.scheme, self.engine, self.device, self._divergence)
+        return RunSpec(self.request, self.scheme, self.engine, self.device, self.memory, self._divergence)
 
     @property
     def _divergence(self) -> bool:
-        """Whether logits are to be compared as distributions; the fast engine does so only if it gates something."""
+        """Whether logits are to be compared as distributions: the fast engine, which needs none, only if that gates."""
         from pytest_qsens.thresholds import parse_fail
 
         gated = {threshold.metric for threshold in parse_fail(self.fail)}
         gated |= {threshold.metric for _, thresholds in self.overrides().rules for threshold in thresholds}
-        return self.engine != "delta" or not gated.isdisjoint(("kl", "top1"))
+        return self.engine not in ("auto", "delta") or not gated.isdisjoint(("kl", "top1"))
 
     @property
     def restricted(self) -> bool:
@@ -435,10 +445,17 @@ def _check_device(text: str, origin: str) -> None:
         raise QsensError(f"{origin} takes a torch device such as cpu, cuda or cuda:1, not {text!r}")
 
 
+def _check_memory(text: str, origin: str) -> None:
+    from pytest_qsens.memory import parse_memory
+
+    parse_memory(text, origin)
+
+
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     "scheme": _check_choice(SCHEMES),
     "mode": _check_choice(MODES),
     "engine": _check_choice(ENGINES),
     "fail": _check_fail,
     "device": _check_device,
+    "memory": _check_memory,
 }

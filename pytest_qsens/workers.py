@@ -65,9 +65,14 @@ def workers_beside(spec: Any, specs: Sequence[Any]) -> int:  # noqa: ANN401  # e
     return sum(machine(other) == machine(spec) for other in specs)
 
 
+def workers_here(config: pytest.Config) -> int:
+    """How many workers share this machine, this process included; 0 without pytest-xdist."""
+    return int(getattr(config, "workerinput", {}).get("qsens_workers", 0))
+
+
 def limit_threads(config: pytest.Config) -> None:
     """In a worker: give torch its share of the cores, unless ``OMP_NUM_THREADS`` is set here."""
-    workers = getattr(config, "workerinput", {}).get("qsens_workers")
+    workers = workers_here(config)
     if workers and _THREADS not in os.environ:
         import torch
 

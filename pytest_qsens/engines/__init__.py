@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,8 +28,8 @@ class Engine(Protocol):
     """Whether it can move values by a seed."""
 
     @property
-    def references(self) -> Sequence[Tensor]:
-        """Outputs of the unquantized model, fp32."""
+    def references(self) -> Iterable[Tensor]:
+        """Outputs of the unquantized model, fp32, batch by batch."""
 
     @property
     def exercised(self) -> Collection[str]:

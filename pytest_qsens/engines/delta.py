@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from pytest_qsens.metrics import Score, energy
 from pytest_qsens.ops import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-3
 """How far an error may be from that of an exact replay, relative: bf16 has 8 bits, and rounding is random."""
+
+_WAVE_SHARE = 4
+"""The part of the memory for changes that go side by side: one in so many."""
 
 _ROUNDING = 2**-22
 """What rounding values to fp32 adds up to on the way, relative to them: a few times half a unit in the last place."""
@@ -47,6 +51,7 @@ class DeltaEngine(ReplayEngine):
         output: Takes the scored output.
         simulator: Gives the outputs of quantized ops.
         quantizable: Names of ops that can be quantized.
+        memory: Bytes for values.
         expected: Those that are going to be scored.
         logits: Whether outputs are compared as distributions of classes, too.
 
@@ -61,22 +66,21 @@ class DeltaEngine(ReplayEngine):
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        references: Sequence[Tensor],
+        references: Iterable[Tensor],
         output: Output,
         simulator: Simulator,
         quantizable: Collection[str],
+        memory: int,
         expected: Collection[str],
         *,
         logits: bool,
     ) -> None:
-        super().__init__(model, batches, references, output, simulator, quantizable)
+        super().__init__(model, batches, references, output, simulator, quantizable, memory)
         self._logits = logits
         narrow = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
         self._deltas = [DeltaRun(run, narrow=narrow) for run in self._clean]
-        self._waves: dict[str, list[str]] = {}
-        for op in self._quantizable:
-            if op in self.exercised and op in expected:
-                self._waves.setdefault(Op(op, "").block, []).append(op)
+        widest = max(1, *(delta.bytes_per_change for delta in self._deltas))
+        self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
         self._scores: dict[str, Score] = {}
         self._energy = sum(map(energy, self.references))
         self.distrusted: str | None = None
@@ -90,12 +94,19 @@ class DeltaEngine(ReplayEngine):
         if self.distrusted is not None:
             return None
         if op not in self._scores:
-            wave = self._waves.get(Op(op, "").block, [])
+            wave = next((wave for wave in self._waves if op in wave), [op])
             try:
-                self._scores |= self._measure(wave if op in wave else [op])
+                self._scores |= self._measure(wave)
             except Exception:  # noqa: BLE001 - one of them makes the model fail: the others shall have their scores
                 self._scores |= self._measure([op])
-        return self._scores.pop(op)
+        return self._scores[op]
+
+    def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
+        """Group the expected ops of each block, at most so many together."""
+        wanted = (op for op in self._quantizable if op in self.exercised and op in expected)
+        for _, block in groupby(wanted, key=lambda op: Op(op, "").block):
+            ops = list(block)
+            yield from (ops[i : i + most] for i in range(0, len(ops), most))
 
     def _measure(self, ops: Sequence[str]) -> dict[str, Score]:
         found = {op: Score(logits=self._logits) for op in ops}
@@ -108,11 +119,12 @@ class DeltaEngine(ReplayEngine):
                 else:
                     for score, error in zip(found.values(), delta.errors(changes), strict=True):
                         score.add_error(error)
+            run.release_all()
         return found
 
     def _find_fault(self) -> str | None:
         """Compare with a replay, for the first op and the last but one."""
-        candidates = [op for wave in self._waves.values() for op in wave]
+        candidates = list(chain.from_iterable(self._waves))
         faults = (self._fault(op) for op in dict.fromkeys([*candidates[:1], *candidates[-2:-1]]))
         return next(filter(None, faults), None)
 
@@ -126,11 +138,10 @@ class DeltaEngine(ReplayEngine):
         if not exact.finite:
             return None
         try:
-            found = self.together(op)
+            self.together(op)
         except Exception as error:  # noqa: BLE001 - a replay raises nothing
             return f"differences cannot be followed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        assert found is not None  # nothing is distrusted yet
-        self._scores[op] = found
+        found = self._scores[op]
         nmse, expected = found.sse / self._energy, exact.sse / self._energy
         if abs(nmse - expected) <= tolerance(expected):  # false for NaN
             return None

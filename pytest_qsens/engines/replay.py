@@ -13,11 +13,11 @@ from pytest_qsens.graph.capture import CaptureRefused, Graph, capture, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.graph.replay import Override, Run
 from pytest_qsens.metrics import same
-from pytest_qsens.noise import perturbed
+from pytest_qsens.noise import SEEDS, perturbed
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.fx import Node
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 class ReplayEngine:
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
-    All values of the clean run are kept; those of the fully quantized run once it is asked for, and of one more for
-    each seed. All are made on one thread; replays use all of them if the clean values come out the same on all.
+    The values of the clean run are kept as far as the memory goes; those of the fully quantized run once it is asked
+    for, and of one more for each seed. All are made on one thread; replays use all of them if the clean values come
+    out the same on all.
 
     Raises:
         CaptureRefused: If a batch's graph is not an exact stand-in for the model.
@@ -48,36 +49,47 @@ class ReplayEngine:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        references: Sequence[Tensor],
+        references: Iterable[Tensor],
         output: Output,
         simulator: Simulator,
         quantizable: Collection[str],
+        memory: int,
     ) -> None:
         self._simulator = simulator
-        verified = [
-            _verified_run(model, batch, output, reference) for batch, reference in zip(batches, references, strict=True)
-        ]
+        share = memory * 3 // 8 // len(batches)
+        self._joint_share = share // (1 + len(SEEDS))
+        pairs = zip(
+            batches, references, strict=True
+        )  # strict: it asks for a reference too many, which ends their checks
+        verified = [_verified_run(model, batch, output, reference, share) for batch, reference in pairs]
         self._clean = [run for run, _ in verified]
         self._threads = nullcontext if all(anywhere for _, anywhere in verified) else one_thread
         self._quantized: dict[int | None, list[Run]] = {}
         self.reported: Mapping[str, float] = {}
         graphs = [run.graph for run in self._clean]
-        self.references = [run.output for run in self._clean]
         self.exercised = {
             op
-            for run in self._clean
-            for op, nodes in run.graph.calls.items()
-            if any(run.values(node).numel() for node in nodes)
+            for graph in graphs
+            for op, nodes in graph.calls.items()
+            if any(node.meta["val"].numel() for node in nodes)
         }
         self.out_of_reach: Mapping[str, str] = {op: why for graph in graphs for op, why in graph.out_of_reach.items()}
         self.functional = list(dict.fromkeys(item for graph in graphs for item in graph.functional))
         self._quantizable = [op for op in quantizable if op not in self.out_of_reach]
+
+    @property
+    def references(self) -> Iterator[Tensor]:
+        """Outputs of the unquantized model, fp32."""
+        for run in self._clean:
+            yield run.output
+            run.release_all()
 
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
         for run in self._clean:
             with self._threads():
                 output = run.replay(self._quantize(run.graph, [op]))
+            run.release_all()
             yield output
 
     def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
@@ -88,6 +100,7 @@ class ReplayEngine:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
         for run in self._joint_runs(seed):
             yield run.output
+            run.release_all()
 
     def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
         """Everything but this op is quantized; the seed as in `joint`."""
@@ -95,12 +108,15 @@ class ReplayEngine:
             nodes = run.graph.calls.get(op, ())
             with self._threads():
                 output = run.replay({node: _moved(node.target, seed) for node in nodes})
+            run.release_all()
             yield output
 
     def _joint_runs(self, seed: int | None) -> list[Run]:
         if seed not in self._quantized:
-            with one_thread():
-                self._quantized[seed] = [Run(run.graph, self._everything(run.graph, seed)) for run in self._clean]
+            with self._threads():
+                self._quantized[seed] = [
+                    Run(run.graph, self._everything(run.graph, seed), self._joint_share) for run in self._clean
+                ]
         return self._quantized[seed]
 
     def _everything(self, graph: Graph, seed: int | None) -> dict[Node, Override]:
@@ -128,19 +144,21 @@ def _moved(call: Any, seed: int | None) -> Override:  # noqa: ANN401 - a call no
     return moved
 
 
-def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor) -> tuple[Run, bool]:
+def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int) -> tuple[Run, bool]:
     """Capture and run a batch; also whether every value is the same on one thread and on all.
 
     ``reference`` is the model's output on all threads. The run is made on one.
     """
     graph = capture(model, batch, output)
     with one_thread():
-        run = Run(graph)
-    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_values(run, Run(graph)))
+        run = Run(graph, memory=memory)
+    anywhere = same(run.output, reference) and (
+        torch.get_num_threads() == 1 or _same_values(run, Run(graph, memory=memory))
+    )
     threads = nullcontext if anywhere else one_thread
     if not anywhere:
         with one_thread():
-            run = Run(capture(model, batch, output))
+            run = Run(capture(model, batch, output), memory=memory)
             if not same(run.output, run_model(model, batch, output)):
                 raise CaptureRefused("the captured graph does not reproduce the model's output bit for bit")
     with threads():
@@ -163,6 +181,7 @@ def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
 
 
 def _same_values(one: Run, other: Run) -> bool:
+    """Whether all values kept are: those at the narrow places of the graph are, and all others lead to them."""
     pairs = zip(tree_leaves(one.clean), tree_leaves(other.clean), strict=True)
     return all(same(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 

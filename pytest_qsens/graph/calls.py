@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +95,16 @@ _NAMES = {"input": "x", "indices": "x", "self": "x"}
 _ADDMM_NAMES = {"input": "bias", "self": "bias", "mat1": "x", "mat2": "weight"}
 
 
-def finite_rows(values: Tensor, kind: str) -> Tensor:
-    """Whether each independent part of an op's input or output is finite.
+def finite_rows(values: Tensor, kind: str) -> Tensor | None:
+    """Whether each independent part of an op's input or output is finite; ``None`` if all are.
 
     Returns:
         Booleans: ``(*,)`` for a linear's ``(*, in)``, ``(N,)`` for a convolution's ``(N, C, *spatial)``, ``()`` for one
         without the batch dimension.
 
     """
+    if not values.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist())):  # one pass
+        return None
     finite = torch.isfinite(values)
     if kind == "linear":
         return finite.all(-1)

@@ -7,18 +7,23 @@ product, so that bf16 with fp32 accumulation is enough if the weight is bf16 to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
-from pytest_qsens.graph.schedule import Level, Schedule, Step, Touched, Values, reader_of
+from pytest_qsens.graph.replay import Follower, advance
+from pytest_qsens.graph.schedule import Schedule, Step, reader_of
 from pytest_qsens.metrics import squared_distance
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from pytest_qsens.graph.replay import Change, Run
 
 aten = torch.ops.aten
@@ -37,33 +42,24 @@ class LinearMap(NamedTuple):
     Attributes:
         argument: Position of that argument.
         weight: Position of the other factor, which must be a constant.
-        apply: ``(differences (changes, *argument), weight, all arguments)`` → differences of the output
-            ``(changes, *output)``.
+        apply: ``(differences, weight)`` → differences of the output; those of several changes lie in the first
+            dimension of both. A change's results must not depend on how many there are.
 
     """
 
     argument: int
     weight: int
-    apply: Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
-
-
-def _convolve(convolution: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor]:
-    def apply(delta: Tensor, weight: Tensor, args: Sequence[Any]) -> Tensor:
-        leading = delta.shape[: delta.dim() - weight.dim() + 1]  # changes and, if there is one, the batch
-        return convolution(delta.flatten(0, len(leading) - 1), weight, None, *args[3:]).unflatten(0, leading)
-
-    return apply
+    apply: Callable[[Tensor, Tensor], Tensor]
 
 
 RULES: dict[Any, LinearMap] = {
-    aten.linear.default: LinearMap(0, 1, lambda delta, weight, _: functional.linear(delta, weight)),
-    aten.addmm.default: LinearMap(1, 2, lambda delta, weight, _: delta @ weight),
-    aten.mm.default: LinearMap(0, 1, lambda delta, weight, _: delta @ weight),
-    aten.conv1d.default: LinearMap(0, 1, _convolve(aten.conv1d.default)),
-    aten.conv2d.default: LinearMap(0, 1, _convolve(aten.conv2d.default)),
-    aten.conv3d.default: LinearMap(0, 1, _convolve(aten.conv3d.default)),
+    aten.linear.default: LinearMap(0, 1, functional.linear),
+    aten.addmm.default: LinearMap(1, 2, torch.matmul),
 }
-"""ATen op → how differences go through it. Everything else is computed from values, as in a replay."""
+"""ATen op → how differences go through it. Everything else is computed from values, as in a replay.
+
+Convolutions are not here: what their kernels give for one sample depends on how many there are.
+"""
 
 
 class _Head(NamedTuple):
@@ -75,25 +71,8 @@ class _Head(NamedTuple):
     """Nodes after it that take rows."""
     gram: Tensor
     """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""
-
-
-class _Follower:
-    """One change on its way through the graph."""
-
-    def __init__(self, run: Run, change: Change, touched: Touched) -> None:
-        self.change = change
-        self.touched = touched
-        self.values: Values = run.clean.copy()
-        self._run = run
-
-    def take(self, step: Step) -> None:
-        if self.touched.active[step.position]:
-            self._run.take(step, self.values, self.change, self.touched)
-
-    def put(self, step: Step, value: Tensor) -> None:
-        self.values[step.position] = value
-        for position in step.dead:
-            self.values[position] = None
+    schedule: Schedule
+    """Of replays up to its input."""
 
 
 class DeltaRun:
@@ -109,34 +88,40 @@ class DeltaRun:
         self._run = run
         self._use_narrow = narrow
         self._narrow: dict[Node, Tensor | None] = {}
-        self._together = {
-            node: node.args[rule.argument]
-            for node in run.graph.nodes
-            if (rule := RULES.get(node.target)) is not None and self._is_linear(node, rule)
-        }
+        self._together = self._find_linear()
         self._head = self._find_head()
-        self._to_output = self._schedule(run.graph.output)
-        self._to_head = None if self._head is None else self._schedule(self._head.source)
+        self._schedule = run.schedule(run.graph.output, self._together)
+
+    @cached_property
+    def bytes_per_change(self) -> int:
+        """About the memory that each of several changes takes while they go side by side."""
+        live = most = 0
+        for level in self._schedule.levels:
+            for step in (*level.steps, *chain.from_iterable(level.together)):
+                live += _size(step.node) - sum(_size(self._run.graph.nodes[position]) for position in step.dead)
+            if level.together:
+                most = max(most, live)
+        return most
 
     def outputs(self, changes: Sequence[Change]) -> Iterator[Tensor]:
         """Compute the output of the graph with each of these changes."""
-        return self._follow(changes, self._to_output, self._run.graph.output)
+        return self._follow(changes, self._schedule, self._run.graph.output)
 
     def errors(self, changes: Sequence[Change]) -> list[float]:
         """Compute each change's sum of squared differences to the clean output."""
-        head, schedule = self._head, self._to_head
-        short = [] if head is None or schedule is None else [c for c in changes if schedule.shows(c)]
-        found = {}
-        if short:
-            found |= dict(zip(map(id, short), self._head_errors(short, head, schedule), strict=True))
+        head = self._head
+        found: dict[int, float] = {}
+        if head is not None:
+            before = [change for change in changes if head.schedule.shows(change)]
+            found |= zip(map(id, before), self._head_errors(before, head), strict=True)
         others = [change for change in changes if id(change) not in found]
         for change, output in zip(others, self.outputs(others), strict=True):
             found[id(change)] = squared_distance(self._run.output, output)
         return [found[id(change)] for change in changes]
 
-    def _head_errors(self, changes: Sequence[Change], head: _Head, schedule: Schedule) -> Iterator[float]:
+    def _head_errors(self, changes: Sequence[Change], head: _Head) -> Iterator[float]:
         clean = self._run.values(head.source)
-        for value in self._follow(changes, schedule, head.source):
+        for value in self._follow(changes, head.schedule, head.source):
             delta = value - clean
             for node in head.rows:
                 (_, *rest), options = reader_of(node, self._run.order)(self._run.clean)
@@ -144,38 +129,26 @@ class DeltaRun:
             rows = delta.reshape(-1, delta.shape[-1]).double()
             yield float(((rows @ head.gram) * rows).sum().clamp_min(0))  # what should be zero can come out below
 
-    def _schedule(self, target: Node) -> Schedule:
-        run = self._run
-        return Schedule(run.graph.nodes, run.groups, run.call_nodes, target, self._together)
-
     def _follow(self, changes: Sequence[Change], schedule: Schedule, target: Node) -> Iterator[Tensor]:
         """Compute this node's value with each change."""
-        followers = [_Follower(self._run, change, schedule.touched(change)) for change in changes]
+        followers = [Follower(self._run, change, schedule.touched(change)) for change in changes]
         last = max((i for i, level in enumerate(schedule.levels) if level.together), default=0)
         for level in schedule.levels[:last]:
-            self._advance(level, followers)
-        position = self._run.order[target]
+            advance(self._run, level, followers, self._multiply)
         while followers:  # by itself from here on: outputs can be large
             follower = followers.pop(0)
             for level in schedule.levels[last:]:
-                self._advance(level, [follower])
-            yield follower.values[position]
+                advance(self._run, level, [follower], self._multiply)
+            yield follower.value(target)
 
-    def _advance(self, level: Level, followers: Sequence[_Follower]) -> None:
-        for follower in followers:  # one after the other, so that values stay in the processor's cache
-            for step in level.steps:
-                follower.take(step)
-        for steps in level.together:
-            self._multiply(steps, followers)
-
-    def _multiply(self, steps: Sequence[Step], followers: Sequence[_Follower]) -> None:
+    def _multiply(self, steps: Sequence[Step], followers: Sequence[Follower]) -> None:
         """Take steps that are linear in the same argument for all changes."""
         source = self._run.order[self._together[steps[0].node]]
         clean: Tensor = self._run.clean[source]
         changed = [f for f in followers if f.values[source] is not clean] if clean.numel() else []
         deltas: dict[torch.dtype, Tensor] = {}
         for step in steps:
-            through = [f for f in changed if f.touched.active[step.position] and step.node not in f.change]
+            through = [f for f in changed if f.active[step.position] and step.node not in f.change]
             if through:
                 rule = RULES[step.node.target]
                 weight = self._weight(step.node.args[rule.weight])  # type: ignore[arg-type] # a node
@@ -184,28 +157,34 @@ class DeltaRun:
                 delta = deltas[weight.dtype]
                 if len(through) < len(changed):
                     delta = delta[[f in through for f in changed]]
-                args, _ = step.read(self._run.clean)
                 before: Tensor = self._run.clean[step.position]
-                for follower, product in zip(through, rule.apply(delta, weight, args), strict=True):
+                for follower, product in zip(through, rule.apply(delta, weight), strict=True):
                     follower.put(step, product.float().add_(before))
             for follower in followers:
                 if follower not in through:
                     follower.take(step)
 
-    def _is_linear(self, node: Node, rule: LinearMap) -> bool:
-        """Whether only that argument can change, and the values of the clean run are still those it saw and made."""
+    def _find_linear(self) -> dict[Node, Node]:
+        """Find calls that are linear in one argument, where nothing else can change: call → argument.
+
+        The values of the clean run must be those that the call saw and made.
+        """
         run = self._run
-        argument, weight = node.args[rule.argument], node.args[rule.weight]
-        others = [other for other in node.all_input_nodes if other is not argument]
-        return (
-            isinstance(argument, Node)
-            and all(other in run.graph.constants and other not in run.groups for other in others)
-            and weight in others
-            and not node.kwargs
-            and node not in run.groups
-            and run.is_settled(argument, node)
-            and run.is_original(node)
-        )
+        found: dict[Node, Node] = {}
+        for node in run.graph.nodes:
+            rule = RULES.get(node.target)
+            if rule is None or node.kwargs or node in run.groups or not run.is_original(node):
+                continue
+            argument, weight = node.args[rule.argument], node.args[rule.weight]
+            others = [other for other in node.all_input_nodes if other is not argument]
+            if (
+                isinstance(argument, Node)
+                and weight in others
+                and all(other in run.graph.constants and other not in run.groups for other in others)
+                and run.is_settled(argument, node)
+            ):
+                found[node] = argument
+        return found
 
     def _weight(self, node: Node) -> Tensor:
         weight: Tensor = self._run.values(node)
@@ -224,17 +203,25 @@ class DeltaRun:
             node = node.all_input_nodes[0]
         if node.target is not aten.linear.default or node not in self._together:
             return None
-        weight = self._weight(node.args[1])  # type: ignore[arg-type] # a node
+        source, weight = self._together[node], self._weight(node.all_input_nodes[1])
         if weight.shape[0] <= weight.shape[1]:
             return None
-        return _Head(node.args[0], tuple(rows), _gram(weight))  # type: ignore[arg-type] # a node
+        return _Head(source, tuple(rows), _gram(weight), self._run.schedule(source, self._together))
+
+
+def _size(node: Node) -> int:
+    """Bytes of a node's value; a view has none of its own."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or any(value.alias_info is not None for value in schema.returns):
+        return 0
+    return sum(value.nbytes for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
 
 
 def _narrowed(weight: Tensor) -> Tensor | None:
     """Return the weight in bf16 if it loses nothing; part by part, as its like in fp32 may be large."""
     found = torch.empty_like(weight, dtype=torch.bfloat16)
     rows = max(1, _WORTH_NARROWING // weight.shape[1:].numel())
-    for narrow, part in zip(found.split(rows), weight.split(rows), strict=True):
+    for narrow, part in zip(torch.split(found, rows), torch.split(weight, rows), strict=True):
         if not torch.equal(narrow.copy_(part).float(), part):
             return None
     return found
@@ -243,7 +230,7 @@ def _narrowed(weight: Tensor) -> Tensor | None:
 def _gram(weight: Tensor) -> Tensor:
     """WᵀW of ``(out, in)``, summed in float64 over parts of the rows."""
     found = weight.new_zeros((weight.shape[1], weight.shape[1]), dtype=torch.float64)
-    for rows in weight.split(_GRAM_ROWS):
+    for rows in torch.split(weight, _GRAM_ROWS):
         found += rows.t() @ rows
     return found
 

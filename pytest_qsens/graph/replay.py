@@ -7,7 +7,7 @@ group executes that group whole and in order, starting from copies of its roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
-from pytest_qsens.graph.schedule import Arguments, Schedule, Step, Touched, Values, reader_of
+from pytest_qsens.graph.schedule import Arguments, Level, Schedule, Step, Touched, Values, reader_of
+from pytest_qsens.graph.segments import find_segments
 
 if TYPE_CHECKING:
     from pytest_qsens.graph.capture import Graph
@@ -29,38 +30,81 @@ Change = Mapping[Node, Override]
 
 
 class Run:
-    """One execution of a graph whose values are kept.
+    """One execution of a graph whose values are kept, or dropped and computed again where memory is short.
 
-    ``overrides`` replace what chosen call nodes compute, in the run itself and in every replay. Values stay alive as
-    long as the run does.
+    Args:
+        graph: What to run.
+        overrides: Replace what chosen call nodes compute, in the run itself and in every replay.
+        memory: Bytes of values to keep, from the end of the graph, which every replay needs. Values that lie in memory
+            that the graph writes into are kept in any case, as are those at the narrow places between segments.
+
     """
 
-    def __init__(self, graph: Graph, overrides: Change | None = None) -> None:
+    def __init__(self, graph: Graph, overrides: Change | None = None, memory: int | None = None) -> None:
         self.graph = graph
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.call_nodes = tuple(node for nodes in graph.calls.values() for node in nodes)
         overrides = overrides or {}
         self._calls: list[Any] = [overrides.get(node, node.target) for node in graph.nodes]
+        self._segments = find_segments(graph.nodes, self.order, set(self.call_nodes))
+        self.segment_of: list[int | None] = [None] * len(graph.nodes)
+        for i, segment in enumerate(self._segments):
+            for position in segment.inner:
+                self.segment_of[position] = i
+        self._dropped: set[int] = set()
+        self._restored: set[int] = set()
         # what op calls were given when they ran, where it was overwritten later
         self._overwritten: dict[Node, Arguments] = {}
         self._written = {node: written for node in graph.nodes if (written := _written_arguments(node))}
         self._values: Values = [None] * len(graph.nodes)
-        self._execute()
+        self.groups: dict[Node, tuple[tuple[Node, ...], ...]] = {}
+        self._execute(memory)
         self.groups = self._find_groups()
-        self.output: Tensor = self.values(graph.output).clone()
+        if self._written and memory is not None:
+            self._keep(memory, [self._size(i) for i in range(len(self._segments))])
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
-        return self._values[self.order[node]]
+        position = self.order[node]
+        if self.segment_of[position] in self._dropped:
+            self.require({self.segment_of[position]})  # type: ignore[arg-type] # None is never dropped
+        return self._values[position]
 
     def arguments(self, node: Node) -> Arguments:
         """Return what an op call was given when it ran."""
+        for argument in node.all_input_nodes:
+            self.values(argument)
         return self._overwritten.get(node) or reader_of(node, self.order)(self._values)
 
     @property
+    def output(self) -> Tensor:
+        """Output of the graph."""
+        output: Tensor = self.values(self.graph.output)
+        return output
+
+    @property
     def clean(self) -> Values:
-        """All values at the end of the run, in the order of the graph's nodes; not to be changed."""
+        """Values at the end of the run, in the order of the graph's nodes, without those dropped; not to be changed."""
         return self._values
+
+    def require(self, segments: Iterable[int]) -> list[int]:
+        """Compute dropped values again; returns the positions of all that are not kept for good."""
+        for i in sorted(self._dropped.intersection(segments)):
+            self._dropped.remove(i)
+            self._restored.add(i)
+            for position in self._segments[i].inner:
+                args, kwargs = reader_of(self.graph.nodes[position], self.order)(self._values)
+                self._values[position] = self._calls[position](*args, **kwargs)
+        return [position for i in self._restored.intersection(segments) for position in self._segments[i].inner]
+
+    def release(self, segments: Iterable[int]) -> list[int]:
+        """Drop again what was computed again; returns the positions."""
+        done = sorted(self._restored.intersection(segments))
+        return [position for i in done for position in self._drop(i)]
+
+    def release_all(self) -> None:
+        """Drop all that was computed again."""
+        self.release(tuple(self._restored))
 
     def is_original(self, node: Node) -> bool:
         """Whether a node computes what it did in the model."""
@@ -73,21 +117,16 @@ class Run:
 
     def replay(self, overrides: Change) -> Tensor:
         """Output of the graph if the given op calls were computed otherwise; the rest as in this run."""
-        values = self._values.copy()
-        touched = self._schedule.touched(overrides)
+        follower = Follower(self, overrides, self._schedule.touched(overrides))
         for level in self._schedule.levels:
-            for step in level.steps:
-                if touched.active[step.position]:
-                    self.take(step, values, overrides, touched)
-        position = self.order[self.graph.output]
-        result: Tensor = values[position] if touched.active[position] else self.output
-        return result
+            advance(self, level, [follower])
+        return follower.value(self.graph.output)
 
-    def take(self, step: Step, values: Values, overrides: Change, touched: Touched) -> None:
+    def take(self, step: Step, values: Values, overrides: Change, first: Collection[Node]) -> None:
         """Compute one value of a replay, and drop those that nothing needs any more."""
         node = step.node
         if node in overrides:
-            kept = self._overwritten.get(node) if node in touched.first else None
+            kept = self._overwritten.get(node) if node in first else None
             args, kwargs = kept or step.read(values)
             values[step.position] = overrides[node](*args, **kwargs)
         elif node.op == "call_function":
@@ -97,6 +136,10 @@ class Run:
             values[step.position] = _copy(self._root(node))
         for position in step.dead:
             values[position] = None
+
+    def schedule(self, target: Node, together: Mapping[Node, Node] | None = None) -> Schedule:
+        """Prepare replays that compute the value of ``target``; ``together`` as for `Schedule`."""
+        return Schedule(self.graph.nodes, self.groups, self.call_nodes, target, self.segment_of, together)
 
     @cached_property
     def _last_write(self) -> dict[tuple[Node, ...], int]:
@@ -110,11 +153,13 @@ class Run:
 
     @cached_property
     def _schedule(self) -> Schedule:
-        return Schedule(self.graph.nodes, self.groups, self.call_nodes, self.graph.output)
+        return self.schedule(self.graph.output)
 
-    def _execute(self) -> None:
-        kept: dict[int, list[Node]] = {}  # storage → op call nodes that read it
+    def _execute(self, memory: int | None) -> None:
+        reading: dict[int, list[Node]] = {}  # storage → op call nodes that read it
         calls = set(self.call_nodes)
+        ends = {segment.end for segment in self._segments}
+        sizes: list[int] = []
         for position, node in enumerate(self.graph.nodes):
             if node.op != "call_function":
                 root = self._root(node)
@@ -122,30 +167,120 @@ class Run:
                 self._values[position] = root if isinstance(root, Parameter) else _copy(root)
                 continue
             args, kwargs = reader_of(node, self.order)(self._values)
-            if node in calls:
+            if self._written and node in calls:
                 for storage in _storages((args, kwargs)):
-                    kept.setdefault(storage, []).append(node)
+                    reading.setdefault(storage, []).append(node)
             for written in self._written.get(node, ()):
-                for storage in _storages(self.values(written)):
-                    for reader in kept.pop(storage, ()):
-                        self._overwritten.setdefault(reader, _copy(self.arguments(reader)))
+                for storage in _storages(self._values[self.order[written]]):
+                    for reader in reading.pop(storage, ()):
+                        if reader not in self._overwritten:
+                            self._overwritten[reader] = _copy(reader_of(reader, self.order)(self._values))
             self._values[position] = self._calls[position](*args, **kwargs)
+            if position in ends and memory is not None and not self._written:
+                sizes.append(self._size(len(sizes)))
+                self._keep(memory, sizes)
+
+    def _size(self, segment: int) -> int:
+        """Bytes that dropping a segment frees."""
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for position in self._segments[segment].inner
+            for tensor in _tensors(self._values[position])
+            for storage in (tensor.untyped_storage(),)
+        }
+        return sum(storages.values())
+
+    def _keep(self, memory: int, sizes: Sequence[int]) -> None:
+        """Drop the earliest segments until the rest fits into the memory."""
+        fixed = {self.segment_of[self.order[node]] for node in (*self.groups, *self._written)}
+        held = sum(size for i, size in enumerate(sizes) if i not in self._dropped)
+        for i, size in enumerate(sizes[:-1]):
+            if held <= memory:
+                return
+            if i not in self._dropped and i not in fixed:
+                self._drop(i)
+                held -= size
+
+    def _drop(self, segment: int) -> tuple[int, ...]:
+        self._dropped.add(segment)
+        self._restored.discard(segment)
+        for position in self._segments[segment].inner:
+            self._values[position] = None
+        return self._segments[segment].inner
 
     def _root(self, node: Node) -> Any:  # noqa: ANN401 - as `values`
         return self.graph.inputs[node] if node.op == "placeholder" else self.graph.constants[node]
 
     def _find_groups(self) -> dict[Node, tuple[tuple[Node, ...], ...]]:
         members: dict[int, dict[Node, None]] = {}
-        for node in self.graph.nodes:
-            for storage in _storages(self.values(node)):
+        for node in self.graph.nodes if self._written else ():
+            for storage in _storages(self._values[self.order[node]]):
                 members.setdefault(storage, {})[node] = None
-        written = {s for targets in self._written.values() for node in targets for s in _storages(self.values(node))}
+        written = {
+            storage
+            for targets in self._written.values()
+            for node in targets
+            for storage in _storages(self._values[self.order[node]])
+        }
         groups: dict[Node, tuple[tuple[Node, ...], ...]] = {}
         for storage in sorted(written):
             group = tuple(members[storage])
             for node in group:
                 groups[node] = (*groups.get(node, ()), group)
         return groups
+
+
+class Follower:
+    """One change on its way through the graph, with its own values."""
+
+    def __init__(self, run: Run, change: Change, touched: Touched) -> None:
+        self.change = change
+        self.active = touched.active
+        self.values: Values = run.clean.copy()
+        self._first = touched.first
+        self._run = run
+
+    def take(self, step: Step) -> None:
+        """Compute a value as the graph does, if the change reaches it."""
+        if self.active[step.position]:
+            self._run.take(step, self.values, self.change, self._first)
+
+    def put(self, step: Step, value: Tensor) -> None:
+        """Set a value that was computed elsewhere."""
+        self.values[step.position] = value
+        for position in step.dead:
+            self.values[position] = None
+
+    def value(self, node: Node) -> Tensor:
+        """Value at the end: the clean one if the change does not reach it."""
+        position = self._run.order[node]
+        found: Tensor = self.values[position] if self.active[position] else self._run.values(node)
+        return found
+
+    def update(self, positions: Iterable[int]) -> None:
+        """See that clean values were computed again, or dropped."""
+        for position in positions:
+            if not self.active[position]:
+                self.values[position] = self._run.clean[position]
+
+
+def advance(
+    run: Run,
+    level: Level,
+    followers: Sequence[Follower],
+    multiply: Callable[[Sequence[Step], Sequence[Follower]], None] | None = None,
+) -> None:
+    """Take the steps of one level for all followers; ``multiply`` takes those that go together."""
+    restored = run.require(level.segments)
+    for follower in followers:  # one after the other, so that values stay in the processor's cache
+        follower.update(restored)
+        for step in level.steps:
+            follower.take(step)
+    for steps in level.together:
+        multiply(steps, followers)  # type: ignore[misc] # whoever has steps that go together takes them
+    released = run.release(level.done)
+    for follower in followers:
+        follower.update(released)
 
 
 def _written_arguments(node: Node) -> tuple[Node, ...]:

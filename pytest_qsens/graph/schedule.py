@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from torch.fx import Node
@@ -36,11 +37,20 @@ class Step(NamedTuple):
 
 
 class Level(NamedTuple):
-    """Steps that go one by one, then those that wait for them to be taken for several changes at once."""
+    """Steps that go one by one, then those that wait for them to be taken for several changes at once.
+
+    Attributes:
+        steps: Those that go one by one.
+        together: The others; each tuple holds steps that take the same argument.
+        segments: Segments of the graph whose values they read.
+        done: Those that no later level reads.
+
+    """
 
     steps: tuple[Step, ...]
-    together: tuple[tuple[Step, ...], ...]
-    """Each tuple: steps that take the same argument."""
+    together: tuple[tuple[Step, ...], ...] = ()
+    segments: frozenset[int] = frozenset()
+    done: frozenset[int] = frozenset()
 
 
 class Touched(NamedTuple):
@@ -64,6 +74,7 @@ class Schedule:
         groups: Nodes that share memory which is written into: a group with one new value is computed whole.
         calls: Nodes that can be changed.
         output: The node whose value is wanted.
+        segments: By position: the segment that a value is dropped with, or ``None``.
         together: Nodes to be taken for several changes at once → the argument that changes.
 
     """
@@ -74,6 +85,7 @@ class Schedule:
         groups: Groups,
         calls: Iterable[Node],
         output: Node,
+        segments: Sequence[int | None],
         together: Mapping[Node, Node] | None = None,
     ) -> None:
         self._order = {node: i for i, node in enumerate(nodes)}
@@ -81,7 +93,7 @@ class Schedule:
         self._bits = {node: 1 << i for i, node in enumerate(calls)}
         self._reach = self._find_reach(nodes)
         self._wanted = self._find_wanted(output)
-        self.levels = self._find_levels(nodes, output, together or {})
+        self.levels = self._with_segments(self._find_levels(nodes, output, together or {}, segments), segments)
 
     def touched(self, changed: Collection[Node]) -> Touched:
         """Find what a replay computes if these calls give something else."""
@@ -134,31 +146,51 @@ class Schedule:
             [wanted and node in active for node, wanted in zip(self._order, self._wanted, strict=True)], first
         )
 
-    def _find_levels(self, nodes: Sequence[Node], output: Node, together: Mapping[Node, Node]) -> tuple[Level, ...]:
+    def _find_levels(
+        self, nodes: Sequence[Node], output: Node, together: Mapping[Node, Node], segments: Sequence[int | None]
+    ) -> list[Level]:
         level: dict[Node, int] = {}
-        reached: dict[tuple[Node, ...], int] = defaultdict(int)  # group → level at which it can be touched next
+        earliest: dict[tuple[Node, ...], int] = defaultdict(int)  # group → level at which it can be touched next
         for node in nodes:
             touching = {group for other in (node, *node.all_input_nodes) for group in self._groups.get(other, ())}
             after = [level[argument] + (argument in together) for argument in node.all_input_nodes]
-            level[node] = max([0, *after, *(reached[group] for group in touching)])
+            level[node] = max([0, *after, *(earliest[group] for group in touching)])
             for group in touching:
-                reached[group] = level[node] + (node in together)
+                earliest[group] = level[node] + (node in together)
         ordered = sorted(nodes, key=lambda node: (level[node], node in together, self._order[node]))
         last_reader = {argument: node for node in ordered for argument in (node, *node.all_input_nodes)}
         dead: dict[Node, list[int]] = defaultdict(list)
         for node, reader in last_reader.items():
             if node is not output:
                 dead[reader].append(self._order[node])
-        single: dict[int, list[Step]] = defaultdict(list)
-        shared: dict[int, dict[Node, list[Step]]] = defaultdict(lambda: defaultdict(list))
-        for node in ordered:
-            step = Step(self._order[node], node, reader_of(node, self._order), tuple(dead[node]))
-            if node in together:
-                shared[level[node]][together[node]].append(step)
+        levels: list[Level] = []
+        reached_by_changes = (node for node in ordered if self._reach[self._order[node]] or node in self._groups)
+        for (_, shared), some in groupby(reached_by_changes, key=lambda node: (level[node], node in together)):
+            members = [Step(self._order[node], node, reader_of(node, self._order), tuple(dead[node])) for node in some]
+            if shared:
+                by_argument: dict[Node, list[Step]] = defaultdict(list)
+                for step in members:
+                    by_argument[together[step.node]].append(step)
+                levels.append(Level((), tuple(map(tuple, by_argument.values()))))
             else:
-                single[level[node]].append(step)
+                levels += [Level(tuple(steps)) for _, steps in groupby(members, lambda step: segments[step.position])]
+        return levels
+
+    def _with_segments(self, levels: Sequence[Level], segments: Sequence[int | None]) -> tuple[Level, ...]:
+        """Note at each level which segments it reads, and which of them are not read again."""
+        read = [
+            frozenset(
+                segment
+                for step in (*level.steps, *chain.from_iterable(level.together))
+                for node in (step.node, *step.node.all_input_nodes)
+                if (segment := segments[self._order[node]]) is not None
+            )
+            for level in levels
+        ]
+        last = {segment: i for i, found in enumerate(read) for segment in found}
         return tuple(
-            Level(tuple(single[i]), tuple(map(tuple, shared[i].values()))) for i in range(max(level.values()) + 1)
+            level._replace(segments=found, done=frozenset(segment for segment in found if last[segment] == i))
+            for i, (level, found) in enumerate(zip(levels, read, strict=True))
         )
 
 

@@ -63,7 +63,7 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
     sums = torch.empty_like(scale, dtype=torch.int64)
     parts = (values.flatten(1), weight.flatten(1), (1 / scale)[:, None], sums)
     rows = max(1, _CHUNK // parts[0].shape[1])
-    for integers, part, inverse, total in zip(*(tensor.split(rows) for tensor in parts), strict=True):
+    for integers, part, inverse, total in zip(*(torch.split(tensor, rows) for tensor in parts), strict=True):
         rounded = (part * inverse).round_().clamp_(-128, 127)
         integers.copy_(rounded)
         total.copy_(rounded.sum(1, dtype=_exact_sum(part.shape[1])))
@@ -83,7 +83,7 @@ def quantize_activation(values: Tensor, qparams: QParams) -> Tensor:
     """
     inverse = 1 / torch.tensor(qparams.scale, dtype=torch.float32, device=values.device)
     found = torch.empty_like(values, memory_format=torch.contiguous_format)
-    parts = (tensor.reshape(-1).split(_CHUNK) for tensor in (found, values))
+    parts = (torch.split(tensor.reshape(-1), _CHUNK) for tensor in (found, values))
     for integers, part in zip(*parts, strict=True):
         integers.copy_(part.double().mul_(inverse.double()).add_(qparams.zero_point))
         integers.round_().clamp_(0, 255)
@@ -172,7 +172,7 @@ class Simulator:
             weight = self._weights[op] = quantize_weight(call.weight)
         output = self._static(op, call, weight) if self._scheme.activation == "static" else self._dynamic(call, weight)
         finite = finite_rows(call.x, call.kind)
-        if bool(finite.all()):
+        if finite is None:
             return output
         return output.masked_fill(~finite.view(*finite.shape, *[1] * (output.dim() - finite.dim())), torch.nan)
 
@@ -220,7 +220,7 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     elif tensors[0].dim() < int(kind[4]) + 2:  # no batch
         return iter([tensors])
     rows = max(1, _CHUNK // max(1, tensors[0].shape[1:].numel()))
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
