@@ -41,6 +41,8 @@ def refused(pytester: pytest.Pytester, *args: str, message: str) -> None:
         (["--qsens-scheme", "w8a9"], "no value for --qsens-scheme: 'w8a9' (did you mean w8a8?). Known: w8a8, *"),
         (["--qsens-mode", "all"], "no value for --qsens-mode: 'all'. Known: isolated, fallback, both"),
         (["--qsens-engine", "repaly"], "no value for --qsens-engine: 'repaly' (did you mean replay?)*"),
+        (["--qsens-memory", "lots"], "--qsens-memory takes a size such as 4GB*not 'lots'"),
+        (["--qsens-memory", "4"], "--qsens-memory takes at least 1MB, not '4'*unit*"),
         (["--qsens-device", "gpu 1"], "--qsens-device takes a torch device such as cpu*not 'gpu 1'"),
         (["--qsens-max-ops", "-1"], "--qsens-max-ops takes a whole number from 1, not '-1'"),
         (["--qsens-calib-samples", "few"], "--qsens-calib-samples takes a whole number from 1, not 'few'"),
