@@ -298,6 +298,7 @@ class Controller:
             self._run(label, scheme).ops = tuple(Op(name, kind) for name, kind in ops)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
+        self._show_progress()
         options = base_options(self.config)
         if options.json is None:
             return
@@ -309,6 +310,14 @@ class Controller:
                 "Select the tests of one with -k, or name the one to write with --qsens-model and --qsens-scheme"
             )
         self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
+
+    def _show_progress(self) -> None:
+        """Follow the tests of ops, unless nothing is to be printed: with ``-qq``, or without a terminal plugin."""
+        terminal = self.config.pluginmanager.getplugin("terminalreporter")
+        if terminal is not None and self.config.option.verbose >= -1 and not self.config.option.collectonly:
+            from pytest_qsens.report.progress import Progress
+
+            self.config.pluginmanager.register(Progress(terminal, self._cases), "qsens-progress")
 
     def _run(self, model: str, scheme: str) -> Run:
         key = model, scheme
