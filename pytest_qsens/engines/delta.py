@@ -77,7 +77,7 @@ class DeltaEngine(ReplayEngine):
     ) -> None:
         super().__init__(model, batches, references, output, simulator, quantizable, memory)
         self._logits = logits
-        narrow = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
+        narrow = _has_fast_bf16(self._clean[0].output.device)
         self._deltas = [DeltaRun(run, narrow=narrow) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
@@ -97,8 +97,12 @@ class DeltaEngine(ReplayEngine):
             wave = next((wave for wave in self._waves if op in wave), [op])
             try:
                 self._scores |= self._measure(wave)
-            except Exception:  # noqa: BLE001 - one of them makes the model fail: the others shall have their scores
-                self._scores |= self._measure([op])
+            except Exception:  # one of them makes the model fail: the others shall have their scores
+                if len(wave) == 1:
+                    raise
+                self._waves.remove(wave)
+                self._waves += [[other] for other in wave]
+                return self.together(op)
         return self._scores[op]
 
     def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
@@ -146,3 +150,10 @@ class DeltaEngine(ReplayEngine):
         if abs(nmse - expected) <= tolerance(expected):  # false for NaN
             return None
         return f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001 - no public name
