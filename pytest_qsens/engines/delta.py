@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pytest_qsens import profile
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.graph.delta import DeltaRun
 from pytest_qsens.metrics import Score, energy
@@ -110,6 +111,7 @@ class DeltaEngine(ReplayEngine):
                         score.add_error(error)
         return found
 
+    @profile.phase("replay")
     def _find_fault(self) -> str | None:
         """Compare with a replay, for the first op and the last but one."""
         candidates = [op for wave in self._waves.values() for op in wave]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from pytest_qsens import profile
 from pytest_qsens.graph.schedule import Level, Schedule, Step, Touched, Values, reader_of
 from pytest_qsens.metrics import squared_distance
 
@@ -141,8 +142,7 @@ class DeltaRun:
             for node in head.rows:
                 (_, *rest), options = reader_of(node, self._run.order)(self._run.clean)
                 delta = node.target(delta, *rest, **options)  # type: ignore[operator] # a call
-            rows = delta.reshape(-1, delta.shape[-1]).double()
-            yield float(((rows @ head.gram) * rows).sum().clamp_min(0))  # what should be zero can come out below
+            yield _squared_length(delta.reshape(-1, delta.shape[-1]), head.gram)
 
     def _schedule(self, target: Node) -> Schedule:
         run = self._run
@@ -165,8 +165,12 @@ class DeltaRun:
         for follower in followers:  # one after the other, so that values stay in the processor's cache
             for step in level.steps:
                 follower.take(step)
+        timer = profile.current
         for steps in level.together:
-            self._multiply(steps, followers)
+            if timer is None:
+                self._multiply(steps, followers)
+            else:
+                timer.within("differences", self._multiply, steps, followers)
 
     def _multiply(self, steps: Sequence[Step], followers: Sequence[_Follower]) -> None:
         """Take steps that are linear in the same argument for all changes."""
@@ -186,7 +190,11 @@ class DeltaRun:
                     delta = delta[[f in through for f in changed]]
                 args, _ = step.read(self._run.clean)
                 before: Tensor = self._run.clean[step.position]
-                for follower, product in zip(through, rule.apply(delta, weight, args), strict=True):
+                given, timer = (delta, weight, args), profile.current
+                products = (
+                    rule.apply(*given) if timer is None else timer.call(step.node, rule.apply, given, {}, linear=True)
+                )
+                for follower, product in zip(through, products, strict=True):
                     follower.put(step, product.float().add_(before))
             for follower in followers:
                 if follower not in through:
@@ -240,6 +248,16 @@ def _narrowed(weight: Tensor) -> Tensor | None:
     return found
 
 
+@profile.phase("scoring")
+def _squared_length(delta: Tensor, gram: Tensor) -> float:
+    """Sum of (W·δ)² over the rows δ."""
+    rows = delta.double()
+    with profile.phase("scoring", product=True):
+        products = rows @ gram
+    return float((products * rows).sum().clamp_min(0))  # what should be zero can come out below
+
+
+@profile.phase("scoring", product=True)
 def _gram(weight: Tensor) -> Tensor:
     """WᵀW of ``(out, in)``, summed in float64 over parts of the rows."""
     found = weight.new_zeros((weight.shape[1], weight.shape[1]), dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
+from pytest_qsens import profile
 from pytest_qsens.graph.schedule import Arguments, Schedule, Step, Touched, Values, reader_of
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ class Run:
         if node in overrides:
             kept = self._overwritten.get(node) if node in touched.first else None
             args, kwargs = kept or step.read(values)
-            values[step.position] = overrides[node](*args, **kwargs)
+            call = overrides[node]
         elif node.op == "call_function":
             args, kwargs = step.read(values)
-            values[step.position] = self._calls[step.position](*args, **kwargs)
+            call = self._calls[step.position]
         else:  # the root of a group that is written into
-            values[step.position] = _copy(self._root(node))
+            call, args, kwargs = _copy, (self._root(node),), {}
+        timer = profile.current
+        values[step.position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
         for position in step.dead:
             values[position] = None
 
@@ -129,7 +132,8 @@ class Run:
                 for storage in _storages(self.values(written)):
                     for reader in kept.pop(storage, ()):
                         self._overwritten.setdefault(reader, _copy(self.arguments(reader)))
-            self._values[position] = self._calls[position](*args, **kwargs)
+            call, timer = self._calls[position], profile.current
+            self._values[position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
 
     def _root(self, node: Node) -> Any:  # noqa: ANN401 - as `values`
         return self.graph.inputs[node] if node.op == "placeholder" else self.graph.constants[node]
