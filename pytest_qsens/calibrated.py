@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._pytree import tree_map
 
+from pytest_qsens import profile
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from pytest_qsens.engines.inc import IncEngine
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.models.spec import Batch, ModelSpec
+    from pytest_qsens.profile import Phase
     from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
 
@@ -73,6 +76,7 @@ class CalibratedModel:
         self._engine = engine
         self._logits = logits
         self._joint: dict[int | None, Scores | str] = {}
+        self._profiler = profile.current
 
     @property
     def engine(self) -> str:
@@ -83,8 +87,9 @@ class CalibratedModel:
     def reference_digest(self) -> str:
         """Hash of the unquantized outputs' bits: equal for the same model and data on the same machine."""
         digest = hashlib.sha256()
-        for output in self._engine.references:
-            digest.update(output.detach().cpu().contiguous().numpy().tobytes())
+        with self._profiled("reference"):
+            for output in self._engine.references:
+                digest.update(output.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -106,7 +111,7 @@ class CalibratedModel:
         if op.name not in self._calibration.reached:
             return _result(op, "unexercised", reason="the calibration data never reached it, so it has no scales")
         start = time.perf_counter()
-        with torch.no_grad():
+        with self._profiled(self._engine.phase), torch.no_grad():
             measured = {mode: self._measure(op.name, mode) for mode in modes}
         failures = [
             f"{values} when {_QUANTIZED[mode]} quantized"
@@ -119,12 +124,17 @@ class CalibratedModel:
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
         start = time.perf_counter()
-        with torch.no_grad():
+        with self._profiled(self._engine.phase), torch.no_grad():
             joint = self._joint_scores()
         failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
         return _measured(
             Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._engine.note, time.perf_counter() - start
         )
+
+    @contextmanager
+    def _profiled(self, phase: Phase) -> Iterator[None]:
+        with profile.running(self._profiler), profile.phase(phase):
+            yield
 
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
@@ -155,8 +165,9 @@ class CalibratedModel:
     @cached_property
     def _reference_size(self) -> tuple[float, int]:
         """Sum of squares and number of values of the reference."""
-        sizes = [(energy(reference), reference.numel()) for reference in self._engine.references]
-        return sum(size for size, _ in sizes), sum(count for _, count in sizes)
+        with profile.phase("scoring"):
+            sizes = [(energy(reference), reference.numel()) for reference in self._engine.references]
+            return sum(size for size, _ in sizes), sum(count for _, count in sizes)
 
     def _add_noise(self, op: str, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
@@ -229,6 +240,8 @@ def calibrate(
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
+    The profiler that runs meanwhile (`pytest_qsens.profile`) times what is scored later, too.
+
     Args:
         spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
         ops: The ops of the model, as listed at collection.
@@ -258,7 +271,7 @@ def calibrate(
     batches = [_placed(batch, device) for batch in spec.evaluation]
     calibrating = [_placed(batch, device) for batch in spec.calibration]
     with torch.no_grad():
-        with one_thread():
+        with profile.phase("calibration"), one_thread():
             for number, batch in enumerate(calibrating, 1):
                 _observe(model, batch, number, spec, calibration)
         references = _References(model, batches, spec)
@@ -267,7 +280,8 @@ def calibrate(
         reason = None
         if engine in KERNEL_ENGINES:
             references.finish()
-            built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
+            with profile.phase("calibration"):
+                built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
         else:
             wanted = [op for op in quantizable if expected is None or op in expected]
             limit = default_memory(1) if memory is None else memory
@@ -295,6 +309,7 @@ def _kernel_engine(name: str) -> type[FxEngine | IncEngine]:
     return FxEngine
 
 
+@profile.phase("capture")
 def _build_engine(
     name: str,
     model: nn.Module,
@@ -373,7 +388,7 @@ class _References:
         for number, batch in enumerate(batches, 1):
             where = f"evaluation batch {number}"
             start = time.perf_counter()
-            with unchanged_state(model):
+            with profile.phase("reference"), unchanged_state(model):
                 reference = _run(model, batch, spec, where)
             self.seconds += time.perf_counter() - start
             if not bool(torch.isfinite(reference).all()):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.collect import Model
     from pytest_qsens.options import Options
+    from pytest_qsens.profile import Profile
     from pytest_qsens.results import OpResult, Payload
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
@@ -53,6 +54,8 @@ class Run:
     path: Path
     ops: tuple[Op, ...] = ()
     facts: list[Payload] = field(default_factory=list)
+    profiles: dict[str, Payload] = field(default_factory=dict)
+    """Process → where its time went so far."""
     results: dict[str, OpResult] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -101,6 +104,15 @@ class Run:
         """``isolated``, ``fallback`` or ``both``."""
         modes = {facts["mode"] for facts in self.facts}
         return modes.pop() if len(modes) == 1 else "both"
+
+    @property
+    def profile(self) -> Profile | None:
+        """Where the time of all processes went, if that was asked for."""
+        from pytest_qsens.profile import total
+        from pytest_qsens.results import read_profile
+
+        found = [read_profile(payload, f"profile of {process}") for process, payload in self.profiles.items()]
+        return total(found) if found else None
 
     @property
     def functional(self) -> list[OpResult]:
@@ -342,6 +354,8 @@ class Controller:
                         "unquantized outputs differ. Seed what is random where it is made, such as weights and batches"
                     )
                     return
+            for told in payload["profiles"]:
+                self._run(told["model"], told["scheme"]).profiles[told["process"]] = told["profile"]
             for record in payload["records"]:
                 self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
         elif report.when not in ("setup", "call", "teardown") and report.failed:
@@ -489,6 +503,7 @@ class Controller:
             cost=Cost(self.wall_seconds, run.reference_seconds, run.forwards_per_op),
             engine_reason=run.engine_reason,
             data=run.data,
+            profile=run.profile,
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""

@@ -128,6 +128,11 @@ class Fields:
         table = typed(self.take(key), dict, self.at(key))
         return {name: typed(value, str, f"{self.at(key)}, {name!r}") for name, value in table.items()}
 
+    def numbers(self, key: str) -> dict[str, float]:
+        """Value of ``key``, which must be an object of finite numbers."""
+        table = typed(self.take(key), dict, self.at(key))
+        return {name: finite(value, f"{self.at(key)}, {name!r}") for name, value in table.items()}
+
     def schema(self, current: int) -> None:
         """Check that ``schema`` is one this version reads."""
         value = self.take("schema")

@@ -158,20 +158,24 @@ def _without_score(config: pytest.Config, record: _Record) -> NoReturn:
 def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
     """Put what a test measured on its report as ``report.qsens``, builtin types only, as xdist can carry no others.
 
-    The phase that decides the outcome carries it: the call, or the set-up if that skips or fails.
+    The phase that decides the outcome carries it: the call, or the set-up if that skips or fails. Where the time went
+    so far is on the next report of any test, whatever comes of the process after it.
     """
     error = call.excinfo.value if call.excinfo else None
     if isinstance(error, RunAborted):
         report.longrepr = f"qsens: {error}"
         report.qsens = {"abort": str(error)}  # type: ignore[attr-defined]  # reports carry extras
         return
-    records = item.stash.get(_RECORDS, None)
-    if records is None or call.when == "teardown" or (call.when == "setup" and report.passed):
+    decisive = call.when == "call" or (call.when == "setup" and not report.passed)
+    records = item.stash.get(_RECORDS, []) if decisive else []
+    described = [bench(item.config).describe(record.options, record.model) for record in records]
+    profiles = bench(item.config).profiles()
+    if not records and not profiles:
         return
-    if isinstance(error, OpFailed):
+    if records and isinstance(error, OpFailed):
         report.when = "call"  # an op that cannot be quantized is a failed test, not an error in its set-up
-    described = (bench(item.config).describe(record.options, record.model) for record in records)
     report.qsens = {  # type: ignore[attr-defined]  # reports carry extras
         "records": [record.payload() for record in records],
         "facts": [facts for facts in described if facts is not None],
+        "profiles": profiles,
     }

@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import platform
 import traceback
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import expected
+from pytest_qsens import profile
+from pytest_qsens.collect import base_options, expected
 from pytest_qsens.errors import QsensError
 from pytest_qsens.memory import default_memory, parse_memory
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.profile import Profiler
 from pytest_qsens.results import to_payload
 from pytest_qsens.workers import limit_threads, workers_here
 
@@ -47,6 +50,8 @@ class Bench:
         self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
         self._aborted: dict[RunSpec, str] = {}
         self._described: set[tuple[RunSpec, str, str]] = set()
+        self._profilers: dict[tuple[str, str], Profiler] = {}
+        self._told: dict[Profiler, float | None] = {}
 
     def calibrated(self, spec: RunSpec, model: Model) -> CalibratedModel:
         """Load and calibrate, or return what is there.
@@ -61,11 +66,12 @@ class Bench:
             self._spec, self._calibrated = spec, None
             self._results.clear()
             gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
-            limit_threads(self._config)
             try:
-                self._calibrated = _calibrate(
-                    spec, model, expected(self._config, model.label, spec.scheme), workers_here(self._config)
-                )
+                with profile.running(self._profiler(spec, model)), profile.phase("load"):
+                    limit_threads(self._config)
+                    self._calibrated = _calibrate(
+                        spec, model, expected(self._config, model.label, spec.scheme), workers_here(self._config)
+                    )
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
@@ -86,6 +92,23 @@ class Bench:
         if key not in self._results:
             self._results[key] = calibrated.total()
         return self._results[key]
+
+    def profiles(self) -> list[Payload]:
+        """Where the time of this process went so far, for each model that was measured since this was asked last."""
+        found: list[Payload] = []
+        for (model, scheme), profiler in self._profilers.items():
+            if profiler.last != self._told.get(profiler):
+                self._told[profiler] = profiler.last
+                process = getattr(self._config, "workerinput", {}).get("workerid", "")
+                found.append(
+                    {"model": model, "scheme": scheme, "process": process, "profile": asdict(profiler.profile())}
+                )
+        return found
+
+    def _profiler(self, spec: RunSpec, model: Model) -> Profiler | None:
+        if not base_options(self._config).profile:
+            return None
+        return self._profilers.setdefault((model.label, spec.scheme), Profiler())
 
     def describe(self, options: Options, model: Model) -> Payload | None:
         """Facts about the calibrated model of these options, builtin values only; once for each process.

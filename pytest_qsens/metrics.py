@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pytest_qsens import profile
+
 if TYPE_CHECKING:
     from pytest_qsens.results import Scores
 
@@ -25,6 +27,7 @@ def same(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.masked_fill(left.isnan(), 0), right.masked_fill(right.isnan(), 0))
 
 
+@profile.phase("scoring")
 def squared_distance(one: Tensor, other: Tensor) -> float:
     """Sum of squared differences, in float64."""
     chunks = (torch.split(values.reshape(-1), _CHUNK) for values in (one, other))
@@ -55,6 +58,7 @@ class Score:
         self._kl = self._agreeing = 0.0
         self._positions = 0
 
+    @profile.phase("scoring")
     def add(self, reference: Tensor, quantized: Tensor) -> None:
         """Compare one batch.
 

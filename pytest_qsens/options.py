@@ -104,6 +104,7 @@ _DECLARATIONS = (
     ),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
     _Declaration("json", "path", "write every score to FILE", "FILE"),
+    _Declaration("profile", "flag", "tell where the time went, in the summary and in the file of --qsens-json"),
     _Declaration("cache", "path", "where op lists are cached (default: the user's cache directory)", "DIR"),
     _Declaration("no_cache", "flag", "neither read nor write the cache"),
     _Declaration("allow_pickle", "flag", "load pickled weights (*.bin), which can run code", marker=True),
@@ -167,6 +168,7 @@ class Options:
     memory: str | None
     device: str
     json: Path | None
+    profile: bool
     cache: Path | None
     no_cache: bool
     allow_pickle: bool

@@ -16,6 +16,7 @@ from pytest_qsens.files import (
     typed,
     write_atomically,
 )
+from pytest_qsens.profile import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,7 +92,8 @@ class RunInfo:
     """What was run: enough to tell whether two results can be compared.
 
     ``mode`` is ``isolated``, ``fallback`` or ``both``; ``data`` a short hash of the batches, ``None`` if the model
-    comes from a factory; ``engine_reason`` says why another engine than the usual one was used.
+    comes from a factory; ``engine_reason`` says why another engine than the usual one was used; ``profile`` is there if
+    it was asked for.
     """
 
     model: str
@@ -102,6 +104,7 @@ class RunInfo:
     cost: Cost
     engine_reason: str | None = None
     data: str | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,10 @@ def _score(metric: str, number: object, where: str) -> float:
 
 def dump(result: RunResult) -> str:
     """Text of a result file: floats at full precision, one op a line."""
-    run = json.dumps(asdict(result.run), ensure_ascii=False, indent=2).replace("\n", "\n  ")
+    facts = asdict(result.run)
+    if result.run.profile is None:
+        del facts["profile"]
+    run = json.dumps(facts, ensure_ascii=False, indent=2).replace("\n", "\n  ")
     ops = ",\n    ".join(_line(op) for op in result.ops)
     total = "null" if result.total is None else _line(result.total)
     listed = f"[\n    {ops}\n  ]" if ops else "[]"
@@ -257,10 +263,34 @@ def _read_run(fields: Fields) -> RunInfo:
         ),
         engine_reason=fields.optional_text("engine_reason"),
         data=fields.optional_text("data"),
+        profile=_optional_profile(fields),
     )
     cost.end()
     fields.end()
     return run
+
+
+def _optional_profile(fields: Fields) -> Profile | None:
+    value = fields.take("profile")
+    return None if value is None else read_profile(value, fields.at("profile"))
+
+
+def read_profile(value: object, where: str) -> Profile:
+    """Profile from parsed JSON.
+
+    Raises:
+        QsensError: With the place and the offending value.
+
+    """
+    fields = Fields(value, where)
+    profile = Profile(
+        processes=int(fields.number("processes")),
+        seconds=fields.numbers("seconds"),
+        replay=fields.numbers("replay"),
+        gemm_seconds=fields.optional_number("gemm_seconds"),
+    )
+    fields.end()
+    return profile
 
 
 def write(path: Path, result: RunResult) -> None:

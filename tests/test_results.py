@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.profile import Profile
 from pytest_qsens.results import (
     Cost,
     OpResult,
@@ -40,6 +42,7 @@ RESULT = st.builds(
     fallback=st.none() | SCORES,
     seconds=NUMBER,
 )
+SECONDS = st.dictionaries(TEXT, NUMBER, max_size=3)
 RUN = st.builds(
     RunInfo,
     TEXT,
@@ -50,6 +53,7 @@ RUN = st.builds(
     st.builds(Cost, NUMBER, st.none() | NUMBER, st.none() | NUMBER),
     engine_reason=st.none() | TEXT,
     data=st.none() | TEXT,
+    profile=st.none() | st.builds(Profile, st.integers(1, 99), SECONDS, SECONDS, st.none() | NUMBER),
 )
 RUN_RESULT = st.builds(RunResult, RUN, st.lists(RESULT, max_size=3).map(tuple), st.none() | RESULT)
 
@@ -190,6 +194,24 @@ def test_a_file_that_cannot_be_trusted_is_refused_and_left_untouched(
     with pytest.raises(QsensError, match="exists and is not a result file of this version; it is left untouched"):
         check_overwritable(path)
     assert path.read_text() == text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"processes": 2', '"processes": "2"', "'run', 'profile', 'processes': a finite number is needed, found '2'"),
+        ('"load": 1.5', '"load": null', "'profile', 'seconds', 'load': a finite number is needed, found nothing"),
+        ('"replay": {}', '"replay": []', "'profile', 'replay': an object is needed"),
+        ('"gemm_seconds"', '"gemm"', "'profile': unknown key 'gemm'"),
+    ],
+)
+def test_a_broken_profile_is_refused(path: Path, old: str, new: str, message: str) -> None:
+    """A profile is read as strictly as the rest of the file."""
+    text = dump(RunResult(replace(RUN_INFO, profile=Profile(2, {"load": 1.5}, {}, None)), ()))
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(QsensError, match=message):
+        load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "package.json"}', b"\x89PNG\xff", b"print('hello')"])

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.metrics import Score
+    from pytest_qsens.profile import Phase
 
 
 class Engine(Protocol):
     """Outputs of the evaluation batches under quantization, one tensor per batch."""
 
     name: str
+
+    phase: Phase
+    """What its own time counts for in a profile."""
 
     reported: Mapping[str, float]
     """What another tool said itself about the output asked for last: name → number."""

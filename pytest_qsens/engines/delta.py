@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pytest_qsens import profile
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.graph.delta import DeltaRun
 from pytest_qsens.metrics import Score, energy
@@ -126,6 +127,7 @@ class DeltaEngine(ReplayEngine):
             run.release_all()
         return found
 
+    @profile.phase("replay")
     def _find_fault(self) -> str | None:
         """Compare with a replay, for the first op and the last but one."""
         candidates = list(chain.from_iterable(self._waves))

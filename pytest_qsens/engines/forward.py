@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.capture import Output
     from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
+    from pytest_qsens.profile import Phase
 
 
 class ForwardEngine(ABC):
@@ -32,6 +34,7 @@ class ForwardEngine(ABC):
 
     """
 
+    phase: Phase = "forward"
     perturbs = True
 
     def __init__(
@@ -45,7 +48,8 @@ class ForwardEngine(ABC):
         self.out_of_reach: dict[str, str] = {}
         self.functional: Sequence[tuple[str, str]] = ()  # only a graph shows them
         self.reported: Mapping[str, float] = {}
-        self.references = list(self._reference())
+        with profile.phase("reference"):
+            self.references = list(self._reference())
         self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
 
     @property
@@ -124,6 +128,6 @@ class KernelEngine(ForwardEngine):
 
     def calibrate(self, model: nn.Module) -> None:
         """Run a model that observes on the calibration batches; on one thread, for the same scales on any number."""
-        with one_thread():
+        with profile.phase("calibration"), one_thread():
             for batch in self._calibration:
                 run_model(model, batch, self._output)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.capture import Output
     from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
+    from pytest_qsens.profile import Phase
     from pytest_qsens.quant.simulate import Simulator
 
 
@@ -42,6 +43,7 @@ class ReplayEngine:
     """
 
     name = "replay"
+    phase: Phase = "replay"
     perturbs = True
     note: str | None = None
 

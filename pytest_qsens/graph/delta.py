@@ -17,6 +17,7 @@ from torch.fx import Node
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+from pytest_qsens import profile
 from pytest_qsens.graph.replay import Follower, advance
 from pytest_qsens.graph.schedule import Schedule, Step, reader_of
 from pytest_qsens.metrics import squared_distance
@@ -126,8 +127,7 @@ class DeltaRun:
             for node in head.rows:
                 (_, *rest), options = reader_of(node, self._run.order)(self._run.clean)
                 delta = node.target(delta, *rest, **options)  # type: ignore[operator] # a call
-            rows = delta.reshape(-1, delta.shape[-1]).double()
-            yield float(((rows @ head.gram) * rows).sum().clamp_min(0))  # what should be zero can come out below
+            yield _squared_length(delta.reshape(-1, delta.shape[-1]), head.gram)
 
     def _follow(self, changes: Sequence[Change], schedule: Schedule, target: Node) -> Iterator[Tensor]:
         """Compute this node's value with each change."""
@@ -158,7 +158,13 @@ class DeltaRun:
                 if len(through) < len(changed):
                     delta = delta[[f in through for f in changed]]
                 before: Tensor = self._run.clean[step.position]
-                for follower, product in zip(through, rule.apply(delta, weight), strict=True):
+                timer = profile.current
+                products = (
+                    rule.apply(delta, weight)
+                    if timer is None
+                    else timer.call(step.node, rule.apply, (delta, weight), {}, linear=True)
+                )
+                for follower, product in zip(through, products, strict=True):
                     follower.put(step, product.float().add_(before))
             for follower in followers:
                 if follower not in through:
@@ -227,6 +233,16 @@ def _narrowed(weight: Tensor) -> Tensor | None:
     return found
 
 
+@profile.phase("scoring")
+def _squared_length(delta: Tensor, gram: Tensor) -> float:
+    """Sum of (W·δ)² over the rows δ."""
+    rows = delta.double()
+    with profile.phase("scoring", product=True):
+        products = rows @ gram
+    return float((products * rows).sum().clamp_min(0))  # what should be zero can come out below
+
+
+@profile.phase("scoring", product=True)
 def _gram(weight: Tensor) -> Tensor:
     """WᵀW of ``(out, in)``, summed in float64 over parts of the rows."""
     found = weight.new_zeros((weight.shape[1], weight.shape[1]), dtype=torch.float64)

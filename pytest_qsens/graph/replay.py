@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
+from pytest_qsens import profile
 from pytest_qsens.graph.schedule import Arguments, Level, Schedule, Step, Touched, Values, reader_of
 from pytest_qsens.graph.segments import find_segments
 
@@ -93,8 +94,7 @@ class Run:
             self._dropped.remove(i)
             self._restored.add(i)
             for position in self._segments[i].inner:
-                args, kwargs = reader_of(self.graph.nodes[position], self.order)(self._values)
-                self._values[position] = self._calls[position](*args, **kwargs)
+                self._compute(position)
         return [position for i in self._restored.intersection(segments) for position in self._segments[i].inner]
 
     def release(self, segments: Iterable[int]) -> list[int]:
@@ -128,12 +128,14 @@ class Run:
         if node in overrides:
             kept = self._overwritten.get(node) if node in first else None
             args, kwargs = kept or step.read(values)
-            values[step.position] = overrides[node](*args, **kwargs)
+            call = overrides[node]
         elif node.op == "call_function":
             args, kwargs = step.read(values)
-            values[step.position] = self._calls[step.position](*args, **kwargs)
+            call = self._calls[step.position]
         else:  # the root of a group that is written into
-            values[step.position] = _copy(self._root(node))
+            call, args, kwargs = _copy, (self._root(node),), {}
+        timer = profile.current
+        values[step.position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
         for position in step.dead:
             values[position] = None
 
@@ -166,19 +168,23 @@ class Run:
                 # the graph may write into anything but parameters, which capture has checked
                 self._values[position] = root if isinstance(root, Parameter) else _copy(root)
                 continue
-            args, kwargs = reader_of(node, self.order)(self._values)
             if self._written and node in calls:
-                for storage in _storages((args, kwargs)):
+                for storage in _storages(reader_of(node, self.order)(self._values)):
                     reading.setdefault(storage, []).append(node)
             for written in self._written.get(node, ()):
                 for storage in _storages(self._values[self.order[written]]):
                     for reader in reading.pop(storage, ()):
                         if reader not in self._overwritten:
                             self._overwritten[reader] = _copy(reader_of(reader, self.order)(self._values))
-            self._values[position] = self._calls[position](*args, **kwargs)
+            self._compute(position)
             if position in ends and memory is not None and not self._written:
                 sizes.append(self._size(len(sizes)))
                 self._keep(memory, sizes)
+
+    def _compute(self, position: int) -> None:
+        node, call, timer = self.graph.nodes[position], self._calls[position], profile.current
+        args, kwargs = reader_of(node, self.order)(self._values)
+        self._values[position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
 
     def _size(self, segment: int) -> int:
         """Bytes that dropping a segment frees."""
@@ -276,8 +282,10 @@ def advance(
         follower.update(restored)
         for step in level.steps:
             follower.take(step)
+    timer = profile.current
     for steps in level.together:
-        multiply(steps, followers)  # type: ignore[misc] # whoever has steps that go together takes them
+        if multiply is not None:  # whoever has steps that go together
+            multiply(steps, followers) if timer is None else timer.within("differences", multiply, steps, followers)
     released = run.release(level.done)
     for follower in followers:
         follower.update(released)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.ao.quantization.observer import HistogramObserver
 
+from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
 
@@ -35,6 +36,7 @@ class _Range:
     def observe(self, values: Tensor) -> None:
         self._observer(values)
 
+    @profile.phase("calibration")
     def qparams(self) -> QParams:
         if self._qparams is None:
             scale, zero_point = self._observer.calculate_qparams()

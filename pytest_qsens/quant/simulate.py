@@ -16,6 +16,7 @@ import torch.ao.quantization.fx._decomposed  # registers the per-token primitive
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.nn import functional
 
+from pytest_qsens import profile
 from pytest_qsens.graph.calls import finite_rows
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ _CHUNK = 2**17
 """Values taken through several steps at a time, so that what is between the steps stays in a core's cache."""
 
 
+@profile.phase("local quantization")
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
     """Quantize a weight ``(out, ...)`` to int8 by the largest magnitude of each output channel."""
     observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
@@ -147,7 +149,8 @@ def _integer_linear(x: Tensor, weight: Tensor) -> Tensor:
     # _int_mm of other devices asks for sizes that models don't have; float64 is exact below 2**53
     fast = x.device.type == "cpu" and rows.shape[1] < _INT32_LENGTH and _int_mm_is_exact()
     multiply = torch._int_mm if fast else _float64_mm  # noqa: SLF001 - torch's only int8 product
-    product = multiply(rows, weight.t())
+    with profile.phase("local quantization", product=True):
+        product = multiply(rows, weight.t())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -159,6 +162,7 @@ class Simulator:
         self._calibration = calibration
         self._weights: dict[str, QuantizedWeight] = {}
 
+    @profile.phase("local quantization")
     def output(self, op: str, call: Call) -> Tensor:
         """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
 
@@ -234,4 +238,5 @@ def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
         return product + correction
     # padding is with real zeros, which is integer zero once the zero point is taken off
     centred = integers.sub_(x.zero_point).double()
-    return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))
+    with profile.phase("local quantization", product=True):
+        return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.report import profile
 from pytest_qsens.results import lost_in_noise
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
                 terminal.write_line(line)
         for line in attention(run):
             terminal.write_line(line, yellow=True)
-        if config.option.verbose >= 0 and run.reference_seconds is not None:
-            terminal.write_line(_cost(run, controller.wall_seconds))
+        for line in _costs(run, controller):
+            terminal.write_line(line)
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
     for path, news in controller.written.items():
@@ -174,6 +175,13 @@ def _grouped(results: Iterable[OpResult]) -> str:
     """Count ops by block, with the layer number left out: ``visual.blocks.* (12)``."""
     blocks = Counter(_INDEX.sub(".*", result.block) or result.op for result in results)
     return ", ".join(f"{block} ({count})" for block, count in blocks.items())
+
+
+def _costs(run: Run, controller: Controller) -> Iterator[str]:
+    if controller.config.option.verbose >= 0 and run.reference_seconds is not None:
+        yield _cost(run, controller.wall_seconds)
+    if run.profile is not None:
+        yield from profile.table(run.profile)
 
 
 def _cost(run: Run, wall_seconds: float) -> str:
