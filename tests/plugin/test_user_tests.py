@@ -91,7 +91,7 @@ def test_the_model_can_be_chosen_in_code_alone(pytester: pytest.Pytester) -> Non
 
         @pytest.mark.parametrize("factor", [1, 2])
         def test_model(qsens_model, factor):
-            assert qsens_model.engine == "replay"
+            assert qsens_model.engine == "delta"
 
         def test_names(qsens_op):
             assert qsens_op.type in ("linear", "embedding")
