@@ -454,7 +454,7 @@ def test_result_file(pytester: pytest.Pytester) -> None:
     assert statuses["blocks.0.up"] == ("measured", None)
     assert statuses["spare"][0] == "unexercised"
     assert content["total"]["status"] == "unrun"
-    assert content["run"]["engine"] == "replay"
+    assert content["run"]["engine"] == "delta"
     assert content["run"]["mode"] == "isolated"
     cost = content["run"]["cost"]
     assert cost["wall_seconds"] > cost["reference_seconds"] > 0
