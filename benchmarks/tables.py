@@ -181,7 +181,7 @@ def fallback(found: Found, _: Found) -> Sequence[str]:
 def peak_rate(results: Found, *, narrow: bool = True) -> float:
     """FLOPs per second that products reach here at best: in bf16 if the weights are and it is faster."""
     shapes = results["rates"]["shapes"]
-    return max(shape[kind] for shape in shapes for kind in (("fp32", "bf16") if narrow else ("fp32",)))
+    return max(float(shape[kind]) for shape in shapes for kind in (("fp32", "bf16") if narrow else ("fp32",)))
 
 
 def average_bound(found: Found, unit: float, results: Found) -> float:
