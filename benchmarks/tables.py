@@ -395,4 +395,4 @@ def failures(results: Found) -> str:
     ]
     if results.get("missing"):
         lines.append(f"- {results['missing']}")
-    return "\n".join(lines) or "- Nothing failed, and nothing was left out."
+    return "\n".join(lines) or "- No section failed."
