@@ -32,7 +32,9 @@ MISSING = (
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="try it: 2 layers, a small vocabulary, few ops, one round")
+    parser.add_argument(
+        "--quick", action="store_true", help="only try it: small sizes, few ops, one round, not all sections"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured (performance.json)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page")
     parser.add_argument("--read", type=Path, metavar="FILE", help="start with what an earlier run wrote")
@@ -94,7 +96,7 @@ def in_process(name: str, options: argparse.Namespace, python: str) -> Found:
 
 def measure(options: argparse.Namespace, results: Found) -> None:
     """Measure all sections, or those that are asked for."""
-    from sections import sections
+    from sections import NOT_QUICK, sections
     from timing import machine
 
     known = sections(quick=options.quick)
@@ -103,12 +105,13 @@ def measure(options: argparse.Namespace, results: Found) -> None:
     own = machine() | {"threads": options.threads}
     if results.setdefault("machine", own) != own:
         raise SystemExit(f"{options.read} is from another machine or environment: {results['machine']}, here {own}")
+    chosen = options.only or [name for name in known if not options.quick or name not in NOT_QUICK]
     python = options.inc or sys.executable
     has_inc = options.inc is not None or importlib.util.find_spec("neural_compressor") is not None
     results["missing"] = None if has_inc or any(name.startswith("inc-") for name in results) else MISSING
     for name in known:
         compares = name.startswith("inc-")
-        if (options.only is not None and name not in options.only) or (compares and not has_inc):
+        if name not in chosen or (compares and not has_inc):
             continue
         print(f"{name} …", file=sys.stderr, flush=True)
         results[name] = in_process(name, options, python if compares else sys.executable)

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_FACTORS = {
-    aten.linear.default: (0, 1),
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.matmul.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
+_FACTORS: dict[Any, int] = {
+    aten.linear.default: 0,
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
 }
+"""Product → which of its arguments is the first factor, whose last dimension is summed over."""
+
 _CONVOLUTIONS = {getattr(getattr(aten, f"conv{n}d"), kind) for n in (1, 2, 3) for kind in ("default", "padding")}
 
 
@@ -76,12 +78,16 @@ class Flops:
 def flops(node: Node) -> float:
     """Multiplications and additions of a call; 0 for what is no product."""
     if node.target in _FACTORS:
-        return 2.0 * node.meta["val"].numel() * _shape(node, _FACTORS[node.target][0])[-1]  # type: ignore[index]
+        return 2.0 * _size(node) * _shape(node, _FACTORS[node.target])[-1]
     if node.target in _CONVOLUTIONS:
-        return 2.0 * node.meta["val"].numel() * _shape(node, 1)[1:].numel()
+        return 2.0 * _size(node) * _shape(node, 1)[1:].numel()
     if node.target is aten.scaled_dot_product_attention.default:
         return 4.0 * _shape(node, 0).numel() * _shape(node, 1)[-2]
     return 0.0
+
+
+def _size(node: Node) -> int:
+    return int(node.meta["val"].numel())
 
 
 def _shape(node: Node, argument: int) -> torch.Size:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.ops import Op
+    from pytest_qsens.results import Mode
 
 Found = dict[str, Any]
 
@@ -90,22 +91,22 @@ def calibrated(subject: Subject, engine: str, *, divergence: bool = False) -> Ca
     return calibrate(subject.spec, subject.listed, SCHEME, engine=engine, divergence=divergence, expected=expected)
 
 
-def errors(model: CalibratedModel, ops: Sequence[Op], mode: str = "isolated") -> dict[str, float]:
+def errors(model: CalibratedModel, ops: Sequence[Op], mode: Mode = "isolated") -> dict[str, float]:
     """Score ops; returns the NMSE of those that have one.
 
     Raises:
         RuntimeError: If an op fails, or none is measured.
 
     """
-    results = [model.score(op, [mode]) for op in ops]  # type: ignore[list-item]  # a mode
+    results = [model.score(op, [mode]) for op in ops]
     failed = [f"{result.op}: {result.reason}" for result in results if result.status == "failed"]
-    found = {r.op: r.modes[mode]["nmse"] or 0.0 for r in results if mode in r.modes}  # type: ignore[index]  # as above
+    found = {r.op: r.modes[mode]["nmse"] or 0.0 for r in results if mode in r.modes}
     if failed or not found:
         raise RuntimeError("; ".join(failed) or "no op was measured")
     return found
 
 
-def per_op(model: CalibratedModel, ops: Sequence[Op], mode: str) -> float:
+def per_op(model: CalibratedModel, ops: Sequence[Op], mode: Mode) -> float:
     """Seconds per op, the mean over the ops."""
     return seconds(lambda: errors(model, ops, mode)) / len(ops)
 
@@ -271,7 +272,8 @@ def profiled(options: Options) -> Iterator[Found]:
     yield {"set-up": time_shares(lambda: made.append(calibrated(subject, "auto")))}
     (model,) = made
     waves = [ops for ops in blocks(subject.ops).values() if len(ops) > 1]
-    for ops in (waves[1], waves[len(waves) // 2], waves[-2]):  # the set-up measures the first and the last
+    middle = waves[len(waves) // 2]
+    for ops in (middle,) if options.quick else (waves[1], middle, waves[-2]):  # the set-up measures the first and last
         shares = time_shares(lambda ops=ops: errors(model, ops))  # type: ignore[misc]  # its own
         yield {f"isolated, `{ops[0].block}`": shares}
     few = spread(subject.ops, options.few)
@@ -349,7 +351,8 @@ def _wide_run(wide: torch.nn.Module, subject: Subject, changed: str = "", change
 def length(options: Options, tokens: int, batches: int = 1) -> Iterator[Found]:
     """Time mode `isolated` for all ops on more data."""
     subject = options.text(tokens, batches)
-    found = {"tokens": tokens, "batches": batches, "layers": subject.model.config.num_hidden_layers}
+    layers = len(list(subject.model.get_submodule("model.layers").children()))
+    found = {"tokens": tokens, "batches": batches, "layers": layers}
     yield described(subject) | found
     _, run = whole_run(subject, Forwards(subject))
     yield {"isolated": run}
@@ -385,7 +388,7 @@ def inc(options: Options, tokens: int) -> Iterator[Found]:
             driven._threads = nullcontext
             runs = driven._quantizable - driven._without_kernels().keys()  # found out once, and not by its loop
             few = spread([op for op in subject.ops if op.name in runs], max(2, options.few // 2))
-            inc_module._Session.tqdm = timed  # type: ignore[method-assign]
+            inc_module._Session.tqdm = timed  # type: ignore[method-assign, assignment]
             for op in few:
                 driven.fall_back(op.name)
                 yield {"inc": {"turns": turns}}
@@ -409,9 +412,13 @@ def _compared(build: Callable[[Options], Subject]) -> Callable[[Options], Iterat
     return lambda options: compare(build(options), options)
 
 
+NOT_QUICK = {"profile", "resnet-18", "resnet-50", "batches-4"}
+"""What a quick run leaves out unless it is asked for: it shall take a minute."""
+
+
 def sections(*, quick: bool) -> dict[str, Callable[[Options], Iterator[Found]]]:
     """Everything that can be measured, by name, in order."""
-    tokens = (64, 128) if quick else (64, 256, 512, 2048)
+    tokens = (64,) if quick else (64, 256, 512, 2048)
     found: dict[str, Callable[[Options], Iterator[Found]]] = {
         "rates": rates,
         "text": _compared(Options.text),
@@ -424,8 +431,6 @@ def sections(*, quick: bool) -> dict[str, Callable[[Options], Iterator[Found]]]:
     }
     found |= {f"length-{count}": lambda options, count=count: length(options, count) for count in tokens}  # type: ignore[misc]
     found["batches-4"] = lambda options: length(options, TOKENS, 4)
-    long = (64,) if quick else (64, 512, 2048)
-    found |= {f"inc-{count}": lambda options, count=count: inc(options, count) for count in long}  # type: ignore[misc]
-    if quick:
-        del found["resnet-50"]
+    inc_tokens = (64,) if quick else (64, 512, 2048)
+    found |= {f"inc-{count}": lambda options, count=count: inc(options, count) for count in inc_tokens}  # type: ignore[misc]
     return found

@@ -78,10 +78,10 @@ def tables(results: Found) -> dict[str, str]:
         "isolated": rows(SUBJECTS, results, isolated, "| {} |" + " {} |" * 8),
         "fallback": rows(SUBJECTS, results, fallback, "| {} |" + " {} |" * 7),
         "inc": inc(results),
-        "depth": attempt(lambda: depth(results["depth"], peak_rate(results)), results, "depth"),
-        "cost_model": attempt(lambda: cost_model(results), results, "depth"),
-        "rates": attempt(lambda: rates(results["rates"]), results, "rates"),
-        "shares": attempt(lambda: shares(results["profile"]), results, "profile"),
+        "depth": attempt(lambda: depth(results["depth"], peak_rate(results)), results, "depth", "rates", shape=row(7)),
+        "cost_model": attempt(lambda: cost_model(results), results, "depth", "rates", shape="- {}"),
+        "rates": attempt(lambda: rates(results["rates"]), results, "rates", shape=row(4)),
+        "shares": attempt(lambda: shares(results["profile"]), results, "profile", shape=row(7)),
         "lengths": rows(named(results, "length-", "batches-"), results, length, "| {} |" + " {} |" * 9),
         "linear": linear(results),
         "agreement": agreement(results),
@@ -103,12 +103,18 @@ def machine(results: Found) -> str:
     )
 
 
-def attempt(make: Callable[[], str], results: Found, *names: str) -> str:
-    """Make a text, or say that a section that it needs is missing."""
+def attempt(make: Callable[[], str], results: Found, *names: str, shape: str) -> str:
+    """Make rows or sentences, or one that says that a section they need is missing."""
     try:
         return make()
     except (KeyError, IndexError, statistics.StatisticsError) as error:
-        return "; ".join(missing(results, name) for name in names) or f"not measured ({error})"
+        lacking = [missing(results, name) for name in names if "failed" in results.get(name, {"failed": ""})]
+        return shape.format("; ".join(lacking) or f"not measured ({error})")
+
+
+def row(columns: int) -> str:
+    """Return the shape of a row with one cell filled."""
+    return "| {} |" + " |" * (columns - 1)
 
 
 def missing(results: Found, name: str) -> str:
@@ -181,7 +187,7 @@ def fallback(found: Found, _: Found) -> Sequence[str]:
 def peak_rate(results: Found, *, narrow: bool = True) -> float:
     """FLOPs per second that products reach here at best: in bf16 if the weights are and it is faster."""
     shapes = results["rates"]["shapes"]
-    return max(shape[kind] for shape in shapes for kind in (("fp32", "bf16") if narrow else ("fp32",)))
+    return max(float(shape[kind]) for shape in shapes for kind in (("fp32", "bf16") if narrow else ("fp32",)))
 
 
 def average_bound(found: Found, unit: float, results: Found) -> float:
@@ -193,8 +199,23 @@ def average_bound(found: Found, unit: float, results: Found) -> float:
 
 def inc(results: Found) -> str:
     """Intel Neural Compressor against both modes here."""
-    found = rows(named(results, "inc-"), results, inc_row, "| {} |" + " {} |" * 9)
-    return found or str(results.get("missing") or "not measured")
+    columns = (
+        "model and data",
+        "forward",
+        "INC, per op",
+        "INC, per op",
+        "`fx`, per op",
+        "INC / `fx`",
+        "`fallback`, per op",
+        "INC / `fallback`",
+        "`isolated`, per op",
+        "INC / `isolated`",
+    )
+    shape = "| {} |" + " {} |" * (len(columns) - 1)
+    found = rows(named(results, "inc-"), results, inc_row, shape)
+    if not found:
+        return f"- {results.get('missing') or 'Not measured.'}"
+    return "\n".join([shape.format(*columns), "|" + "---|" * len(columns), found])
 
 
 def inc_row(found: Found, results: Found) -> Sequence[str]:
@@ -291,7 +312,9 @@ def shares(found: Found) -> str:
                 f"{name.removeprefix('aten::')} {share:.0%}" for name, share in timed["largest"].items()
             )
             lines.append(f"| {part} | {timed['wall']:.2f} s | {' | '.join(texts)} | {largest} |")
-    return "\n".join([*lines, *([missing({"profile": found}, "profile")] if "failed" in found else [])])
+    if "failed" in found or not lines:
+        lines.append(row(7).format(missing({"profile": found}, "profile")))
+    return "\n".join(lines)
 
 
 def length(found: Found, _: Found) -> Sequence[str]:
@@ -372,4 +395,4 @@ def failures(results: Found) -> str:
     ]
     if results.get("missing"):
         lines.append(f"- {results['missing']}")
-    return "\n".join(lines) or "- Nothing failed, and nothing was left out."
+    return "\n".join(lines) or "- No section failed."
