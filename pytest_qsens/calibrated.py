@@ -237,6 +237,7 @@ def calibrate(
     divergence: bool = True,
     expected: Collection[str] | None = None,
     memory: int | None = None,
+    workers: int = 1,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -253,6 +254,7 @@ def calibrate(
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
             together leaves out the others.
         memory: Bytes for values that could be computed again; half of what is free if it is not given.
+        workers: How many processes share what is free.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -284,7 +286,7 @@ def calibrate(
                 built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
         else:
             wanted = [op for op in quantizable if expected is None or op in expected]
-            limit = default_memory(1) if memory is None else memory
+            limit = default_memory(workers, device) if memory is None else memory
             built, reason = _build_engine(
                 engine, model, batches, references, spec, simulator, quantizable, limit, wanted, logits=logits
             )

@@ -15,7 +15,7 @@ import pytest
 from pytest_qsens import profile
 from pytest_qsens.collect import base_options, expected
 from pytest_qsens.errors import QsensError
-from pytest_qsens.memory import default_memory, parse_memory
+from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.profile import Profiler
 from pytest_qsens.results import to_payload
@@ -198,7 +198,8 @@ def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None, workers
         device=spec.device,
         divergence=spec.divergence,
         expected=ops,
-        memory=default_memory(max(1, workers)) if spec.memory is None else parse_memory(spec.memory, "memory"),
+        memory=None if spec.memory is None else parse_memory(spec.memory, "memory"),
+        workers=max(1, workers),
     )
 
 

@@ -28,18 +28,25 @@ def parse_memory(text: str, origin: str) -> int:
     return size
 
 
-def default_memory(workers: int) -> int:
-    """Half of the memory that is free, shared by the workers of this machine; bytes."""
+def default_memory(workers: int, device: str = "cpu") -> int:
+    """Half of the memory that is free on a torch device, shared by the workers of this machine; bytes."""
     import psutil
+    import torch
 
-    free = min(psutil.virtual_memory().available, _free_in_cgroup())
+    if torch.device(device).type == "cuda":
+        free: float = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(psutil.virtual_memory().available, _free_in_cgroup())
     return int(free // 2 // workers)
 
 
 def _free_in_cgroup() -> float:
     """Bytes that the container of this process leaves it; infinite where nothing limits it."""
     try:
-        limit, used = ((_CGROUPS / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used, stat = ((_CGROUPS / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
     except OSError:
         return float("inf")
-    return float("inf") if limit == "max" else max(0, int(limit) - int(used))
+    if limit.strip() == "max":
+        return float("inf")
+    facts = dict(line.split() for line in stat.splitlines())
+    return max(0, int(limit) - int(used) + int(facts.get("inactive_file", 0)))  # files that were read count as used

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 SEEDS = (1, 2, 3)
 RELATIVE = 1e-6
+_KEPT = 2**24
+"""Values up to which drawn factors are kept for the next call."""
 STUDENT_T = 3.182
 """Two-sided 95 % quantile of Student's t distribution with as many degrees of freedom as there are seeds."""
 
 
 def perturbed(value: Tensor, seed: int) -> Tensor:
     """Multiply every element by 1 + `RELATIVE` times a seeded normal number; the value's shape and dtype stay."""
-    return value * _factors(value.shape, value.dtype, value.device, seed)
+    factors = _factors if value.numel() <= _KEPT else _factors.__wrapped__
+    return value * factors(value.shape, value.dtype, value.device, seed)
 
 
 @lru_cache(maxsize=32)  # a model has few shapes, and drawing takes longer than the product

@@ -42,7 +42,8 @@ def test_a_container_can_leave_less_than_the_machine(monkeypatch: pytest.MonkeyP
     """What limits the container of this process is what counts."""
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("1500000\n")
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
     assert default_memory(1) == 10**6
     (tmp_path / "memory.max").write_text("max\n")
     assert default_memory(1) > 10**7

@@ -10,7 +10,7 @@ import torch
 
 from pytest_qsens import profile
 from pytest_qsens.engines.replay import ReplayEngine
-from pytest_qsens.graph.delta import DeltaRun
+from pytest_qsens.graph.delta import DeltaRun, Weights
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.ops import Op
 
@@ -78,8 +78,8 @@ class DeltaEngine(ReplayEngine):
     ) -> None:
         super().__init__(model, batches, references, output, simulator, quantizable, memory)
         self._logits = logits
-        narrow = _has_fast_bf16(self._clean[0].output.device)
-        self._deltas = [DeltaRun(run, narrow=narrow) for run in self._clean]
+        weights = Weights(narrow=_has_fast_bf16(self._clean[0].output.device))
+        self._deltas = [DeltaRun(run, weights) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
         self._scores: dict[str, Score] = {}
@@ -89,6 +89,7 @@ class DeltaEngine(ReplayEngine):
         if self.distrusted is not None:
             self.name = "replay"
             self._scores.clear()
+            self._deltas.clear()
 
     def together(self, op: str) -> Score | None:
         """Score with only this op quantized, measured with the others of its block."""
@@ -117,14 +118,16 @@ class DeltaEngine(ReplayEngine):
         found = {op: Score(logits=self._logits) for op in ops}
         for delta, run in zip(self._deltas, self._clean, strict=True):
             changes = [self._quantize(run.graph, [op]) for op in ops]
-            with self._threads():
-                if self._logits:
-                    for score, output in zip(found.values(), delta.outputs(changes), strict=True):
-                        score.add(run.output, output)
-                else:
-                    for score, error in zip(found.values(), delta.errors(changes), strict=True):
-                        score.add_error(error)
-            run.release_all()
+            try:
+                with self._threads():
+                    if self._logits:
+                        for score, output in zip(found.values(), delta.outputs(changes), strict=True):
+                            score.add(run.output, output)
+                    else:
+                        for score, error in zip(found.values(), delta.errors(changes), strict=True):
+                            score.add_error(error)
+            finally:
+                run.release_all()
         return found
 
     @profile.phase("replay")

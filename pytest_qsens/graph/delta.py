@@ -70,10 +70,40 @@ class _Head(NamedTuple):
     """Its input."""
     rows: tuple[Node, ...]
     """Nodes after it that take rows."""
-    gram: Tensor
-    """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""
+    weight: Tensor
     schedule: Schedule
     """Of replays up to its input."""
+
+
+class Weights:
+    """Weights in the form in which differences are multiplied by them, made once for all batches.
+
+    Args:
+        narrow: Whether bf16 products are faster than fp32 here.
+
+    """
+
+    def __init__(self, *, narrow: bool) -> None:
+        self._narrow = narrow
+        self._narrowed: dict[int, Tensor] = {}  # by identity: the model keeps its weights
+        self._grams: dict[int, Tensor] = {}
+
+    def narrowed(self, weight: Tensor) -> Tensor:
+        """Return a weight in bf16 if that loses nothing and pays, else as it is."""
+        if not self._narrow or weight.numel() < _WORTH_NARROWING:
+            return weight
+        key = id(weight)
+        if key not in self._narrowed:
+            found = _narrowed(weight)
+            self._narrowed[key] = weight if found is None else found
+        return self._narrowed[key]
+
+    def gram(self, weight: Tensor) -> Tensor:
+        """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""
+        key = id(weight)
+        if key not in self._grams:
+            self._grams[key] = _gram(self.narrowed(weight))
+        return self._grams[key]
 
 
 class DeltaRun:
@@ -81,17 +111,16 @@ class DeltaRun:
 
     Args:
         run: The clean run.
-        narrow: Whether bf16 products are faster than fp32 here.
+        weights: Those of the model, in the form in which they are multiplied.
 
     """
 
-    def __init__(self, run: Run, *, narrow: bool) -> None:
+    def __init__(self, run: Run, weights: Weights) -> None:
         self._run = run
-        self._use_narrow = narrow
-        self._narrow: dict[Node, Tensor | None] = {}
+        self._weights = weights
         self._together = self._find_linear()
-        self._head = self._find_head()
         self._schedule = run.schedule(run.graph.output, self._together)
+        self._head = self._find_head()
 
     @cached_property
     def bytes_per_change(self) -> int:
@@ -127,7 +156,7 @@ class DeltaRun:
             for node in head.rows:
                 (_, *rest), options = reader_of(node, self._run.order)(self._run.clean)
                 delta = node.target(delta, *rest, **options)  # type: ignore[operator] # a call
-            yield _squared_length(delta.reshape(-1, delta.shape[-1]), head.gram)
+            yield _squared_length(delta.reshape(-1, delta.shape[-1]), self._weights.gram(head.weight))
 
     def _follow(self, changes: Sequence[Change], schedule: Schedule, target: Node) -> Iterator[Tensor]:
         """Compute this node's value with each change."""
@@ -151,7 +180,7 @@ class DeltaRun:
             through = [f for f in changed if f.active[step.position] and step.node not in f.change]
             if through:
                 rule = RULES[step.node.target]
-                weight = self._weight(step.node.args[rule.weight])  # type: ignore[arg-type] # a node
+                weight = self._weights.narrowed(self._run.graph.constants[step.node.args[rule.weight]])  # type: ignore[index] # a node
                 if weight.dtype not in deltas:
                     deltas[weight.dtype] = _differences([f.values[source] for f in changed], clean, weight.dtype)
                 delta = deltas[weight.dtype]
@@ -165,7 +194,7 @@ class DeltaRun:
                     else timer.call(step.node, rule.apply, (delta, weight), {}, linear=True)
                 )
                 for follower, product in zip(through, products, strict=True):
-                    follower.put(step, product.float().add_(before))
+                    follower.put(step, product.to(before.dtype).add_(before))
             for follower in followers:
                 if follower not in through:
                     follower.take(step)
@@ -192,27 +221,22 @@ class DeltaRun:
                 found[node] = argument
         return found
 
-    def _weight(self, node: Node) -> Tensor:
-        weight: Tensor = self._run.values(node)
-        if not self._use_narrow or weight.numel() < _WORTH_NARROWING:
-            return weight
-        if node not in self._narrow:
-            self._narrow[node] = _narrowed(weight)
-        found = self._narrow[node]
-        return weight if found is None else found
-
     def _find_head(self) -> _Head | None:
         rows: list[Node] = []
         node = self._run.graph.output
-        while node.target in _TAKES_ROWS and _leaves_last_dimension(node):
+        while (
+            node.target in _TAKES_ROWS
+            and _leaves_last_dimension(node)
+            and not any(map(self._schedule.can_change, node.all_input_nodes[1:]))
+        ):
             rows.insert(0, node)
             node = node.all_input_nodes[0]
         if node.target is not aten.linear.default or node not in self._together:
             return None
-        source, weight = self._together[node], self._weight(node.all_input_nodes[1])
+        source, weight = self._together[node], self._run.graph.constants[node.all_input_nodes[1]]
         if weight.shape[0] <= weight.shape[1]:
             return None
-        return _Head(source, tuple(rows), _gram(weight), self._run.schedule(source, self._together))
+        return _Head(source, tuple(rows), weight, self._run.schedule(source, self._together))
 
 
 def _size(node: Node) -> int:

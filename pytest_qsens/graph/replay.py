@@ -198,7 +198,11 @@ class Run:
 
     def _keep(self, memory: int, sizes: Sequence[int]) -> None:
         """Drop the earliest segments until the rest fits into the memory."""
-        fixed = {self.segment_of[self.order[node]] for node in (*self.groups, *self._written)}
+        fixed = {
+            self.segment_of[self.order[node]]
+            for node in self.graph.nodes
+            if node in self._written or not self.groups.keys().isdisjoint((node, *node.all_input_nodes))
+        }
         held = sum(size for i, size in enumerate(sizes) if i not in self._dropped)
         for i, size in enumerate(sizes[:-1]):
             if held <= memory:

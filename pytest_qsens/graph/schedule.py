@@ -107,6 +107,10 @@ class Schedule:
         """Whether the wanted value depends on all of these calls."""
         return all(self._wanted[self._order[node]] for node in changed)
 
+    def can_change(self, node: Node) -> bool:
+        """Whether any call that can be changed reaches a node."""
+        return bool(self._groups.get(node) or self._reach[self._order[node]])
+
     def _first(self, changed: Collection[Node], dirty: Callable[[Node], bool]) -> frozenset[Node]:
         return frozenset(node for node in changed if not any(map(dirty, node.all_input_nodes)))
 
@@ -164,7 +168,8 @@ class Schedule:
             if node is not output:
                 dead[reader].append(self._order[node])
         levels: list[Level] = []
-        reached_by_changes = (node for node in ordered if self._reach[self._order[node]] or node in self._groups)
+        # a write into shared memory reaches nodes that no argument leads to
+        reached_by_changes = (node for node in ordered if self._groups or self._reach[self._order[node]])
         for (_, shared), some in groupby(reached_by_changes, key=lambda node: (level[node], node in together)):
             members = [Step(self._order[node], node, reader_of(node, self._order), tuple(dead[node])) for node in some]
             if shared:

@@ -58,18 +58,27 @@ _CHUNK = 2**17
 @profile.phase("local quantization")
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
     """Quantize a weight ``(out, ...)`` to int8 by the largest magnitude of each output channel."""
-    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+    observer = PerChannelMinMaxObserver(
+        ch_axis=0, dtype=torch.qint8, qscheme=torch.per_channel_symmetric, **_on(weight)
+    )
     observer(weight)
     scale, _ = observer.calculate_qparams()
     values = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
     sums = torch.empty_like(scale, dtype=torch.int64)
     parts = (values.flatten(1), weight.flatten(1), (1 / scale)[:, None], sums)
-    rows = max(1, _CHUNK // parts[0].shape[1])
+    rows = max(1, _CHUNK // max(1, parts[0].shape[1]))
     for integers, part, inverse, total in zip(*(torch.split(tensor, rows) for tensor in parts), strict=True):
         rounded = (part * inverse).round_().clamp_(-128, 127)
         integers.copy_(rounded)
         total.copy_(rounded.sum(1, dtype=_exact_sum(part.shape[1])))
+    if weight.dim() > 2:  # a convolution's output has the layout of its input and its weight
+        values = torch.empty_like(weight, dtype=torch.int8).copy_(values)
     return QuantizedWeight(values, scale, sums)
+
+
+def _on(tensor: Tensor) -> dict[str, Any]:
+    """Arguments of an observer that put it on the device of what it observes."""
+    return {"factory_kwargs": {"device": tensor.device}}
 
 
 def _exact_sum(count: int) -> torch.dtype:
@@ -98,7 +107,9 @@ def quantized_embedding(rows: Tensor) -> Tensor:
     Each row is quantized on its own, so quantizing the looked-up ones equals looking up in a quantized table.
     """
     flat = rows.reshape(-1, rows.shape[-1])
-    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams)
+    observer = PerChannelMinMaxObserver(
+        ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams, **_on(flat)
+    )
     observer(flat)
     scale, zero_point = observer.calculate_qparams()
     scale, zero_point = scale[:, None], zero_point[:, None]
@@ -237,6 +248,6 @@ def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
             return product.add_(correction.int())
         return product + correction
     # padding is with real zeros, which is integer zero once the zero point is taken off
-    centred = integers.sub_(x.zero_point).double()
+    centred = torch.empty_like(call.x, dtype=torch.float64).copy_(integers.sub_(x.zero_point))  # keeps the layout
     with profile.phase("local quantization", product=True):
         return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.delta import TOLERANCE, DeltaEngine, tolerance
-from pytest_qsens.graph.delta import RULES, DeltaRun
+from pytest_qsens.graph.delta import RULES, DeltaRun, Weights
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.metrics import Score, squared_distance
 from pytest_qsens.models.spec import ModelSpec
@@ -117,7 +117,8 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
     spec, ops = stack(width=256)
     engine = engine_of(calibrate(spec, ops, "w8a8", engine="delta"))
     run = engine._clean[0]
-    delta = DeltaRun(run, narrow=narrow)
+    weights = Weights(narrow=narrow)
+    delta = DeltaRun(run, weights)
     precise = Stack(width=256).double()
     with torch.no_grad():
         clean = precise(spec.evaluation[0]["x"].double())
@@ -133,7 +134,7 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
             assert found == pytest.approx(exact, rel=2e-3), op
             (output,) = delta.outputs([override])
             assert squared_distance(output, run.output) == pytest.approx(exact, rel=2e-3), op
-    assert any(weight is not None for weight in delta._narrow.values()) is narrow
+    assert any(weight.dtype == torch.bfloat16 for weight in weights._narrowed.values()) is narrow
 
 
 @pytest.mark.parametrize(

@@ -359,3 +359,81 @@ def test_not_finite_input_is_not_blamed_on_the_op() -> None:
     more = {"calibration": [{"x": randn(8, 4)}]}
     with pytest.raises(QsensError, match="already in the input of op first"):
         calibrated(lambda: Chain(nn.Linear(4, 4), nn.Linear(4, 3)), [torch.full((2, 4), torch.nan)], **more)
+
+
+class Picked(nn.Module):
+    """Scores the logit of a class that an op chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.head = nn.Linear(6, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Choose rows by the values of the second op."""
+        h = self.a(x)
+        rows = self.b(h).sum(-1).argsort()
+        return self.head(h + self.p(h))[rows]
+
+
+class WrittenLater(nn.Module):
+    """Reads a buffer before it is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z, self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale by the buffer, write into it, and scale again."""
+        buffer = torch.ones(6)
+        h = self.a(self.z(x))
+        h = h + self.b(h * buffer)
+        buffer[:4] = x[0, :4]
+        return self.d(self.c(h.relu()).relu()) * buffer
+
+
+class WrittenThroughAView(nn.Module):
+    """Gives on what was written through a view, which no argument leads to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write into a part, and read the whole."""
+        out = torch.zeros(x.shape[0], 8)
+        out[:, :4] = self.a(x)
+        return out * 2
+
+
+class ChannelsLast(nn.Module):
+    """Flattens the output of a convolution as its layout in memory allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve in channels-last layout; a view of it has the channels last."""
+        return self.last(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).view(-1, 6))
+
+
+@pytest.mark.parametrize("memory", [10**9, 1])
+@pytest.mark.parametrize("engine", ["delta", "replay"])
+@pytest.mark.parametrize("build", [Picked, WrittenLater, WrittenThroughAView, ChannelsLast])
+def test_graphs_that_are_followed_with_care(build: type[nn.Module], engine: str, memory: int) -> None:
+    """Indices that ops decide, memory written later or through views, and layouts give what running the model gives."""
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(requires_grad=False)
+    shape = (2, 3, 6, 6) if build is ChannelsLast else (8, 6)
+    data = [torch.randn(shape) for _ in range(2)]
+    spec = ModelSpec(model, [{"x": data[0]}], [{"x": data[1]}], lambda out, _: out)
+    ops = list_ops(model)
+    fast = calibrate(spec, ops, "w8a8", engine=engine, memory=memory)
+    assert fast.engine == engine
+    exact = calibrate(spec, ops, "w8a8", engine="eager")
+    for op in ops:
+        found, expected = (scored.score(op, ["isolated"]).isolated for scored in (fast, exact))
+        assert found is not None
+        assert expected is not None
+        assert found["nmse"] == pytest.approx(expected["nmse"], rel=2e-3, abs=1e-12), op

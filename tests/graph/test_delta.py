@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_qsens.graph.capture import Graph, capture
-from pytest_qsens.graph.delta import RULES, DeltaRun
+from pytest_qsens.graph.delta import RULES, DeltaRun, Weights
 from pytest_qsens.graph.replay import Change, Run
 
 aten = torch.ops.aten
@@ -99,7 +99,7 @@ def test_changed_routes_and_writes_in_place(seed: int, size: float) -> None:
     some: list[Change] = [{node: moved(node.target) for node in nodes} for nodes in graph.calls.values()]
     with torch.no_grad():
         run = Run(graph)
-        delta = DeltaRun(run, narrow=False)
+        delta = DeltaRun(run, Weights(narrow=False))
         for change, output in zip(some, delta.outputs(some), strict=True):
             exact = run.replay(change)
             assert torch.allclose(output, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
@@ -115,7 +115,7 @@ def test_several_changes_have_the_bits_of_one() -> None:
         {node: lambda *args, t=node.target: t(*args) * 1.01 for node in nodes} for nodes in graph.calls.values()
     ]
     with torch.no_grad():
-        delta = DeltaRun(Run(graph), narrow=True)
+        delta = DeltaRun(Run(graph), Weights(narrow=True))
         together, alone = delta.errors(some), [error for change in some for error in delta.errors([change])]
     assert together == alone
     assert all(together)

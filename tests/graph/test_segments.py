@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pytest_qsens.graph.capture import Graph, capture
-from pytest_qsens.graph.delta import DeltaRun
+from pytest_qsens.graph.delta import DeltaRun, Weights
 from pytest_qsens.graph.replay import Change, Run
 from pytest_qsens.graph.segments import find_segments
+from pytest_qsens.metrics import same
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -53,14 +55,17 @@ def test_replays_without_memory(graph: Graph) -> None:
         some = changes(graph)
         for change in some:
             assert bits([dropping.replay(change)]) == bits([kept.replay(change)])
-        deltas = DeltaRun(kept, narrow=False), DeltaRun(dropping, narrow=False)
+        deltas = DeltaRun(kept, Weights(narrow=False)), DeltaRun(dropping, Weights(narrow=False))
         expected, found = (bits(list(delta.outputs(some))) for delta in deltas)
         assert found == expected
         assert deltas[1].errors(some) == deltas[0].errors(some)
         dropping.release_all()
         assert not dropping._restored
-        held = [value for value in dropping.clean if isinstance(value, Tensor)]
-        assert len(held) <= sum(isinstance(value, Tensor) for value in kept.clean)
+        dropped = [position for i in dropping._dropped for position in dropping._segments[i].inner]
+        assert all(dropping.clean[position] is None for position in dropped)
+        for node in graph.nodes:
+            pairs = zip(tree_leaves(dropping.values(node)), tree_leaves(kept.values(node)), strict=True)
+            assert all(same(one, other) for one, other in pairs if isinstance(one, Tensor))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "bert", "gpt2"])
