@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pytest_qsens.graph.capture import Graph, capture
+from pytest_qsens.graph.closure import closure, downstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,9 +63,10 @@ class Flops:
         logits = costs[head] if head is not None else 0.0
         self.forward += sum(costs.values())
         self.head += logits
-        wanted = _upstream(graph.output)
+        wanted = closure([graph.output], lambda node: node.all_input_nodes)
         for op, before in self.after.items():
-            after = _users(graph.calls.get(op, ())) & wanted
+            calls = graph.calls.get(op, ())
+            after = (downstream(calls) - set(calls)) & wanted
             last = logits if head in after else 0.0
             body = sum(costs.get(node, 0.0) for node in after) - last
             self.after[op] = Downstream(before.body + body, before.head + last)
@@ -100,25 +102,6 @@ def _head(graph: Graph) -> Node | None:
         return None
     out, into = _shape(linears[-1], 1)
     return linears[-1] if out > into else None
-
-
-def _users(calls: tuple[Node, ...]) -> set[Node]:
-    found: set[Node] = set()
-    todo = list(calls)
-    while todo:
-        fresh = set(todo.pop().users) - found
-        found |= fresh
-        todo += fresh
-    return found - set(calls)
-
-
-def _upstream(output: Node) -> set[Node]:
-    found, todo = {output}, [output]
-    while todo:
-        fresh = set(todo.pop().all_input_nodes) - found
-        found |= fresh
-        todo += fresh
-    return found
 
 
 _KINDS = {

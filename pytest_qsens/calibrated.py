@@ -16,7 +16,7 @@ from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine
-from pytest_qsens.errors import QsensError, told
+from pytest_qsens.errors import QsensError, first_line, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.memory import default_memory
@@ -155,7 +155,7 @@ class CalibratedModel:
         try:
             score = self._engine.together(op)
         except Exception as error:  # noqa: BLE001 - as in `_scores`
-            return f"the model fails ({_first_line(error)})"
+            return f"the model fails ({first_line(error)})"
         return None if score is None else self._related(score)
 
     def _related(self, score: Score) -> Scores | str:
@@ -193,7 +193,7 @@ class CalibratedModel:
             for reference, output in zip(self._engine.references, outputs, strict=True):
                 score.add(reference, output)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
-            return f"the model fails ({_first_line(error)})"
+            return f"the model fails ({first_line(error)})"
         found = self._related(score)
         return found if isinstance(found, str) else found | dict(self._engine.reported)
 
@@ -221,10 +221,6 @@ def _measured(
         fallback=found.get("fallback"),
         seconds=seconds,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def calibrate(

@@ -25,3 +25,8 @@ def told(error: BaseException) -> str:
     own = [frame for frame in files if not frame.filename.startswith(_INSTALLED)]
     where = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (own or files)[-1:])
     return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
+
+
+def first_line(error: Exception) -> str:
+    """Give type and message of an exception in one line, without place."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -151,6 +151,20 @@ current: Profiler | None = None
 """The profiler that runs in this process."""
 
 
+def call(
+    node: Node,
+    function: Callable[..., T],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    linear: bool = False,
+) -> T:
+    """Call a function for a node of a graph, as `Profiler.call` does if a profiler runs."""
+    if current is None:
+        return function(*args, **kwargs)
+    return current.call(node, function, args, kwargs, linear=linear)
+
+
 @contextmanager
 def running(profiler: Profiler | None) -> Iterator[None]:
     """Let a profiler run, or none."""

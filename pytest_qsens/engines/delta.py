@@ -10,6 +10,7 @@ import torch
 
 from pytest_qsens import profile
 from pytest_qsens.engines.replay import ReplayEngine
+from pytest_qsens.errors import first_line
 from pytest_qsens.graph.delta import DeltaRun, Weights
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.ops import Op
@@ -80,7 +81,7 @@ class DeltaEngine(ReplayEngine):
         self._logits = logits
         weights = Weights(narrow=_has_fast_bf16(self._clean[0].output.device))
         self._deltas = [DeltaRun(run, weights) for run in self._clean]
-        widest = max(1, *(delta.bytes_per_change for delta in self._deltas))
+        widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
         self._scores: dict[str, Score] = {}
         self._energy = sum(map(energy, self.references))
@@ -149,7 +150,7 @@ class DeltaEngine(ReplayEngine):
         try:
             self.together(op)
         except Exception as error:  # noqa: BLE001 - a replay raises nothing
-            return f"differences cannot be followed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            return f"differences cannot be followed ({first_line(error)})"
         found = self._scores[op]
         nmse, expected = found.sse / self._energy, exact.sse / self._energy
         if abs(nmse - expected) <= tolerance(expected):  # false for NaN

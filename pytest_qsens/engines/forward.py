@@ -125,6 +125,11 @@ class KernelEngine(ForwardEngine):
     ) -> None:
         super().__init__(model, batches, output, quantizable)
         self._calibration = calibration
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Set up the quantized model, and drop from the quantizable ops what cannot be quantized in it."""
 
     def calibrate(self, model: nn.Module) -> None:
         """Run a model that observes on the calibration batches; on one thread, for the same scales on any number."""

@@ -12,12 +12,10 @@ from pytest_qsens.quant.kernels import KernelModel
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from pytest_qsens.graph.capture import Output
-    from pytest_qsens.models.spec import Batch
     from pytest_qsens.quant.calibration import QParams
 
 
@@ -31,18 +29,10 @@ class FxEngine(KernelEngine):
 
     name = "fx"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        output: Output,
-        quantizable: Collection[str],
-        calibration: Sequence[Batch],
-    ) -> None:
-        super().__init__(model, batches, output, quantizable, calibration)
-        with one_thread(), unchanged_state(model):
+    def _prepare(self) -> None:
+        with one_thread(), unchanged_state(self._model):
             try:
-                self._kernels = KernelModel(model, self._quantizable, self.calibrate)
+                self._kernels = KernelModel(self._model, self._quantizable, self.calibrate)
             except Exception as error:
                 raise QsensError(
                     f"engine fx: torch's FX quantization cannot prepare this model: {told(error)}. Use engine auto, "

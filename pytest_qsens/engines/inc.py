@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from pytest_qsens.graph.capture import Output
     from pytest_qsens.models.spec import Batch
 
 _EVERYTHING = ("qsens_everything", "")
@@ -63,17 +62,9 @@ class IncEngine(KernelEngine):
     name = "inc"
     perturbs = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        output: Output,
-        quantizable: Collection[str],
-        calibration: Sequence[Batch],
-    ) -> None:
-        super().__init__(model, batches, output, quantizable, calibration)
-        self._adaptor, self._config = _strategy(model, batches[0])
-        own = [name for name, module in model.named_modules() if op_type(module)]
+    def _prepare(self) -> None:
+        self._adaptor, self._config = _strategy(self._model, self._batches[0])
+        own = [name for name, module in self._model.named_modules() if op_type(module)]
         self._ops = set(_keys(self._config["op"], own).values())
         self._keys = _keys(self._config["op"], self._quantizable)
         for op in self._quantizable - self._keys.keys():

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pytest_qsens.graph.calls import is_op_call, weight_argument
+from pytest_qsens.graph.closure import downstream
 from pytest_qsens.graph.functional import functional_kinds
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 
@@ -117,7 +118,7 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     index = OpIndex(model)
     calls = _op_calls(index, nodes, constants)
     op_nodes = {node for call in calls.values() for node in call}
-    dependent = _downstream(nodes, op_nodes)
+    dependent = downstream(op_nodes)
     _refuse_data_dependence(nodes, dependent)
     _refuse_autocast(nodes)
     originals = [leaves[i] for i in positions]
@@ -125,7 +126,7 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     by = {op: str(node.target) for node, ops in users.items() for op in ops}
     out_of_reach = index.out_of_reach(calls, scopes.entered, by)
     parameters = {node for node, value in constants.items() if isinstance(value, nn.Parameter)}
-    products = dependent | (_downstream(nodes, parameters) & _downstream(nodes, set(placeholders)))
+    products = dependent | (downstream(parameters) & downstream(placeholders))
     explained = {node for node, ops in users.items() if ops <= out_of_reach.keys()}
     return Graph(
         nodes=tuple(nodes),
@@ -179,15 +180,6 @@ def _op_calls(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> 
             if op is not None:
                 calls[op] = (*calls.get(op, ()), node)
     return calls
-
-
-def _downstream(nodes: list[Node], start: set[Node]) -> set[Node]:
-    """Nodes that depend on the value of any of ``start``, those included."""
-    found = set(start)
-    for node in nodes:
-        if any(argument in found for argument in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _refuse_data_dependence(nodes: list[Node], dependent: set[Node]) -> None:

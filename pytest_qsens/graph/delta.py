@@ -7,7 +7,6 @@ product, so that bf16 with fp32 accumulation is enough if the weight is bf16 to 
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +30,6 @@ aten = torch.ops.aten
 
 _WORTH_NARROWING = 2**18
 """Values in a weight from which bf16 products pay. It takes many values for their rounding to average out, too."""
-
 
 _GRAM_ROWS = 4096
 """Rows of a weight multiplied at a time: what rounding each part to the weight's dtype does averages out over parts."""
@@ -122,7 +120,6 @@ class DeltaRun:
         self._schedule = run.schedule(run.graph.output, self._together)
         self._head = self._find_head()
 
-    @cached_property
     def bytes_per_change(self) -> int:
         """About the memory that each of several changes takes while they go side by side."""
         live = most = 0
@@ -187,12 +184,7 @@ class DeltaRun:
                 if len(through) < len(changed):
                     delta = delta[[f in through for f in changed]]
                 before: Tensor = self._run.clean[step.position]
-                timer = profile.current
-                products = (
-                    rule.apply(delta, weight)
-                    if timer is None
-                    else timer.call(step.node, rule.apply, (delta, weight), {}, linear=True)
-                )
+                products = profile.call(step.node, rule.apply, (delta, weight), {}, linear=True)
                 for follower, product in zip(through, products, strict=True):
                     follower.put(step, product.to(before.dtype).add_(before))
             for follower in followers:

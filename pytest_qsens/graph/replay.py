@@ -71,12 +71,6 @@ class Run:
             self.require({self.segment_of[position]})  # type: ignore[arg-type] # None is never dropped
         return self._values[position]
 
-    def arguments(self, node: Node) -> Arguments:
-        """Return what an op call was given when it ran."""
-        for argument in node.all_input_nodes:
-            self.values(argument)
-        return self._overwritten.get(node) or reader_of(node, self.order)(self._values)
-
     @property
     def output(self) -> Tensor:
         """Output of the graph."""
@@ -134,8 +128,7 @@ class Run:
             call = self._calls[step.position]
         else:  # the root of a group that is written into
             call, args, kwargs = _copy, (self._root(node),), {}
-        timer = profile.current
-        values[step.position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
+        values[step.position] = profile.call(node, call, args, kwargs)
         for position in step.dead:
             values[position] = None
 
@@ -182,9 +175,9 @@ class Run:
                 self._keep(memory, sizes)
 
     def _compute(self, position: int) -> None:
-        node, call, timer = self.graph.nodes[position], self._calls[position], profile.current
+        node = self.graph.nodes[position]
         args, kwargs = reader_of(node, self.order)(self._values)
-        self._values[position] = call(*args, **kwargs) if timer is None else timer.call(node, call, args, kwargs)
+        self._values[position] = profile.call(node, self._calls[position], args, kwargs)
 
     def _size(self, segment: int) -> int:
         """Bytes that dropping a segment frees."""

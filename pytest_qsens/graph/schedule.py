@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from pytest_qsens.graph.closure import closure
+
 Values = list[Any]
 """Values by the position of their node in the graph."""
 
@@ -129,23 +131,22 @@ class Schedule:
 
     def _find_wanted(self, output: Node) -> list[bool]:
         """By position: whether the output depends on it."""
-        found = _closure([output], lambda node: [*node.all_input_nodes, *self._members(node)])
+        found = closure([output], lambda node: [*node.all_input_nodes, *self._members(node)])
         return [node in found for node in self._order]
 
     def _touched_with_groups(self, changed: Collection[Node]) -> Touched:
         def new(node: Node) -> list[Node]:  # a group with one new value is new as a whole
             return [other for other in (*node.users, *self._members(node)) if other.op == "call_function"]
 
-        dirty = _closure(changed, new)
+        dirty = closure(changed, new)
         first = self._first(changed, dirty.__contains__)
 
-        def again(
-            node: Node,
-        ) -> list[Node]:  # a group that is read is computed again, to have the values of that moment
+        def again(node: Node) -> list[Node]:
+            """Return groups that are read: they are computed again, to have the values of that moment."""
             read = (node,) if node in first else (node, *node.all_input_nodes)
             return [member for other in read for member in self._members(other)]
 
-        active = _closure(dirty, again)
+        active = closure(dirty, again)
         return Touched(
             [wanted and node in active for node, wanted in zip(self._order, self._wanted, strict=True)], first
         )
@@ -242,13 +243,3 @@ def _picker(value: Any, order: Mapping[Node, int]) -> Callable[[Values], Any] | 
         return filled
 
     return pick
-
-
-def _closure(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    found = set(start)
-    todo = list(found)
-    while todo:
-        fresh = set(following(todo.pop())) - found
-        todo += fresh
-        found |= fresh
-    return found

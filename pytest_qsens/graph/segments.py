@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_qsens.graph.closure import downstream
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
@@ -28,13 +30,8 @@ def find_segments(nodes: Sequence[Node], order: Mapping[Node, int], calls: Colle
 
     What depends on none of them, such as masks and positions, is small, belongs to no segment, and is to be kept.
     """
-    dependent: set[Node] = set()
-    last_use: dict[Node, int] = {}
-    for node in nodes:
-        if node in calls or not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-        for argument in node.all_input_nodes:
-            last_use[argument] = order[node]
+    dependent = downstream(calls)
+    last_use = {argument: order[node] for node in nodes for argument in node.all_input_nodes}
     segments: list[Segment] = []
     inside: list[Node] = []
     crossing: set[Node] = set()

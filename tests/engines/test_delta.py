@@ -12,6 +12,7 @@ from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.delta import TOLERANCE, DeltaEngine, tolerance
 from pytest_qsens.graph.delta import RULES, DeltaRun, Weights
 from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.graph.schedule import reader_of
 from pytest_qsens.metrics import Score, squared_distance
 from pytest_qsens.models.spec import ModelSpec
 from tests.architectures import ARCHITECTURES
@@ -124,7 +125,7 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
         clean = precise(spec.evaluation[0]["x"].double())
         for op in ops:
             (node,) = run.graph.calls[op.name]
-            arguments, _ = run.arguments(node)
+            arguments, _ = reader_of(node, run.order)(run.clean)
             override = engine._quantize(run.graph, [op.name])
             change = (override[node](*arguments) - run.values(node)).double()
             hook = precise.get_submodule(op.name).register_forward_hook(lambda _m, _i, out, c=change: out + c)
