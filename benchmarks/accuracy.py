@@ -6,8 +6,6 @@ Needs an environment with the extra ``inc``: python benchmarks/accuracy.py. It t
 from __future__ import annotations
 
 import gc
-import platform
-import re
 import resource
 import statistics
 import sys
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from scipy.stats import spearmanr
 from small_nets import cnn, mlp
+from timing import machine
 from torch.fx import GraphModule
 
 from pytest_qsens.calibrated import CalibratedModel, calibrate
@@ -309,6 +308,7 @@ def resident() -> float:
 
 def tables() -> dict[str, str]:
     """Everything that the document needs, by name."""
+    own = machine()
     same_numbers = []
     simulated = []
     for model in MODELS:
@@ -323,8 +323,9 @@ def tables() -> dict[str, str]:
     rows, facts = noise()
     broken = engine("inc", "tiny Qwen2.5-VL, images and text")._engine._without_kernels()  # type: ignore[attr-defined]
     return {
-        "machine": f"{cpu()}, {torch.get_num_threads()} threads, torch {version('torch')}, neural-compressor "
-        f"{version('neural-compressor')}, transformers {version('transformers')}, Python {platform.python_version()}",
+        "machine": f"{own['cpu']} ({own['capability']}), {own['threads']} threads, torch {version('torch')}, "
+        f"neural-compressor {version('neural-compressor')}, transformers {version('transformers')}, "
+        f"Python {own['python']}",
         "same": "\n".join(same_numbers),
         "simulated": "\n".join(simulated),
         "noise": "\n".join(rows),
@@ -336,12 +337,6 @@ def tables() -> dict[str, str]:
         "cost": "\n".join(row for row, _ in costs),
         "memory": "\n".join(row for _, row in costs),
     }
-
-
-def cpu() -> str:
-    """Name and instruction set of the CPU."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def main() -> None:

@@ -132,8 +132,10 @@ def main() -> None:
     results: Found = json.loads(options.read.read_text()) if options.read else {}
     if options.only != []:
         measure(options, results)
+    from sections import sections
     from tables import page, printed
 
+    results["left out"] = [name for name in sections(quick=results["options"]["quick"]) if name not in results]
     print(printed(TEMPLATE.read_text(), results))
     if options.page:
         options.page.write_text(page(TEMPLATE.read_text(), results))

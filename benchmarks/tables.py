@@ -395,4 +395,5 @@ def failures(results: Found) -> str:
     ]
     if results.get("missing"):
         lines.append(f"- {results['missing']}")
-    return "\n".join(lines) or "- No section failed."
+    lines += [f"- {name}: left out" for name in results["left out"]]
+    return "\n".join(lines) or "- No section failed, and none was left out."
