@@ -27,6 +27,7 @@ from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor
 from pytest_qsens.metrics import energy, squared_distance
+from pytest_qsens.noise import SEEDS
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
@@ -153,9 +154,11 @@ def described(subject: Subject) -> Found:
 
 
 def built(subject: Subject, engine: str, *, divergence: bool = False) -> tuple[CalibratedModel, float]:
-    """Calibrate, and say how many seconds it takes."""
+    """Calibrate, and let the default engine check itself; says how many seconds that takes."""
     start = time.perf_counter()
     model = calibrated(subject, engine, divergence=divergence)
+    if engine == "auto":
+        errors(model, subject.ops[:1])
     return model, time.perf_counter() - start
 
 
@@ -170,18 +173,29 @@ def whole_run(subject: Subject, forwards: Forwards) -> tuple[CalibratedModel, Fo
     return model, found | {"memory": memory, "engine_reason": model.engine_reason}
 
 
-def _default_engine(subject: Subject, forwards: Forwards, few: Sequence[Op]) -> Iterator[Found]:
-    model, found = whole_run(subject, forwards)
+def _default_engine(subject: Subject, forwards: Forwards, _: Sequence[Op]) -> Iterator[Found]:
+    found = whole_run(subject, forwards)[1]
     yield {"isolated": found}
-    with forwards.around() as unit, without_noise(model):
-        joint = seconds(model.total)
-        each = per_op(model, few, "fallback")
-    setup = found["setup"]
-    yield {"fallback": {"unit": unit.seconds, "setup": setup + joint, "per_op": each}}
     with forwards.around() as unit:
-        first = per_op(model, few[:1], "fallback")  # runs everything quantized once more for each seed
-        each = per_op(model, few[1:], "fallback")
-    yield {"fallback_noise": {"unit": unit.seconds, "setup": setup + joint + max(first - each, 0.0), "per_op": each}}
+        found = others(subject)
+        model, each = found.pop("model"), found["per_op"]
+    yield {"fallback": found | {"unit": unit.seconds}}
+    with forwards.around() as unit:
+        joint = seconds(lambda: [model._joint_scores(seed) for seed in SEEDS])
+        noise = per_op(model, subject.ops, "fallback")  # under the seeds: what it is without them is kept
+    setup = found["setup"] + joint
+    yield {"fallback_noise": {"unit": unit.seconds, "setup": setup, "per_op": each + noise}}
+
+
+def others(subject: Subject) -> Found:
+    """Run mode `fallback` for all ops with the default engine, without noise."""
+    start = time.perf_counter()
+    model = calibrated(subject, "auto")
+    with torch.no_grad():
+        model.total()
+    setup = time.perf_counter() - start
+    with without_noise(model):
+        return {"model": model, "setup": setup, "per_op": per_op(model, subject.ops, "fallback")}
 
 
 def _naive_loop(subject: Subject, forwards: Forwards, few: Sequence[Op]) -> Iterator[Found]:
@@ -250,7 +264,7 @@ def depth(options: Options) -> Iterator[Found]:
     chosen = [waves[i] for i in sorted({round(i * (len(waves) - 1) / 8) for i in range(9)})]
     found: dict[str, Found] = {}
     for _ in range(options.repeats):
-        model = calibrated(subject, "auto")  # anew, as scores are kept
+        model, _ = built(subject, "auto")  # anew, as scores are kept
         for block, ops in chosen:
             with forwards.around() as unit:
                 each = per_op(model, ops, "isolated")
@@ -269,17 +283,16 @@ def profiled(options: Options) -> Iterator[Found]:
     yield described(subject)
     Forwards(subject)  # the first forward allocates
     made: list[CalibratedModel] = []
-    yield {"set-up": time_shares(lambda: made.append(calibrated(subject, "auto")))}
+    yield {"set-up": time_shares(lambda: made.append(built(subject, "auto")[0]))}
     (model,) = made
     waves = [ops for ops in blocks(subject.ops).values() if len(ops) > 1]
     middle = waves[len(waves) // 2]
     for ops in (middle,) if options.quick else (waves[1], middle, waves[-2]):  # the set-up measures the first and last
         shares = time_shares(lambda ops=ops: errors(model, ops))  # type: ignore[misc]  # its own
         yield {f"isolated, `{ops[0].block}`": shares}
-    few = spread(subject.ops, options.few)
     with without_noise(model):
-        errors(model, few[:1], "fallback")
-        yield {"fallback": time_shares(lambda: errors(model, few, "fallback"))}
+        errors(model, waves[0], "fallback")
+        yield {f"fallback, `{middle[0].block}`": time_shares(lambda: errors(model, middle, "fallback"))}
 
 
 class _Stays64(TorchFunctionMode):
@@ -396,16 +409,19 @@ def inc(options: Options, tokens: int) -> Iterator[Found]:
     yield {"inc": {"unit": unit.seconds, "turns": turns, "per_op": statistics.median(turns), "peak": peak()}}
     del driven
     gc.collect()
-    for engine in ("fx", "auto"):
-        with forwards.around() as unit:
-            model, setup = built(subject, engine)
-            with without_noise(model):
-                setup += seconds(model.total)
-                errors(model, few[:1], "fallback")
-                each = per_op(model, few, "fallback")
-        yield {engine: {"unit": unit.seconds, "setup": setup, "per_op": each}}
-        del model
-        gc.collect()
+    with forwards.around() as unit:
+        model, setup = built(subject, "fx")
+        with without_noise(model):
+            setup += seconds(model.total)
+            errors(model, few[:1], "fallback")
+            each = per_op(model, few, "fallback")
+    yield {"fx": {"unit": unit.seconds, "setup": setup, "per_op": each}}
+    del model
+    gc.collect()
+    with forwards.around() as unit:
+        ours = others(subject)
+        del ours["model"]
+    yield {"auto": ours | {"unit": unit.seconds}}
 
 
 def _compared(build: Callable[[Options], Subject]) -> Callable[[Options], Iterator[Found]]:

@@ -52,7 +52,6 @@ class CalibratedModel:
     """One model under one scheme, calibrated once; scores one op at a time. Make it with `calibrate`.
 
     Attributes:
-        engine_reason: Why another engine than the exact replay is used, or ``None``.
         reference_seconds: Wall seconds of one unquantized forward of all evaluation batches.
 
     """
@@ -68,7 +67,7 @@ class CalibratedModel:
         engine_reason: str | None,
         reference_seconds: float,
     ) -> None:
-        self.engine_reason = engine_reason
+        self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
         self._scheme = scheme
         self._calibration = calibration
@@ -82,6 +81,11 @@ class CalibratedModel:
     def engine(self) -> str:
         """Name of the engine in use."""
         return self._engine.name
+
+    @property
+    def engine_reason(self) -> str | None:
+        """Why another engine than the usual one is used, as far as it is known by now."""
+        return self._engine_reason or self._engine.distrusted
 
     @cached_property
     def reference_digest(self) -> str:
@@ -138,22 +142,29 @@ class CalibratedModel:
 
     def _measure(self, op: str, mode: Mode) -> Scores | str:
         if mode == "isolated":
-            result = self._together(op) or self._scores(self._engine.isolated(op))
+            result = self._measured_with_others(lambda: self._engine.together(op)) or self._scores(
+                self._engine.isolated(op)
+            )
             if not self._joint:  # nothing else needs this weight quantized
                 self._simulator.forget(op)
             return result
         joint = self._joint_scores()
-        result = self._scores(self._engine.fallback(op))
+        result = self._all_but(op, None)
         if not isinstance(result, str) and not isinstance(joint, str):
             result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
             if self._engine.perturbs:
                 self._add_noise(op, result)
         return result
 
-    def _together(self, op: str) -> Scores | str | None:
-        """Score this op with others at once, if the engine can."""
+    def _all_but(self, op: str, seed: int | None) -> Scores | str:
+        return self._measured_with_others(lambda: self._engine.all_but(op, seed)) or self._scores(
+            self._engine.fallback(op, seed)
+        )
+
+    def _measured_with_others(self, measure: Callable[[], Score | None]) -> Scores | str | None:
+        """Score an op with others at once, if the engine can."""
         try:
-            score = self._engine.together(op)
+            score = measure()
         except Exception as error:  # noqa: BLE001 - as in `_scores`
             return f"the model fails ({first_line(error)})"
         return None if score is None else self._related(score)
@@ -173,7 +184,7 @@ class CalibratedModel:
         """Say how far the score, and the gain, move when values move in their last digits."""
         draws, gains = [_number(result["nmse"])], [_number(result["gain"])]
         for seed in SEEDS:
-            joint, other = self._joint_scores(seed), self._scores(self._engine.fallback(op, seed))
+            joint, other = self._joint_scores(seed), self._all_but(op, seed)
             if not isinstance(joint, str) and not isinstance(other, str):
                 draws.append(_number(other["nmse"]))
                 gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
@@ -330,7 +341,7 @@ def _build_engine(
                 built = DeltaEngine(
                     model, batches, references, spec.output, simulator, quantizable, memory, expected, logits=logits
                 )
-                return built, built.distrusted
+                return built, None
         except CaptureRefused as refused:
             reason = f"capture refused: {refused}"
             if name != "auto":

@@ -49,7 +49,7 @@ class Bench:
         self._calibrated: CalibratedModel | None = None
         self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str, str]] = set()
+        self._described: set[tuple[RunSpec, str, str, str]] = set()
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
 
@@ -118,7 +118,7 @@ class Bench:
         if self._calibrated is None or self._spec != options.run_spec:
             return None
         reference = self._calibrated.reference_digest
-        key = options.run_spec, options.mode, reference
+        key = options.run_spec, options.mode, reference, self._calibrated.engine
         if key in self._described:
             return None
         self._described.add(key)

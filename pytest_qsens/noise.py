@@ -27,8 +27,13 @@ STUDENT_T = 3.182
 
 def perturbed(value: Tensor, seed: int) -> Tensor:
     """Multiply every element by 1 + `RELATIVE` times a seeded normal number; the value's shape and dtype stay."""
-    factors = _factors if value.numel() <= _KEPT else _factors.__wrapped__
-    return value * factors(value.shape, value.dtype, value.device, seed)
+    return value * factors(value, seed)
+
+
+def factors(value: Tensor, seed: int) -> Tensor:
+    """Return what `perturbed` multiplies a value by."""
+    draw = _factors if value.numel() <= _KEPT else _factors.__wrapped__
+    return draw(value.shape, value.dtype, value.device, seed)
 
 
 @lru_cache(maxsize=32)  # a model has few shapes, and drawing takes longer than the product

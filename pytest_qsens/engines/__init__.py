@@ -28,6 +28,9 @@ class Engine(Protocol):
     def note(self) -> str | None:
         """What has to be said of every score with everything else quantized, if something has."""
 
+    distrusted: str | None
+    """Why it does not measure several ops at once any more, if it found that they do not get their own scores."""
+
     perturbs: bool
     """Whether it can move values by a seed."""
 
@@ -61,3 +64,6 @@ class Engine(Protocol):
 
     def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
         """Everything but this op is quantized; the seed as in `joint`."""
+
+    def all_but(self, op: str, seed: int | None = None) -> Score | None:
+        """Score with everything but this op quantized, if the engine measures several at once; the seed as above."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,22 @@ import torch
 from pytest_qsens import profile
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import first_line
+from pytest_qsens.graph.calls import bind
 from pytest_qsens.graph.delta import DeltaRun, Weights
+from pytest_qsens.graph.joint import JointRun, RowWise
 from pytest_qsens.metrics import Score, energy
+from pytest_qsens.noise import factors
 from pytest_qsens.ops import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
+    from torch.fx import Node
 
-    from pytest_qsens.graph.capture import Output
+    from pytest_qsens.graph.capture import Graph, Output
+    from pytest_qsens.graph.replay import Change
+    from pytest_qsens.graph.together import Together
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.quant.simulate import Simulator
 
@@ -43,8 +50,40 @@ def tolerance(nmse: float) -> float:
     return TOLERANCE * nmse + 2 * _ROUNDING * math.sqrt(nmse) + _ROUNDING**2
 
 
+class _Waves:
+    """Scores of ops that are measured a wave at a time, and kept.
+
+    Args:
+        waves: Ops that are measured together.
+        measure: Measures some ops.
+
+    """
+
+    def __init__(self, waves: Iterable[Sequence[str]], measure: Callable[[Sequence[str]], Mapping[str, Score]]) -> None:
+        self._waves = list(waves)
+        self._measure = measure
+        self._scores: dict[str, Score] = {}
+
+    def score(self, op: str) -> Score:
+        """Measure an op with those of its wave, unless it has been."""
+        if op not in self._scores:
+            wave = next((wave for wave in self._waves if op in wave), [op])
+            try:
+                self._scores |= self._measure(wave)
+            except Exception:  # one of them makes the model fail: the others shall have their scores
+                if len(wave) == 1:
+                    raise
+                self._waves.remove(wave)
+                self._waves += [[other] for other in wave]
+                return self.score(op)
+        return self._scores[op]
+
+
 class DeltaEngine(ReplayEngine):
-    """Isolated errors by differences, within `TOLERANCE` of an exact replay; the other modes are replayed.
+    """The ops of a block side by side.
+
+    Isolated errors are within `TOLERANCE` of those of exact replays, as differences are multiplied; those with
+    everything else quantized are the same but for the order in which squares are summed.
 
     Args:
         model: In evaluation mode.
@@ -56,9 +95,6 @@ class DeltaEngine(ReplayEngine):
         memory: Bytes for values.
         expected: Those that are going to be scored.
         logits: Whether outputs are compared as distributions of classes, too.
-
-    Attributes:
-        distrusted: Why differences are not to be trusted for this model, and all ops are replayed.
 
     """
 
@@ -83,30 +119,31 @@ class DeltaEngine(ReplayEngine):
         self._deltas = [DeltaRun(run, weights) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
-        self._scores: dict[str, Score] = {}
+        self._alone = _Waves(self._waves, self._measure_alone)
+        self._others: dict[int | None, _Waves] = {}
         self._energy = sum(map(energy, self.references))
-        self.distrusted: str | None = None
-        self.distrusted = self._find_fault()
-        if self.distrusted is not None:
-            self.name = "replay"
-            self._scores.clear()
-            self._deltas.clear()
+        self._checked = False
 
     def together(self, op: str) -> Score | None:
-        """Score with only this op quantized, measured with the others of its block."""
+        """Score with only this op quantized, measured with the others of its block.
+
+        The first time, two ops are also replayed, to see whether differences are to be trusted.
+        """
+        if not self._checked:
+            self._checked = True
+            self.distrusted = self._find_fault()
+            if self.distrusted is not None:
+                self.name = "replay"
+                self._deltas.clear()
+        return self._alone.score(op) if self.distrusted is None else None
+
+    def all_but(self, op: str, seed: int | None = None) -> Score | None:
+        """Score with everything but this op quantized, measured with the others of its block."""
         if self.distrusted is not None:
             return None
-        if op not in self._scores:
-            wave = next((wave for wave in self._waves if op in wave), [op])
-            try:
-                self._scores |= self._measure(wave)
-            except Exception:  # one of them makes the model fail: the others shall have their scores
-                if len(wave) == 1:
-                    raise
-                self._waves.remove(wave)
-                self._waves += [[other] for other in wave]
-                return self.together(op)
-        return self._scores[op]
+        if seed not in self._others:
+            self._others[seed] = _Waves(self._waves, self._measure_others(seed))
+        return self._others[seed].score(op)
 
     def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
         """Group the expected ops of each block, at most so many together."""
@@ -115,17 +152,41 @@ class DeltaEngine(ReplayEngine):
             ops = list(block)
             yield from (ops[i : i + most] for i in range(0, len(ops), most))
 
-    def _measure(self, ops: Sequence[str]) -> dict[str, Score]:
+    def _measure_alone(self, ops: Sequence[str]) -> dict[str, Score]:
+        return self._measure(ops, self._deltas, lambda graph, op: self._quantize(graph, [op]))
+
+    def _measure_others(self, seed: int | None) -> Callable[[Sequence[str]], dict[str, Score]]:
+        moved = None if seed is None else partial(factors, seed=seed)
+        runs = [
+            JointRun(run, clean.output, self._row_wise(run.graph), moved)
+            for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
+        ]
+        return lambda ops: self._measure(ops, runs, lambda graph, op: self._unquantized(graph, op, seed))
+
+    def _row_wise(self, graph: Graph) -> dict[Node, RowWise]:
+        return {
+            node: RowWise(call, partial(self._blocks, op, node.target))
+            for op in self._quantizable
+            for node, call in self._quantize(graph, [op]).items()
+        }
+
+    def _blocks(self, op: str, target: object, channels: int, *args: object) -> Iterator[Tensor]:
+        return self._simulator.blocks(op, bind(target, args, {}), channels)
+
+    def _measure(
+        self, ops: Sequence[str], runs: Sequence[Together], change: Callable[[Graph, str], Change]
+    ) -> dict[str, Score]:
         found = {op: Score(logits=self._logits) for op in ops}
-        for delta, run in zip(self._deltas, self._clean, strict=True):
-            changes = [self._quantize(run.graph, [op]) for op in ops]
+        for together in runs:
+            run, reference = together.run, together.reference
+            changes = [change(run.graph, op) for op in ops]
             try:
                 with self._threads():
                     if self._logits:
-                        for score, output in zip(found.values(), delta.outputs(changes), strict=True):
-                            score.add(run.output, output)
+                        for score, output in zip(found.values(), together.outputs(changes), strict=True):
+                            score.add(reference, output)
                     else:
-                        for score, error in zip(found.values(), delta.errors(changes), strict=True):
+                        for score, error in zip(found.values(), together.errors(changes), strict=True):
                             score.add_error(error)
             finally:
                 run.release_all()
@@ -148,10 +209,9 @@ class DeltaEngine(ReplayEngine):
         if not exact.finite:
             return None
         try:
-            self.together(op)
+            found = self._alone.score(op)
         except Exception as error:  # noqa: BLE001 - a replay raises nothing
             return f"differences cannot be followed ({first_line(error)})"
-        found = self._scores[op]
         nmse, expected = found.sse / self._energy, exact.sse / self._energy
         if abs(nmse - expected) <= tolerance(expected):  # false for NaN
             return None

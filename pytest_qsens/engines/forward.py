@@ -36,6 +36,7 @@ class ForwardEngine(ABC):
 
     phase: Phase = "forward"
     perturbs = True
+    distrusted: str | None = None
 
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], output: Output, quantizable: Collection[str]
@@ -62,6 +63,10 @@ class ForwardEngine(ABC):
         return self._outputs({op}, None)
 
     def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine takes one op after the other."""
+        return None
+
+    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing: this engine takes one op after the other."""
         return None
 

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.simulate import Simulator
 
 
+_ALIGNMENT = 64
+"""Bytes of the widest vector register."""
+
+
 class ReplayEngine:
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
     The values of the clean run are kept as far as the memory goes; those of the fully quantized run once it is asked
-    for, and of one more for each seed. All are made on one thread; replays use all of them if the clean values come
-    out the same on all.
+    for, and of one more for each seed. All threads are used if the clean values are the same on one, else one.
 
     Raises:
         CaptureRefused: If a batch's graph is not an exact stand-in for the model.
@@ -46,6 +49,7 @@ class ReplayEngine:
     phase: Phase = "replay"
     perturbs = True
     note: str | None = None
+    distrusted: str | None = None
 
     def __init__(
         self,
@@ -98,6 +102,10 @@ class ReplayEngine:
         """Nothing: this engine takes one op after the other."""
         return None
 
+    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine takes one op after the other."""
+        return None
+
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
         for run in self._joint_runs(seed):
@@ -107,9 +115,8 @@ class ReplayEngine:
     def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
         """Everything but this op is quantized; the seed as in `joint`."""
         for run in self._joint_runs(seed):
-            nodes = run.graph.calls.get(op, ())
             with self._threads():
-                output = run.replay({node: _moved(node.target, seed) for node in nodes})
+                output = run.replay(self._unquantized(run.graph, op, seed))
             run.release_all()
             yield output
 
@@ -125,6 +132,10 @@ class ReplayEngine:
         calls: dict[Node, Any] = {node: node.target for nodes in graph.calls.values() for node in nodes}
         calls |= self._quantize(graph, self._quantizable)
         return {node: _moved(call, seed) for node, call in calls.items()}
+
+    @staticmethod
+    def _unquantized(graph: Graph, op: str, seed: int | None) -> dict[Node, Override]:
+        return {node: _moved(node.target, seed) for node in graph.calls.get(op, ())}
 
     def _quantize(self, graph: Graph, ops: Collection[str]) -> dict[Node, Override]:
         def override(op: str, target: object) -> Override:
@@ -149,14 +160,10 @@ def _moved(call: Any, seed: int | None) -> Override:  # noqa: ANN401 - a call no
 def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int) -> tuple[Run, bool]:
     """Capture and run a batch; also whether every value is the same on one thread and on all.
 
-    ``reference`` is the model's output on all threads. The run is made on one.
+    ``reference`` is the model's output on all threads.
     """
-    graph = capture(model, batch, output)
-    with one_thread():
-        run = Run(graph, memory=memory)
-    anywhere = same(run.output, reference) and (
-        torch.get_num_threads() == 1 or _same_values(run, Run(graph, memory=memory))
-    )
+    run = Run(capture(model, batch, output), memory=memory)
+    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run))
     threads = nullcontext if anywhere else one_thread
     if not anywhere:
         with one_thread():
@@ -182,9 +189,43 @@ def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
     return same(run.replay({node: _changed(node.target) for nodes in ops.values() for node in nodes}), expected)
 
 
+def _same_on_one_thread(run: Run) -> bool:
+    """Whether all values of a run, which was made on all threads, are the same on one.
+
+    How a kernel divides its work depends on shapes, layouts and what integers say, not on the numbers it adds up: one
+    call of each kind stands for all. Where the graph writes in place, arguments are gone, and all is run again.
+    """
+    with one_thread():
+        if run.groups:
+            return _same_values(run, Run(run.graph))
+        seen: set[object] = set()
+        for node in reversed(run.graph.nodes):  # values are kept from the end
+            if node.op == "call_function":
+                args, kwargs = run.arguments(node)
+                kind = (node.target, *map(_kind, tree_leaves((args, kwargs))))
+                if kind not in seen and not _same_leaves(node.target(*args, **kwargs), run.values(node)):  # type: ignore[operator] # a call
+                    return False
+                seen.add(kind)
+        run.release_all()
+        return True
+
+
+def _kind(argument: object) -> object:
+    """Return what a kernel may choose its way by."""
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    layout = argument.dtype, argument.shape, argument.stride()
+    floating = argument.is_floating_point() or argument.is_complex()
+    return (*layout, argument.data_ptr() % _ALIGNMENT if floating else argument.data_ptr())
+
+
 def _same_values(one: Run, other: Run) -> bool:
     """Whether all values kept are: those at the narrow places of the graph are, and all others lead to them."""
-    pairs = zip(tree_leaves(one.clean), tree_leaves(other.clean), strict=True)
+    return all(_same_leaves(a, b) for a, b in zip(one.clean, other.clean, strict=True) if a is not None)
+
+
+def _same_leaves(one: object, other: object) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
     return all(same(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 

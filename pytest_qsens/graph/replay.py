@@ -66,10 +66,13 @@ class Run:
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
-        position = self.order[node]
-        if self.segment_of[position] in self._dropped:
-            self.require({self.segment_of[position]})  # type: ignore[arg-type] # None is never dropped
-        return self._values[position]
+        self._restore([node])
+        return self._values[self.order[node]]
+
+    def arguments(self, node: Node) -> Arguments:
+        """Arguments of a call, with the values that they have at the end of the run."""
+        self._restore(node.all_input_nodes)
+        return reader_of(node, self.order)(self._values)
 
     @property
     def output(self) -> Tensor:
@@ -147,6 +150,16 @@ class Run:
         }
 
     @cached_property
+    def _fixed_segments(self) -> frozenset[int | None]:
+        """Segments that touch memory which the graph writes into."""
+        return frozenset(
+            self.segment_of[self.order[node]]
+            for node in self.graph.nodes
+            if self._written
+            and (node in self._written or not self.groups.keys().isdisjoint((node, *node.all_input_nodes)))
+        )
+
+    @cached_property
     def _schedule(self) -> Schedule:
         return self.schedule(self.graph.output)
 
@@ -174,6 +187,9 @@ class Run:
                 sizes.append(self._size(len(sizes)))
                 self._keep(memory, sizes)
 
+    def _restore(self, nodes: Iterable[Node]) -> None:
+        self.require({segment for node in nodes if (segment := self.segment_of[self.order[node]]) is not None})
+
     def _compute(self, position: int) -> None:
         node = self.graph.nodes[position]
         args, kwargs = reader_of(node, self.order)(self._values)
@@ -191,16 +207,11 @@ class Run:
 
     def _keep(self, memory: int, sizes: Sequence[int]) -> None:
         """Drop the earliest segments until the rest fits into the memory."""
-        fixed = {
-            self.segment_of[self.order[node]]
-            for node in self.graph.nodes
-            if node in self._written or not self.groups.keys().isdisjoint((node, *node.all_input_nodes))
-        }
         held = sum(size for i, size in enumerate(sizes) if i not in self._dropped)
         for i, size in enumerate(sizes[:-1]):
             if held <= memory:
                 return
-            if i not in self._dropped and i not in fixed:
+            if i not in self._dropped and i not in self._fixed_segments:
                 self._drop(i)
                 held -= size
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the per-token primitives
@@ -49,6 +50,26 @@ class QuantizedWeight:
     values: Tensor
     scale: Tensor
     sums: Tensor
+
+    def split(self, channels: int) -> Iterator[QuantizedWeight]:
+        """Take so many output channels at a time."""
+        parts = (torch.split(tensor, channels) for tensor in (self.values, self.scale, self.sums))
+        return map(QuantizedWeight, *parts)
+
+
+class _Rows(NamedTuple):
+    """A quantized input of a linear.
+
+    Attributes:
+        integers: int8, ``(*, in)``.
+        scale: float32, ``()`` or ``(*, 1)``.
+        offset: What to add to every integer before it is multiplied.
+
+    """
+
+    integers: Tensor
+    scale: Tensor
+    offset: int = 0
 
 
 _CHUNK = 2**17
@@ -182,36 +203,72 @@ class Simulator:
         """
         if call.kind == "embedding":
             return quantized_embedding(functional.embedding(call.x, call.weight))
-        weight = self._weights.get(op)
-        if weight is None:
-            weight = self._weights[op] = quantize_weight(call.weight)
-        output = self._static(op, call, weight) if self._scheme.activation == "static" else self._dynamic(call, weight)
-        finite = finite_rows(call.x, call.kind)
-        if finite is None:
-            return output
-        return output.masked_fill(~finite.view(*finite.shape, *[1] * (output.dim() - finite.dim())), torch.nan)
+        weight = self._weight(op, call)
+        if call.kind == "linear":
+            output = self._linear(op, self._quantized_rows(op, call.x), weight, call.bias)
+        else:
+            x = self._calibration.input_qparams(op)
+            scale = torch.tensor(x.scale, device=call.x.device)
+            output = self._real(op, call.kind, _convolution(call, weight, x), scale, weight.scale, call.bias)
+        return _without_infinities(output, finite_rows(call.x, call.kind))
+
+    @profile.phase("local quantization")
+    def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
+        """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
+        rows, weight, finite = self._quantized_rows(op, call.x), self._weight(op, call), finite_rows(call.x, call.kind)
+        biases = repeat(None) if call.bias is None else torch.split(call.bias, channels)
+        for part, bias in zip(weight.split(channels), biases):  # noqa: B905 - the last can go on for ever
+            yield _without_infinities(self._linear(op, rows, part, bias), finite)
+
+    def _weight(self, op: str, call: Call) -> QuantizedWeight:
+        found = self._weights.get(op)
+        if found is None:
+            found = self._weights[op] = quantize_weight(call.weight)
+        return found
 
     def forget(self, op: str) -> None:
         """Free the quantized weight of an op that is done."""
         self._weights.pop(op, None)
 
-    def _static(self, op: str, call: Call, weight: QuantizedWeight) -> Tensor:
-        x = self._calibration.input_qparams(op)
-        scale = _per_channel(torch.tensor(x.scale, device=call.x.device) * weight.scale, call.kind)
-        products = _uint8_products(call, weight, x)
-        bias = None if call.bias is None else _per_channel(call.bias, call.kind)
+    def _quantized_rows(self, op: str, x: Tensor) -> _Rows:
+        if self._scheme.activation == "static":
+            qparams = self._calibration.input_qparams(op)
+            integers = quantize_activation(x, qparams).sub_(128).to(torch.int8)
+            return _Rows(integers, torch.tensor(qparams.scale, device=x.device), 128 - qparams.zero_point)
+        primitives: Any = torch.ops.quantized_decomposed
+        scale, zero_point = primitives.choose_qparams_per_token(x, torch.int8)
+        return _Rows(primitives.quantize_per_token(x, scale, zero_point, -128, 127, torch.int8), scale)
+
+    def _linear(self, op: str, x: _Rows, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        products = _integer_linear(x.integers, weight.values)
+        if x.scale.dim():
+            output: Tensor = products.float() * x.scale * weight.scale
+            return output if bias is None else output + bias
+        correction = x.offset * weight.sums
+        if products.dtype == torch.int32 and weight.values.shape[1] < _INT32_SUM:
+            products.add_(correction.int())
+        else:
+            products = products + correction
+        return self._real(op, "linear", products, x.scale, weight.scale, bias)
+
+    def _real(
+        self, op: str, kind: str, products: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Turn integer products with a static scale into what they stand for."""
+        scale = _per_channel(x_scale * weight_scale, kind)
+        bias = None if bias is None else _per_channel(bias, kind)
         found = torch.empty_like(products, dtype=torch.float32)
         if not self._scheme.requantize_output:
-            for output, part in _rows(call.kind, found, products):
+            for output, part in _rows(kind, found, products):
                 torch.mul(part.float(), scale, out=output)
                 if bias is not None:
                     output.add_(bias)
             return found
         y = self._calibration.output_qparams(op)
-        y_scale = torch.tensor(y.scale, device=call.x.device)
+        y_scale = torch.tensor(y.scale, device=products.device)
         multiplier = scale / y_scale
         shift = None if bias is None else bias / scale
-        for output, part in _rows(call.kind, found, products):
+        for output, part in _rows(kind, found, products):
             output.copy_(part)
             if shift is not None:
                 output.add_(shift)
@@ -219,13 +276,12 @@ class Simulator:
             output.mul_(multiplier).round_().clamp_(-y.zero_point, 255 - y.zero_point).mul_(y_scale)
         return found
 
-    @staticmethod
-    def _dynamic(call: Call, weight: QuantizedWeight) -> Tensor:
-        primitives: Any = torch.ops.quantized_decomposed
-        scale, zero_point = primitives.choose_qparams_per_token(call.x, torch.int8)
-        integers = primitives.quantize_per_token(call.x, scale, zero_point, -128, 127, torch.int8)
-        output: Tensor = _integer_linear(integers, weight.values).float() * scale * weight.scale
-        return output if call.bias is None else output + call.bias
+
+def _without_infinities(values: Tensor, finite: Tensor | None) -> Tensor:
+    """Put NaN into the rows (or samples) that are not finite."""
+    if finite is None:
+        return values
+    return values.masked_fill(~finite.view(*finite.shape, *[1] * (values.dim() - finite.dim())), torch.nan)
 
 
 def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -238,16 +294,10 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def _uint8_products(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
-    """Sum (x - zero_point) * weight over integers, exactly: integers or integer-valued float64."""
-    integers = quantize_activation(call.x, x)
-    if call.kind == "linear":
-        product = _integer_linear(integers.sub_(128).to(torch.int8), weight.values)
-        correction = (128 - x.zero_point) * weight.sums
-        if product.dtype == torch.int32 and call.x.shape[-1] < _INT32_SUM:
-            return product.add_(correction.int())
-        return product + correction
+def _convolution(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
+    """Sum (x - zero_point) * weight over integers, exactly, as float64."""
     # padding is with real zeros, which is integer zero once the zero point is taken off
-    centred = torch.empty_like(call.x, dtype=torch.float64).copy_(integers.sub_(x.zero_point))  # keeps the layout
+    integers = quantize_activation(call.x, x).sub_(x.zero_point)
+    centred = torch.empty_like(call.x, dtype=torch.float64).copy_(integers)  # keeps the layout
     with profile.phase("local quantization", product=True):
         return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.delta import TOLERANCE, DeltaEngine, tolerance
+from pytest_qsens.engines.replay import ReplayEngine
+from pytest_qsens.graph import joint
 from pytest_qsens.graph.delta import RULES, DeltaRun, Weights
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.schedule import reader_of
 from pytest_qsens.metrics import Score, squared_distance
 from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.quant.schemes import SCHEMES
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ def test_errors_are_those_of_a_replay(name: str) -> None:
 def test_differences_are_what_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above is not one of replays with replays: most linear layers multiply differences."""
     multiplied: list[int] = []
-    own = DeltaRun._multiply
+    own = DeltaRun._take_shared
 
     def count(delta: DeltaRun, steps: Sequence[Step], followers: Sequence[Any]) -> None:
         multiplied.extend(step.position for step in steps)
@@ -74,7 +77,7 @@ def test_differences_are_what_is_measured(name: str, monkeypatch: pytest.MonkeyP
     assert isinstance(spec.model, nn.Module)
     model = calibrate(spec, list_ops(spec.model), "w8a8", engine="delta")
     engine = engine_of(model)
-    monkeypatch.setattr(DeltaRun, "_multiply", count)
+    monkeypatch.setattr(DeltaRun, "_take_shared", count)
     for op in list_ops(spec.model):
         model.score(op, ["isolated"])
     nodes = [node for call in engine._clean[0].graph.calls.values() for node in call]
@@ -171,16 +174,17 @@ def test_the_ops_of_a_block_are_measured_together_and_no_others() -> None:
     waves: list[list[str]] = []
     own = engine._measure
 
-    def count(ops: Sequence[str]) -> dict[str, Score]:
+    def count(ops: Sequence[str], *others: Any) -> dict[str, Score]:  # noqa: ANN401 - as they are
         waves.append(list(ops))
-        return own(ops)
+        return own(ops, *others)
 
     engine._measure = count  # type: ignore[method-assign] # counted
     for op in ops:
         if op.name in expected:
             assert model.score(op, ["isolated"]).status == "measured"
-    # the first and the last but one were measured to check the engine
-    assert waves == [["blocks.1.1"], ["head"]]
+    # the first and the last but one are measured to check the engine
+    assert waves == [["blocks.0.0", "blocks.0.1"], ["blocks.2.0", "blocks.2.1"], ["blocks.1.1"], ["head"]]
+    assert len(model._engine._waves) == len(waves)
 
 
 def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +192,12 @@ def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeltaRun, "errors", lambda _, changes: [1.0] * len(changes))
     spec, ops = stack()
     model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
-    assert model.engine == "replay"
-    assert "in an exact replay" in (model.engine_reason or "")
     exact = calibrate(*stack(), "w8a8", engine="replay", divergence=False)
     assert [model.score(op, ["isolated"]).isolated for op in ops] == [
         exact.score(op, ["isolated"]).isolated for op in ops
     ]
+    assert model.engine == "replay"
+    assert "in an exact replay" in (model.engine_reason or "")
 
 
 def test_what_cannot_be_followed_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +209,9 @@ def test_what_cannot_be_followed_is_replayed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DeltaRun, "errors", refuse)
     spec, ops = stack()
     model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
+    assert all(model.score(op, ["isolated"]).status == "measured" for op in ops)
     assert model.engine == "replay"
     assert "cannot be followed (RuntimeError: no such kernel)" in (model.engine_reason or "")
-    assert all(model.score(op, ["isolated"]).status == "measured" for op in ops)
 
 
 def test_not_finite_fails_that_op_alone() -> None:
@@ -223,11 +227,65 @@ def test_not_finite_fails_that_op_alone() -> None:
     assert statuses == {op.name: "failed" if op.name in failed else "measured" for op in ops}
 
 
-def test_other_modes_are_those_of_a_replay() -> None:
-    """``fallback`` and the whole model have the same bits."""
-    spec, ops = stack()
-    fast, exact = (calibrate(spec, ops, "w8a8", engine=engine) for engine in ("delta", "replay"))
-    assert [fast.score(op, ["fallback"]).fallback for op in ops] == [
-        exact.score(op, ["fallback"]).fallback for op in ops
-    ]
-    assert fast.total().isolated == exact.total().isolated
+def others(spec: ModelSpec, scheme: str, engine: str) -> dict[str, OpResult]:
+    """Score every op as the only one that is not quantized."""
+    assert isinstance(spec.model, nn.Module)
+    ops = list_ops(spec.model)
+    model = calibrate(spec, ops, scheme, engine=engine, divergence=False)
+    return {op.name: model.score(op, ["fallback"]) for op in ops} | {"total": model.total()}
+
+
+def assert_alike(fast: dict[str, OpResult], exact: dict[str, OpResult]) -> None:
+    """All numbers of mode ``fallback`` are the same but for the order in which squares are summed."""
+    assert fast.keys() == exact.keys()
+    for op, result in fast.items():
+        assert (result.status, result.reason) == (exact[op].status, exact[op].reason), op
+        expected, found = exact[op].fallback or {}, result.fallback or {}
+        assert found.keys() == expected.keys(), op
+        for name, value in expected.items():
+            # gain and noise are differences of NMSE
+            assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-12 * abs(expected["nmse"] or 0)), (op, name)
+    assert fast["total"].isolated == exact["total"].isolated
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_but_one_op_as_in_a_replay(name: str) -> None:
+    """Ops side by side in the quantized model have the numbers of replays, with their noise."""
+    spec = ARCHITECTURES[name].spec
+    assert_alike(*(others(spec(), "w8a8", engine) for engine in ("delta", "replay")))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda out, _: out,
+        lambda out, _: out[:, 1:],
+        lambda out, _: out[:, -1],
+        lambda out, _: out[torch.tensor([[True] * 5 + [False]] * 4)],
+        lambda out, _: out[..., :40],
+        lambda out, _: out.softmax(-1),
+    ],
+)
+def test_the_head_part_by_part(
+    scheme: str, output: Callable[[Tensor, object], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the head is computed and compared in parts, whatever is scored of it, nothing is lost or counted twice."""
+    monkeypatch.setattr(joint, "_BLOCK", 500)  # the last part is a smaller one
+    assert_alike(*(others(stack(output=output)[0], scheme, engine) for engine in ("delta", "replay")))
+
+
+def test_the_ops_of_a_block_fall_back_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons above are not those of replays with replays."""
+    shared: list[int] = []
+    own = joint.JointRun._products
+
+    def count(run: joint.JointRun, step: Step, stacked: Tensor) -> Any:  # noqa: ANN401 - what it returns
+        shared.append(len(stacked))
+        return own(run, step, stacked)
+
+    monkeypatch.setattr(joint.JointRun, "_products", count)
+    monkeypatch.setattr(ReplayEngine, "fallback", None)
+    result = others(stack()[0], "w8a8_static", "delta")
+    assert {op.status for op in result.values()} == {"measured"}
+    assert max(shared) == 2

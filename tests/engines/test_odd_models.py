@@ -254,6 +254,41 @@ def test_convolutions_agree_on_any_number_of_threads(threads: int) -> None:
         assert (result.isolated or {})["nmse"] == pytest.approx(nmse, rel=1e-12)
 
 
+@torch.library.custom_op("qsens_tests::by_threads", mutates_args=())
+def by_threads(x: Tensor) -> Tensor:
+    """Return other bits on one thread than on several, as kernels that split sums do."""
+    return x * (1 + 1e-6 * torch.get_num_threads())
+
+
+@by_threads.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_kernels_that_depend_on_threads(*, in_place: bool) -> None:
+    """One such kernel anywhere, and the whole model is measured on one thread, with one thread's numbers."""
+
+    class Between(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = by_threads(x.tanh())
+            return x.add_(1) if in_place else x
+
+    def net() -> nn.Module:
+        return Chain(nn.Linear(4, 4), nn.Linear(4, 4), Between(), nn.Linear(4, 3))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = both(net, [randn(8, 4)])
+    finally:
+        torch.set_num_threads(before)
+    with one_thread():
+        expected = scored(net, [randn(8, 4)], "replay")
+    for op, result in found.items():
+        assert result.isolated == expected[op].isolated, op
+
+
 def test_batches_may_be_written_into() -> None:
     """A model that works in place on its input sees the user's values in every run, and so does the user."""
 

@@ -115,6 +115,24 @@ def test_other_schemes_are_near(scheme: str) -> None:
     assert 1e-6 < float(error.square().sum() / plain.square().sum()) < 1e-3
 
 
+@pytest.mark.parametrize("channels", [1, 7, 32, 99])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_channels_by_themselves(scheme: str, bias: bool, channels: int) -> None:
+    """Some output channels at a time have the bits of all at once, rows that are not finite included."""
+    x = randn(3, 5, 64)
+    call = Call("linear", x, randn(32, 64, seed=1), randn(32, seed=2) if bias else None)
+    calibration = Calibration(SCHEMES[scheme])
+    calibration.observe("op", call, torch.nn.functional.linear(call.x, call.weight, call.bias))
+    x[1, 2] = torch.inf
+    simulator = Simulator(SCHEMES[scheme], calibration)
+    blocks = list(simulator.blocks("op", call, channels))
+    assert [block.shape[-1] for block in blocks[:-1]] == [channels] * (len(blocks) - 1)
+    whole = simulator.output("op", call)
+    assert torch.equal(torch.cat(blocks, -1).nan_to_num(), whole.nan_to_num())
+    assert torch.cat(blocks, -1).isnan().all(-1).sum() == whole.isnan().all(-1).sum() == 1
+
+
 def test_long_sums_do_not_overflow() -> None:
     """Sums that do not fit into int32 are exact as well."""
     x, weight = torch.ones(2, 200_000), torch.ones(3, 200_000)

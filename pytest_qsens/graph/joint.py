@@ -1,0 +1,107 @@
+"""Changes to a run in which everything is quantized: quantized layers take the rows of all changes at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from pytest_qsens import profile
+from pytest_qsens.graph.delta import RULES
+from pytest_qsens.graph.together import Together, settled_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from pytest_qsens.graph.replay import Override, Run
+    from pytest_qsens.graph.schedule import Step
+    from pytest_qsens.graph.together import Head
+
+
+_BLOCK = 2**17
+"""Values of the head's output computed and compared at a time: they stay in a core's cache."""
+
+
+class RowWise(NamedTuple):
+    """A quantized call that computes every row of its input by itself.
+
+    Attributes:
+        call: What it computes, from the arguments of the node.
+        blocks: The same, so many channels at a time: ``(channels, *arguments)`` → outputs.
+
+    """
+
+    call: Override
+    blocks: Callable[..., Iterator[Tensor]]
+
+
+class JointRun(Together):
+    """Several changes at once to a run with everything quantized.
+
+    Args:
+        run: That run.
+        reference: The output of the clean one.
+        quantized: Calls that are quantized.
+        factors: What the output of every op is multiplied by, from the output; ``None`` if by nothing.
+
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        reference: Tensor,
+        quantized: Mapping[Node, RowWise],
+        factors: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._quantized = quantized
+        self._factors = factors
+        rules = {node: RULES[node.target] for node in quantized if node.target in RULES}
+        super().__init__(
+            run, reference, settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
+        )
+
+    def _form(self, node: Node) -> torch.dtype:
+        dtype: torch.dtype = self.run.clean[self.run.order[self._shared[node]]].dtype
+        return dtype
+
+    def _stacked(self, values: Sequence[Tensor], clean: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - the base's
+        return torch.stack(tuple(values))
+
+    def _products(self, step: Step, stacked: Tensor) -> Iterator[Tensor]:
+        values = profile.call(step.node, self._quantized[step.node].call, self._arguments(step.node, stacked), {})
+        for value in values:
+            yield value if self._factors is None else value * self._factors(value)
+
+    @profile.phase("scoring")
+    def _head_errors(self, values: Iterable[Tensor], head: Head) -> list[float]:
+        rows = [self._rows(value, head) for value in values]
+        if not rows:
+            return []
+        reference = self.reference.reshape(-1, self.reference.shape[-1])
+        channels = max(1, _BLOCK // max(1, len(rows) * reference.shape[0]))
+        blocks = self._quantized[head.node].blocks(channels, *self._arguments(head.node, torch.stack(rows)))
+        factors = self._head_factors(head, channels)
+        found = reference.new_zeros(len(rows), dtype=torch.float64)
+        for block, expected in zip(blocks, torch.split(reference, channels, -1), strict=True):
+            output = block.reshape(len(rows), *expected.shape)
+            if factors is not None:
+                output = output * next(factors)
+            found += (output.double() - expected.double()).square_().sum((1, 2))
+        return found.tolist()
+
+    def _head_factors(self, head: Head, channels: int) -> Iterator[Tensor] | None:
+        if self._factors is None:
+            return None
+        found = self._rows(self._factors(self.run.values(head.node)), head)
+        return iter(torch.split(found.reshape(-1, found.shape[-1]), channels, -1))
+
+    def _arguments(self, node: Node, value: Tensor) -> list[object]:
+        """Arguments of a call, with another value of the one that changes."""
+        constants, position = self.run.graph.constants, RULES[node.target].argument
+        return [
+            value if i == position else constants[argument] if isinstance(argument, Node) else argument
+            for i, argument in enumerate(node.args)
+        ]
