@@ -231,7 +231,7 @@ def _same_leaves(one: object, other: object) -> bool:
 
 def _change(value: Tensor) -> Tensor:
     """Change a value about as much as quantization does, and not by a factor that a norm would undo."""
-    return value + 0.01 * value.roll(1, -1)
+    return value.roll(1, -1).mul_(0.01).add_(value)
 
 
 def _changed(target: Any) -> Override:  # noqa: ANN401 - a call node's operator
