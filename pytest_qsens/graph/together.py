@@ -112,6 +112,8 @@ class Together(ABC):
 
     def _follow(self, changes: Sequence[Change], schedule: Schedule, target: Node) -> Iterator[Tensor]:
         """Compute this node's value with each change."""
+        if not changes:
+            return  # and compute nothing again that was dropped
         followers = [Follower(self.run, change, schedule.touched(change)) for change in changes]
         last = max((i for i, level in enumerate(schedule.levels) if level.together), default=0)
         for level in schedule.levels[:last]:

@@ -212,13 +212,16 @@ class Simulator:
             output = self._real(op, call.kind, _convolution(call, weight, x), scale, weight.scale, call.bias)
         return _without_infinities(output, finite_rows(call.x, call.kind))
 
-    @profile.phase("local quantization")
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
-        rows, weight, finite = self._quantized_rows(op, call.x), self._weight(op, call), finite_rows(call.x, call.kind)
+        with profile.phase("local quantization"):
+            rows, weight = self._quantized_rows(op, call.x), self._weight(op, call)
+            finite = finite_rows(call.x, call.kind)
         biases = repeat(None) if call.bias is None else torch.split(call.bias, channels)
         for part, bias in zip(weight.split(channels), biases):  # noqa: B905 - the last can go on for ever
-            yield _without_infinities(self._linear(op, rows, part, bias), finite)
+            with profile.phase("local quantization"):
+                output = _without_infinities(self._linear(op, rows, part, bias), finite)
+            yield output
 
     def _weight(self, op: str, call: Call) -> QuantizedWeight:
         found = self._weights.get(op)

@@ -227,11 +227,11 @@ def test_not_finite_fails_that_op_alone() -> None:
     assert statuses == {op.name: "failed" if op.name in failed else "measured" for op in ops}
 
 
-def others(spec: ModelSpec, scheme: str, engine: str) -> dict[str, OpResult]:
+def others(spec: ModelSpec, scheme: str, engine: str, *, divergence: bool = False) -> dict[str, OpResult]:
     """Score every op as the only one that is not quantized."""
     assert isinstance(spec.model, nn.Module)
     ops = list_ops(spec.model)
-    model = calibrate(spec, ops, scheme, engine=engine, divergence=False)
+    model = calibrate(spec, ops, scheme, engine=engine, divergence=divergence)
     return {op.name: model.score(op, ["fallback"]) for op in ops} | {"total": model.total()}
 
 
@@ -273,6 +273,13 @@ def test_the_head_part_by_part(
     """Where the head is computed and compared in parts, whatever is scored of it, nothing is lost or counted twice."""
     monkeypatch.setattr(joint, "_BLOCK", 500)  # the last part is a smaller one
     assert_alike(*(others(stack(output=output)[0], scheme, engine) for engine in ("delta", "replay")))
+
+
+def test_all_but_one_op_with_logits() -> None:
+    """With ``kl`` and ``top1``, outputs are made and compared whole."""
+    fast, exact = (others(stack()[0], "w8a8", engine, divergence=True) for engine in ("delta", "replay"))
+    assert_alike(fast, exact)
+    assert all("kl" in (result.fallback or {}) for op, result in fast.items() if op != "total")
 
 
 def test_the_ops_of_a_block_fall_back_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,17 @@ def test_several_changes_have_the_bits_of_one() -> None:
     assert all(together)
 
 
+def test_nothing_is_computed_for_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that were dropped for want of memory stay so."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    with torch.no_grad():
+        run = Run(graph_of(nn.Sequential(*layers, nn.Linear(8, 40)), x_of()), memory=0)
+        assert None in run.clean
+        delta = DeltaRun(run, Weights(narrow=False))
+        monkeypatch.setattr(Run, "_compute", None)
+        assert delta.errors([]) == []
+
+
 def x_of() -> Tensor:
     """Return seeded rows."""
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
