@@ -162,11 +162,11 @@ class CalibratedModel:
         )
 
     def _measured_with_others(self, measure: Callable[[], Score | None]) -> Scores | str | None:
-        """Score an op with others at once, if the engine can."""
+        """Score an op with others at once, if the engine can; where that fails, the op by itself shows why."""
         try:
             score = measure()
-        except Exception as error:  # noqa: BLE001 - as in `_scores`
-            return f"the model fails ({first_line(error)})"
+        except Exception:  # noqa: BLE001 - as in `_scores`
+            return None
         return None if score is None else self._related(score)
 
     def _related(self, score: Score) -> Scores | str:

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pytest_qsens.graph.calls import bind
 from pytest_qsens.graph.capture import CaptureRefused, Graph, capture, run_model
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
-    from torch.fx import Node
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
@@ -163,7 +163,7 @@ def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Ten
     ``reference`` is the model's output on all threads.
     """
     run = Run(capture(model, batch, output), memory=memory)
-    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run))
+    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run, memory))
     threads = nullcontext if anywhere else one_thread
     if not anywhere:
         with one_thread():
@@ -189,39 +189,51 @@ def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
     return same(run.replay({node: _changed(node.target) for nodes in ops.values() for node in nodes}), expected)
 
 
-def _same_on_one_thread(run: Run) -> bool:
+def _same_on_one_thread(run: Run, memory: int) -> bool:
     """Whether all values of a run, which was made on all threads, are the same on one.
 
     How a kernel divides its work depends on shapes, layouts and what integers say, not on the numbers it adds up: one
     call of each kind stands for all. Where the graph writes in place, arguments are gone, and all is run again.
     """
-    with one_thread():
-        if run.groups:
-            return _same_values(run, Run(run.graph))
-        seen: set[object] = set()
-        for node in reversed(run.graph.nodes):  # values are kept from the end
-            if node.op == "call_function":
-                args, kwargs = run.arguments(node)
-                kind = (node.target, *map(_kind, tree_leaves((args, kwargs))))
-                if kind not in seen and not _same_leaves(node.target(*args, **kwargs), run.values(node)):  # type: ignore[operator] # a call
-                    return False
-                seen.add(kind)
+    if run.groups:
+        with one_thread():
+            return _same_values(run, Run(run.graph, memory=memory))
+    seen: set[object] = set()
+    for node in reversed(run.graph.nodes):  # values are kept from the end
+        kind = _kind(node, run.graph)
+        if node.op != "call_function" or kind in seen:
+            continue
+        seen.add(kind)
+        (args, kwargs), expected = run.arguments(node), run.values(node)  # computed again on all threads, if dropped
+        with one_thread():
+            alike = _same_leaves(node.target(*args, **kwargs), expected)  # type: ignore[operator] # a call
         run.release_all()
-        return True
+        if not alike:
+            return False
+    return True
 
 
-def _kind(argument: object) -> object:
+def _kind(node: Node, graph: Graph) -> object:
     """Return what a kernel may choose its way by."""
-    if not isinstance(argument, torch.Tensor):
-        return repr(argument)
-    layout = argument.dtype, argument.shape, argument.stride()
-    floating = argument.is_floating_point() or argument.is_complex()
-    return (*layout, argument.data_ptr() % _ALIGNMENT if floating else argument.data_ptr())
+
+    def form(argument: object) -> object:
+        if not isinstance(argument, Node):
+            return repr(argument)
+        value = argument.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return argument
+        constant = graph.constants.get(argument)
+        alignment = constant.data_ptr() % _ALIGNMENT if isinstance(constant, torch.Tensor) else 0
+        return value.dtype, value.shape, value.stride(), alignment
+
+    leaves, structure = tree_flatten((node.args, node.kwargs))
+    return (node.target, str(structure), *map(form, leaves))
 
 
 def _same_values(one: Run, other: Run) -> bool:
     """Whether all values kept are: those at the narrow places of the graph are, and all others lead to them."""
-    return all(_same_leaves(a, b) for a, b in zip(one.clean, other.clean, strict=True) if a is not None)
+    pairs = zip(one.clean, other.clean, strict=True)
+    return all(_same_leaves(a, b) for a, b in pairs if a is not None and b is not None)
 
 
 def _same_leaves(one: object, other: object) -> bool:

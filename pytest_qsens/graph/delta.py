@@ -123,9 +123,9 @@ class DeltaRun(Together):
             yield product.to(before.dtype).add_(before)
 
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[float]:
-        clean, gram = self.run.values(head.source), self._weights.gram(self._constant(head.node))
+        clean = self.run.values(head.source)
         for value in values:
-            yield _squared_length(self._rows(value - clean, head), gram)
+            yield _squared_length(self._rows(value - clean, head), self._weights.gram(self._constant(head.node)))
 
     def _weight(self, node: Node) -> Tensor:
         return self._weights.narrowed(self._constant(node))

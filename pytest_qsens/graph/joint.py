@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _BLOCK = 2**17
 """Values of the head's output computed and compared at a time: they stay in a core's cache."""
 
+_CHANNELS = 64
+"""At least so many channels of it: every part reads the whole input again."""
+
 
 class RowWise(NamedTuple):
     """A quantized call that computes every row of its input by itself.
@@ -75,14 +78,15 @@ class JointRun(Together):
         for value in values:
             yield value if self._factors is None else value * self._factors(value)
 
-    @profile.phase("scoring")
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> list[float]:
-        rows = [self._rows(value, head) for value in values]
-        if not rows:
-            return []
+        rows = [self._rows(value, head) for value in values]  # follows the changes
+        return self._compared(rows, head) if rows else []
+
+    @profile.phase("scoring")
+    def _compared(self, rows: Sequence[Tensor], head: Head) -> list[float]:
         reference = self.reference.reshape(-1, self.reference.shape[-1])
-        channels = max(1, _BLOCK // max(1, len(rows) * reference.shape[0]))
-        blocks = self._quantized[head.node].blocks(channels, *self._arguments(head.node, torch.stack(rows)))
+        channels = max(_CHANNELS, _BLOCK // max(1, len(rows) * reference.shape[0]))
+        blocks = self._quantized[head.node].blocks(channels, *self._arguments(head.node, torch.stack(tuple(rows))))
         factors = self._head_factors(head, channels)
         found = reference.new_zeros(len(rows), dtype=torch.float64)
         for block, expected in zip(blocks, torch.split(reference, channels, -1), strict=True):

@@ -150,6 +150,7 @@ class Together(ABC):
         node = self.run.graph.output
         while (
             node.target in _TAKES_ROWS
+            and node not in self.run.groups  # else it holds what is written later
             and _leaves_last_dimension(node)
             and not any(map(self._schedule.can_change, node.all_input_nodes[1:]))
         ):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -217,8 +216,9 @@ class Simulator:
         with profile.phase("local quantization"):
             rows, weight = self._quantized_rows(op, call.x), self._weight(op, call)
             finite = finite_rows(call.x, call.kind)
-        biases = repeat(None) if call.bias is None else torch.split(call.bias, channels)
-        for part, bias in zip(weight.split(channels), biases):  # noqa: B905 - the last can go on for ever
+        parts = list(weight.split(channels))
+        biases = call.bias if call.bias is None else torch.split(call.bias.expand(weight.scale.shape), channels)
+        for part, bias in zip(parts, biases or [None] * len(parts), strict=True):
             with profile.phase("local quantization"):
                 output = _without_infinities(self._linear(op, rows, part, bias), finite)
             yield output

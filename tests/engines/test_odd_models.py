@@ -254,6 +254,41 @@ def test_convolutions_agree_on_any_number_of_threads(threads: int) -> None:
         assert (result.isolated or {})["nmse"] == pytest.approx(nmse, rel=1e-12)
 
 
+def test_rows_of_the_head_are_written_later() -> None:
+    """What overwrites scored rows of the last layer counts in every mode."""
+
+    class Suppressed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 40)
+            self.register_buffer("rows", torch.tensor([3, 1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(self.b(self.a(x).tanh()).tanh())[self.rows]
+            y[:, 0] = 5.0
+            out: Tensor = y
+            return out
+
+    fast, exact = (scored(Suppressed, [randn(8, 8)], engine) for engine in ("delta", "replay"))
+    for op, result in exact.items():
+        for mode, scores in result.modes.items():
+            assert fast[op].modes[mode]["nmse"] == pytest.approx(scores["nmse"], rel=2e-3), (op, mode)
+
+
+def test_a_bias_for_all_channels() -> None:
+    """A bias of one number is added to every channel, in whatever way the head is computed."""
+
+    def build() -> nn.Module:
+        head = nn.Linear(8, 40_000)
+        head.bias = nn.Parameter(torch.ones(1))
+        return Chain(nn.Linear(8, 8), nn.Tanh(), head)
+
+    fast, exact = (scored(build, [randn(8, 8)], engine) for engine in ("delta", "replay"))
+    for op, result in exact.items():
+        assert fast[op].status == result.status == "measured"
+        assert (fast[op].fallback or {})["nmse"] == pytest.approx((result.fallback or {})["nmse"], rel=1e-9)
+
+
 @torch.library.custom_op("qsens_tests::by_threads", mutates_args=())
 def by_threads(x: Tensor) -> Tensor:
     """Return other bits on one thread than on several, as kernels that split sums do."""
