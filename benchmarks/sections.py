@@ -137,8 +137,8 @@ def compare(subject: Subject, options: Options) -> Iterator[Found]:
     rounds: list[Found] = []
     for number in range(options.repeats):
         rounds.append({})
-        for part in (_default_engine, _naive_loop):
-            for found in part(subject, forwards, few):
+        for part in (_default_engine(subject, forwards), _naive_loop(subject, forwards, few)):
+            for found in part:
                 rounds[number] |= found
                 yield {"rounds": rounds}
             gc.collect()  # what one engine keeps is not to be there for the next
@@ -173,7 +173,7 @@ def whole_run(subject: Subject, forwards: Forwards) -> tuple[CalibratedModel, Fo
     return model, found | {"memory": memory, "engine_reason": model.engine_reason}
 
 
-def _default_engine(subject: Subject, forwards: Forwards, _: Sequence[Op]) -> Iterator[Found]:
+def _default_engine(subject: Subject, forwards: Forwards) -> Iterator[Found]:
     found = whole_run(subject, forwards)[1]
     yield {"isolated": found}
     with forwards.around() as unit:

@@ -121,7 +121,6 @@ class DeltaEngine(ReplayEngine):
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
         self._alone = _Waves(self._waves, self._measure_alone)
         self._others: dict[int | None, _Waves] = {}
-        self._energy = sum(map(energy, self.references))
         self._checked = False
 
     def together(self, op: str) -> Score | None:
@@ -212,7 +211,8 @@ class DeltaEngine(ReplayEngine):
             found = self._alone.score(op)
         except Exception as error:  # noqa: BLE001 - a replay raises nothing
             return f"differences cannot be followed ({first_line(error)})"
-        nmse, expected = found.sse / self._energy, exact.sse / self._energy
+        size = sum(map(energy, self.references))
+        nmse, expected = found.sse / size, exact.sse / size
         if abs(nmse - expected) <= tolerance(expected):  # false for NaN
             return None
         return f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"

@@ -115,6 +115,17 @@ def stack(
     return spec, list_ops(model)
 
 
+OUTPUTS: list[Callable[[Tensor, object], Tensor]] = [
+    lambda out, _: out,
+    lambda out, _: out[:, 1:],
+    lambda out, _: out[:, -1],
+    lambda out, _: out[torch.tensor([[True] * 5 + [False]] * 4)],
+    lambda out, _: out[..., :40],
+    lambda out, _: out.softmax(-1),
+]
+"""What is scored of the head's output: all, rows of it, and what is no longer its rows."""
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None:
     """Against a run in float64 with the same quantized values, whichever products are used."""
@@ -141,17 +152,7 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
     assert any(weight.dtype == torch.bfloat16 for weight in weights._narrowed.values()) is narrow
 
 
-@pytest.mark.parametrize(
-    "output",
-    [
-        lambda out, _: out,
-        lambda out, _: out[:, 1:],
-        lambda out, _: out[:, -1],
-        lambda out, _: out[torch.tensor([[True] * 5 + [False]] * 4)],
-        lambda out, _: out[..., :40],
-        lambda out, _: out.softmax(-1),
-    ],
-)
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_errors_without_outputs(output: Callable[[Tensor, object], Tensor]) -> None:
     """The Gram matrix of the head gives what outputs give, also where rows of it are scored, not otherwise."""
     spec, ops = stack(output=output)
@@ -256,17 +257,7 @@ def test_all_but_one_op_as_in_a_replay(name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(
-    "output",
-    [
-        lambda out, _: out,
-        lambda out, _: out[:, 1:],
-        lambda out, _: out[:, -1],
-        lambda out, _: out[torch.tensor([[True] * 5 + [False]] * 4)],
-        lambda out, _: out[..., :40],
-        lambda out, _: out.softmax(-1),
-    ],
-)
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_the_head_part_by_part(
     scheme: str, output: Callable[[Tensor, object], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
