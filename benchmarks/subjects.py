@@ -83,7 +83,7 @@ def language_model(layers: int, vocabulary: int, tokens: int, batches: int = 1) 
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen2ForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    model = model.float().requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     calibration, *evaluation = (
         {"input_ids": torch.randint(0, vocabulary, (1, tokens)), "use_cache": False} for _ in range(1 + batches)
     )

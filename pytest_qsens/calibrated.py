@@ -19,6 +19,7 @@ from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.errors import QsensError, first_line, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
+from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
@@ -251,7 +252,8 @@ def calibrate(
     The profiler that runs meanwhile (`pytest_qsens.profile`) times what is scored later, too.
 
     Args:
-        spec: Model and batches. The model is switched to evaluation mode and fp32 and stays so.
+        spec: Model and batches. The model is switched to evaluation mode and stays so. It computes in fp32, but the
+            weights of its linear layers and embeddings stay as narrow as they are (`pytest_qsens.graph.narrow`).
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
         engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
@@ -272,7 +274,11 @@ def calibrate(
     check_engine(engine, scheme, device)
     reproducible_sums()
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.to(device).float().eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if engine in KERNEL_ENGINES:  # what they convert must be plain
+        model.float()
+    else:
+        keep_narrow(model)
     chosen = SCHEMES[scheme]
     logits = spec.logits and divergence
     calibration = Calibration(chosen, ranges=engine not in KERNEL_ENGINES)

@@ -115,7 +115,7 @@ class DeltaEngine(ReplayEngine):
     ) -> None:
         super().__init__(model, batches, references, output, simulator, quantizable, memory)
         self._logits = logits
-        weights = Weights(narrow=_has_fast_bf16(self._clean[0].output.device))
+        weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
         self._deltas = [DeltaRun(run, weights) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytest_qsens.graph.narrow import EMBEDDING, LINEAR, stored
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +25,7 @@ class Call:
         kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d`` or ``embedding``.
         x: Activations ``(*, in)`` for linear, ``(N, C, *spatial)`` for convolutions; integer indices for embedding.
         weight: ``(out, in)`` for linear whatever the layout in memory, ``(out, in / groups, *kernel)`` for
-            convolutions, ``(rows, dim)`` for embedding.
+            convolutions, ``(rows, dim)`` for embedding. In fp32, or as narrow as it is stored.
         bias: ``(out,)`` or ``None``.
         conv: ``stride``, ``padding``, ``dilation`` and ``groups`` of a convolution.
 
@@ -37,7 +39,7 @@ class Call:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call("linear", x, weight, bias)
+    return Call("linear", x, stored(weight), bias)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Call:
@@ -47,11 +49,11 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Call:
 
 def _embedding(weight: Tensor, x: Tensor, *_: object, **__: object) -> Call:
     # the padding index and the gradient options do not change the forward
-    return Call("embedding", x, weight)
+    return Call("embedding", x, stored(weight))
 
 
 def _functional_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -> Call:
-    return Call("embedding", x, weight)
+    return Call("embedding", x, stored(weight))
 
 
 def _conv(kind: str) -> Callable[..., Call]:
@@ -73,10 +75,12 @@ def _conv(kind: str) -> Callable[..., Call]:
 _BINDERS: dict[Any, Callable[..., Call]] = {
     aten.linear.default: _linear,
     torch.nn.functional.linear: _linear,
+    LINEAR: _linear,
     aten.addmm.default: _addmm,
     torch.addmm: _addmm,
     aten.embedding.default: _embedding,
     torch.embedding: _embedding,
+    EMBEDDING: _embedding,
     torch.nn.functional.embedding: _functional_embedding,
     aten.conv1d.default: _conv("conv1d"),
     aten.conv1d.padding: _conv("conv1d"),
@@ -90,7 +94,7 @@ _BINDERS: dict[Any, Callable[..., Call]] = {
 }
 
 _ADDMM = (aten.addmm.default, torch.addmm)
-_WEIGHT_FIRST = (aten.embedding.default, torch.embedding)
+_WEIGHT_FIRST = (aten.embedding.default, torch.embedding, EMBEDDING)
 _NAMES = {"input": "x", "indices": "x", "self": "x"}
 _ADDMM_NAMES = {"input": "bias", "self": "bias", "mat1": "x", "mat2": "weight"}
 

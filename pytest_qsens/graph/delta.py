@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pytest_qsens import profile
+from pytest_qsens.graph.narrow import LINEAR
 from pytest_qsens.graph.together import Head, Together, settled_calls
 
 if TYPE_CHECKING:
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_WORTH_NARROWING = 2**18
+_WORTH_BF16 = 2**18
 """Values in a weight from which bf16 products pay. It takes many values for their rounding to average out, too."""
-
-_CHECKED = 2**18
-"""Values of a weight compared at a time."""
 
 _GRAM_ROWS = 4096
 """Rows of a weight multiplied at a time: what rounding each part to the weight's dtype does averages out over parts."""
@@ -50,44 +48,46 @@ class LinearMap(NamedTuple):
     apply: Callable[[Tensor, Tensor], Tensor]
 
 
+def _narrow_linear(differences: Tensor, weight: Tensor) -> Tensor:
+    """Multiply by a narrow weight: in its dtype, if that is what the differences come in."""
+    multiply = functional.linear if differences.dtype == weight.dtype else LINEAR
+    found: Tensor = multiply(differences, weight)
+    return found
+
+
 RULES: dict[Any, LinearMap] = {
     aten.linear.default: LinearMap(0, 1, functional.linear),
+    LINEAR: LinearMap(0, 1, _narrow_linear),
     aten.addmm.default: LinearMap(1, 2, torch.matmul),
 }
-"""ATen op → how differences go through it. Everything else is computed from values, as in a replay.
+"""Operator → how differences go through it. Everything else is computed from values, as in a replay.
 
 Convolutions are not here: what their kernels give for one sample depends on how many there are.
 """
 
 
 class Weights:
-    """Weights in the form in which differences are multiplied by them, made once for all batches.
+    """How differences are multiplied by weights; what is made for that is made once for all batches.
 
     Args:
-        narrow: Whether bf16 products are faster than fp32 here.
+        fast_bf16: Whether bf16 products are faster than fp32 here.
 
     """
 
-    def __init__(self, *, narrow: bool) -> None:
-        self._narrow = narrow
-        self._narrowed: dict[int, Tensor] = {}  # by identity: the model keeps its weights
-        self._grams: dict[int, Tensor] = {}
+    def __init__(self, *, fast_bf16: bool) -> None:
+        self._fast_bf16 = fast_bf16
+        self._grams: dict[int, Tensor] = {}  # by identity: the model keeps its weights
 
-    def narrowed(self, weight: Tensor) -> Tensor:
-        """Return a weight in bf16 if that loses nothing and pays, else as it is."""
-        if not self._narrow or weight.numel() < _WORTH_NARROWING:
-            return weight
-        key = id(weight)
-        if key not in self._narrowed:
-            found = _narrowed(weight)
-            self._narrowed[key] = weight if found is None else found
-        return self._narrowed[key]
+    def dtype(self, weight: Tensor) -> torch.dtype:
+        """Return the dtype in which differences are multiplied by a weight."""
+        narrow = self._fast_bf16 and weight.dtype == torch.bfloat16 and weight.numel() >= _WORTH_BF16
+        return torch.bfloat16 if narrow else torch.float32
 
     def gram(self, weight: Tensor) -> Tensor:
         """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""
         key = id(weight)
         if key not in self._grams:
-            self._grams[key] = _gram(self.narrowed(weight))
+            self._grams[key] = _gram(weight, self.dtype(weight))
         return self._grams[key]
 
 
@@ -96,7 +96,7 @@ class DeltaRun(Together):
 
     Args:
         run: The clean run.
-        weights: Those of the model, in the form in which they are multiplied.
+        weights: How they are multiplied by.
 
     """
 
@@ -108,7 +108,7 @@ class DeltaRun(Together):
         )
 
     def _form(self, node: Node) -> torch.dtype:
-        return self._weight(node).dtype
+        return self._weights.dtype(self._weight(node))
 
     def _stacked(self, values: Sequence[Tensor], clean: Tensor, dtype: torch.dtype) -> Tensor:
         found = clean.new_empty((len(values), *clean.shape), dtype=dtype)
@@ -125,22 +125,11 @@ class DeltaRun(Together):
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[float]:
         clean = self.run.values(head.source)
         for value in values:
-            yield _squared_length(self._rows(value - clean, head), self._weights.gram(self._constant(head.node)))
+            yield _squared_length(self._rows(value - clean, head), self._weights.gram(self._weight(head.node)))
 
     def _weight(self, node: Node) -> Tensor:
-        return self._weights.narrowed(self._constant(node))
-
-    def _constant(self, node: Node) -> Tensor:
         found: Tensor = self.run.graph.constants[node.args[RULES[node.target].weight]]  # type: ignore[index] # a node
         return found
-
-
-def _narrowed(weight: Tensor) -> Tensor | None:
-    """Return the weight in bf16 if it loses nothing; checked part by part, as its like in fp32 may be large."""
-    found = weight.to(torch.bfloat16)
-    rows = max(1, _CHECKED // weight.shape[1:].numel())
-    parts = zip(torch.split(found, rows), torch.split(weight, rows), strict=True)
-    return found if all(torch.equal(narrow.to(part.dtype), part) for narrow, part in parts) else None
 
 
 @profile.phase("scoring")
@@ -153,9 +142,10 @@ def _squared_length(delta: Tensor, gram: Tensor) -> float:
 
 
 @profile.phase("scoring", product=True)
-def _gram(weight: Tensor) -> Tensor:
-    """WᵀW of ``(out, in)``, summed in float64 over parts of the rows."""
+def _gram(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """WᵀW of ``(out, in)``, multiplied in ``dtype``, and summed in float64 over parts of the rows."""
     found = weight.new_zeros((weight.shape[1], weight.shape[1]), dtype=torch.float64)
-    for rows in torch.split(weight, _GRAM_ROWS):
+    for part in torch.split(weight, _GRAM_ROWS):
+        rows = part.to(dtype)
         found += rows.t() @ rows
     return found

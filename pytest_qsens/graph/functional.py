@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pytest_qsens.graph.narrow import LINEAR
+
 aten = torch.ops.aten
 
 _KINDS: dict[object, tuple[str, ...]] = {
@@ -16,6 +18,7 @@ _KINDS: dict[object, tuple[str, ...]] = {
     aten.addmm.default: ("matmul",),
     aten.einsum.default: ("einsum",),
     aten.linear.default: ("linear",),
+    LINEAR: ("linear",),
     aten.conv1d.default: ("conv1d",),
     aten.conv2d.default: ("conv2d",),
     aten.conv3d.default: ("conv3d",),

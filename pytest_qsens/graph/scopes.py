@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self, cast
 
 from pytest_qsens.graph.modules import op_type
+from pytest_qsens.graph.narrow import stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -81,8 +82,9 @@ class OpIndex:
                 continue
             weight = cast("Tensor", module.weight)  # every op type has one
             if "weight" in module._parameters:  # noqa: SLF001 - tells a parameter from a computed attribute
-                self._weights[name] = weight
-                self._owners[id(weight)] = (*self._owners.get(id(weight), ()), name)
+                # what a graph holds; a model in Python uses what passes for it
+                self._weights[name] = stored(weight)
+                self._owners[id(stored(weight))] = (*self._owners.get(id(stored(weight)), ()), name)
             else:
                 self._computed[name] = weight.shape
 
@@ -95,11 +97,11 @@ class OpIndex:
         if module in self._computed:
             return module if shape == self._computed[module] else None
         own = self._weights.get(module)
-        return module if own is not None and own is weight else None
+        return module if own is not None and own is stored(weight) else None
 
     def owners(self, weight: object) -> tuple[str, ...]:
         """Names of the ops that have this weight."""
-        return self._owners.get(id(weight), ())
+        return self._owners.get(id(stored(weight)), ())
 
     def out_of_reach(
         self, called: Collection[str], entered: Collection[str], users: Mapping[str, str]

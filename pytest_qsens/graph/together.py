@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from pytest_qsens.graph.narrow import LINEAR
 from pytest_qsens.graph.replay import Follower, advance
 from pytest_qsens.graph.schedule import Schedule, Step, reader_of
 from pytest_qsens.metrics import squared_distance
@@ -156,7 +157,7 @@ class Together(ABC):
         ):
             rows.insert(0, node)
             node = node.all_input_nodes[0]
-        if node.target is not aten.linear.default or node not in self._shared:
+        if node.target not in (aten.linear.default, LINEAR) or node not in self._shared:
             return None
         outputs, inputs = self.run.graph.constants[node.all_input_nodes[1]].shape
         if outputs <= inputs:

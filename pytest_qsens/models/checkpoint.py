@@ -84,6 +84,16 @@ class Checkpoint:
         )
 
     @property
+    def safetensors(self) -> list[Path]:
+        """Files with the weights, unless they are pickled.
+
+        Raises:
+            QsensError: If one is missing.
+
+        """
+        return list(self._check_shards(SAFE_INDEX, SAFE_WEIGHTS))
+
+    @property
     def pickled(self) -> bool:
         """Whether the only weights are pickled ones."""
         names = {path.name for path in self.directory.iterdir()}

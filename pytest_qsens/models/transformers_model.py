@@ -1,4 +1,4 @@
-"""Build and load transformers models: on the meta device from the config, or with weights in fp32."""
+"""Build and load transformers models: on the meta device from the config, or with weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_qsens.models.processors import explained
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from pytest_qsens.models.checkpoint import Checkpoint
@@ -53,7 +53,9 @@ def load_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
 
 
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Load all weights in fp32, in evaluation mode, without gradients.
+    """Load all weights as they are stored, in evaluation mode, without gradients.
+
+    Those of safetensors stay in the mapped files; pickled ones are loaded in fp32. Buffers are made in fp32.
 
     Raises:
         QsensError: If a weight is missing, of another shape, or unreadable.
@@ -65,10 +67,10 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     with explained("model", checkpoint.directory), _tensors_only(checkpoint), _quiet():
         loader: Any = model_class  # annotated as if there were no output_loading_info
         model, info = loader.from_pretrained(
-            checkpoint.directory,
+            checkpoint.directory if checkpoint.pickled else None,
+            state_dict=None if checkpoint.pickled else _mapped(checkpoint),
             config=config,
             dtype=torch.float32,
-            use_safetensors=not checkpoint.pickled,
             weights_only=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -89,7 +91,38 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model.eval()
     loaded.requires_grad_(requires_grad=False)
+    _as_stored(loaded)
     return loaded
+
+
+def _mapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors of the safetensors files, in mapped memory; narrow ones pass as fp32, so that nobody casts them."""
+    from safetensors import safe_open
+
+    from pytest_qsens.graph.narrow import NARROW, NarrowWeight
+
+    found: dict[str, Tensor] = {}
+    for path in checkpoint.safetensors:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                tensor = file.get_tensor(name)
+                found[name] = NarrowWeight(tensor) if tensor.dtype in NARROW else tensor
+    return found
+
+
+def _as_stored(model: nn.Module) -> None:
+    """Put what passed as fp32 into a model as what it is; parameters that were one stay one."""
+    from torch.nn import Parameter
+
+    from pytest_qsens.graph.narrow import NarrowWeight
+
+    made: dict[int, Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - as `nn.Module.float` goes through them
+            if isinstance(parameter, NarrowWeight):
+                key = id(parameter)
+                made.setdefault(key, Parameter(parameter.stored, requires_grad=False))
+                module._parameters[name] = made[key]  # noqa: SLF001
 
 
 @contextmanager

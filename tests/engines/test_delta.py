@@ -132,8 +132,9 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
     spec, ops = stack(width=256)
     engine = engine_of(calibrate(spec, ops, "w8a8", engine="delta"))
     run = engine._clean[0]
-    weights = Weights(narrow=narrow)
+    weights = Weights(fast_bf16=narrow)
     delta = DeltaRun(run, weights)
+    assert any(weights.dtype(value) == torch.bfloat16 for value in run.graph.constants.values()) is narrow
     precise = Stack(width=256).double()
     with torch.no_grad():
         clean = precise(spec.evaluation[0]["x"].double())
@@ -149,7 +150,6 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
             assert found == pytest.approx(exact, rel=2e-3), op
             (output,) = delta.outputs([override])
             assert squared_distance(output, run.output) == pytest.approx(exact, rel=2e-3), op
-    assert any(weight.dtype == torch.bfloat16 for weight in weights._narrowed.values()) is narrow
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

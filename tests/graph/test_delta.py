@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from pytest_qsens.graph.capture import Graph, capture
 from pytest_qsens.graph.delta import RULES, DeltaRun, Weights
+from pytest_qsens.graph.narrow import LINEAR
 from pytest_qsens.graph.replay import Change, Run
 
 aten = torch.ops.aten
 
 ARGUMENTS: dict[Any, Any] = {
     aten.linear.default: lambda x, weight, bias: (x, weight.t().contiguous(), bias),
+    LINEAR: lambda x, weight, bias: (x, weight.t().contiguous().bfloat16(), bias),
     aten.addmm.default: lambda x, weight, bias: (bias, x, weight),
 }
 """Rule → the arguments of a call, from ``(rows, in)``, ``(in, out)`` and ``(out,)``."""
@@ -99,7 +101,7 @@ def test_changed_routes_and_writes_in_place(seed: int, size: float) -> None:
     some: list[Change] = [{node: moved(node.target) for node in nodes} for nodes in graph.calls.values()]
     with torch.no_grad():
         run = Run(graph)
-        delta = DeltaRun(run, Weights(narrow=False))
+        delta = DeltaRun(run, Weights(fast_bf16=False))
         for change, output in zip(some, delta.outputs(some), strict=True):
             exact = run.replay(change)
             assert torch.allclose(output, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
@@ -115,7 +117,7 @@ def test_several_changes_have_the_bits_of_one() -> None:
         {node: lambda *args, t=node.target: t(*args) * 1.01 for node in nodes} for nodes in graph.calls.values()
     ]
     with torch.no_grad():
-        delta = DeltaRun(Run(graph), Weights(narrow=True))
+        delta = DeltaRun(Run(graph), Weights(fast_bf16=True))
         together, alone = delta.errors(some), [error for change in some for error in delta.errors([change])]
     assert together == alone
     assert all(together)
@@ -138,7 +140,7 @@ def test_nothing_is_computed_for_no_change(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         run = Run(graph_of(Residual(), x_of()), memory=0)
         assert run._dropped
-        delta = DeltaRun(run, Weights(narrow=False))
+        delta = DeltaRun(run, Weights(fast_bf16=False))
         monkeypatch.setattr(Run, "_compute", None)
         assert delta.errors([]) == []
 

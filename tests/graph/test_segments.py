@@ -55,7 +55,7 @@ def test_replays_without_memory(graph: Graph) -> None:
         some = changes(graph)
         for change in some:
             assert bits([dropping.replay(change)]) == bits([kept.replay(change)])
-        deltas = DeltaRun(kept, Weights(narrow=False)), DeltaRun(dropping, Weights(narrow=False))
+        deltas = DeltaRun(kept, Weights(fast_bf16=False)), DeltaRun(dropping, Weights(fast_bf16=False))
         expected, found = (bits(list(delta.outputs(some))) for delta in deltas)
         assert found == expected
         assert deltas[1].errors(some) == deltas[0].errors(some)

@@ -1,0 +1,219 @@
+"""Weights that stay in the bf16 or fp16 they are stored in, maybe in a mapped file, in a model that computes in fp32.
+
+A part of a weight is widened at a time, into memory that stays in the processor's cache. The products are those of a
+model in fp32, bit for bit, where kernels add in one order, as MKL does if asked (`pytest_qsens.threads`).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+NARROW = (torch.bfloat16, torch.float16)
+
+_WORTH_CHECKING = 2**18
+"""Values in an fp32 weight from which it is tried whether it fits into bf16: many checkpoints were widened once."""
+
+_PART = 2**20
+"""Values widened at a time: 4 MiB in fp32."""
+
+
+class NarrowWeight(Tensor):
+    """A weight that passes as fp32 and is widened by whatever uses it.
+
+    Linear layers and embeddings do so part by part, in one call of the operators below; everything else as a whole.
+
+    Args:
+        stored: In bf16 or fp16.
+
+    """
+
+    stored: Tensor
+
+    @staticmethod
+    def __new__(cls: type[Self], stored: Tensor) -> Self:
+        """Make a tensor without memory of its own."""
+        made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - what subclasses call
+            cls, stored.shape, strides=stored.stride(), dtype=torch.float32, device=stored.device
+        )
+        made.stored = stored
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override] # torch's takes what nobody gives
+        """Tell what it is instead of its values."""
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.stored.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever func returns
+        """Route one torch function call; the protocol of ``torch.overrides``."""
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _FORM:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as subclasses do
+                return func(*args, **kwargs)
+        if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            if func is functional.linear:
+                return _call_linear(*args, **kwargs)
+            if func is functional.embedding and _looks_up_only(*args, **kwargs):
+                return _call_embedding(*args, **kwargs)
+        return func(*tree_map(_widened, tuple(args)), **tree_map(_widened, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch leaves it to subclasses
+        cls,
+        func: Any,  # noqa: ANN401 - an operator
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever func returns
+        """Compute one operator."""
+        kwargs = dict(kwargs or {})
+        if func in _VIEWS:
+            return cls(args[0].stored)
+        return func(*tree_map(_widened, tuple(args)), **tree_map(_widened, kwargs))
+
+
+_VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+_FORM = frozenset(
+    {
+        *("__get__", "__set__", "__getitem__", "detach", "dim", "element_size", "is_complex", "is_contiguous"),
+        *("is_floating_point", "numel", "requires_grad_", "size", "stride", "to"),
+    }
+)
+"""Functions that may leave a weight what it is; operators below them that need its values get them widened."""
+
+
+def _widened(value: object) -> object:
+    return value.stored.float() if isinstance(value, NarrowWeight) else value
+
+
+def stored(weight: Any) -> Any:  # noqa: ANN401 - what a call has for a weight, which may be none of ours
+    """Return a weight as it is stored."""
+    return weight.stored if isinstance(weight, NarrowWeight) else weight
+
+
+def keep_narrow(model: nn.Module) -> None:
+    """Make a model compute in fp32, and keep the weights of its linear layers and embeddings as they are stored.
+
+    Weights stored in fp32 are narrowed if that loses nothing. All else that is floating point becomes fp32.
+    """
+    held: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear | nn.Embedding) else None  # noqa: SLF001 - tells a parameter from a computed weight
+        if weight is not None and id(weight) not in held and (found := _narrow(weight.data)) is not None:
+            held[id(weight)] = nn.Parameter(NarrowWeight(found), requires_grad=False)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - as `nn.Module.float` goes through them
+            if parameter is not None and id(parameter) in held:
+                module._parameters[name] = held[id(parameter)]  # noqa: SLF001
+            elif parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()  # noqa: SLF001
+
+
+def _narrow(weight: Tensor) -> nn.Parameter | None:
+    """Return a weight in a narrow dtype, if it is or may as well be.
+
+    Replays take parameters for what nobody writes into.
+    """
+    found: Tensor | None = weight
+    if weight.dtype not in NARROW:
+        found = _lossless(weight) if weight.dtype == torch.float32 and weight.numel() >= _WORTH_CHECKING else None
+    return None if found is None else nn.Parameter(found, requires_grad=False)
+
+
+def _lossless(weight: Tensor) -> Tensor | None:
+    """Return a weight in bf16 if nothing of it is lost; checked part by part, as most are told by the first."""
+    rows = max(1, _PART // weight.shape[1:].numel())
+    found = torch.empty_like(weight, dtype=torch.bfloat16)
+    for narrow, part in zip(torch.split(found, rows), torch.split(weight, rows), strict=True):
+        narrow.copy_(part)
+        if not torch.equal(narrow.float(), part):
+            return None
+    return found
+
+
+_GROUP = 64
+"""Channels that kernels compute together, or a multiple of it: parts end where a group does, which keeps the bits."""
+
+
+class _Buffer(threading.local):
+    """Memory that parts are widened into: fresh memory would have to be asked of the system every time."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def widened(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a part ``(rows, in)`` in another dtype, until the next call."""
+        key = part.device, dtype
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < part.numel():
+            memory = self._memory[key] = part.new_empty(max(_PART, part.numel()), dtype=dtype)
+        return memory[: part.numel()].view(part.shape).copy_(part)
+
+
+_buffer = _Buffer()
+
+_library: Any = torch.library.Library("qsens", "DEF")  # type: ignore[no-untyped-call] # torch's
+_library.define("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
+_library.define("embedding(Tensor weight, Tensor indices) -> Tensor")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a linear layer from a narrow weight ``(out, in)`` in the dtype of ``x``, ``(*, in)``."""
+    channels = _GROUP * max(1, _PART // max(1, weight.shape[1]) // _GROUP)
+    parts = torch.split(weight, channels)
+    if len(parts) == 1:
+        return functional.linear(x, _buffer.widened(weight, x.dtype), bias)
+    found = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    biases = [None] * len(parts) if bias is None else torch.split(bias.expand(weight.shape[0]), channels)
+    for output, part, its_bias in zip(torch.split(found, channels, -1), parts, biases, strict=True):
+        output.copy_(functional.linear(x, _buffer.widened(part, x.dtype), its_bias))
+    return found
+
+
+def _embedding(weight: Tensor, indices: Tensor) -> Tensor:
+    """Look up rows of a narrow weight ``(rows, dim)``, fp32, ``(*, dim)``."""
+    return torch.embedding(weight, indices).float()
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("embedding", _embedding, "CompositeExplicitAutograd")
+
+
+LINEAR = torch.ops.qsens.linear.default
+"""Linear layer in the dtype of its input: input, narrow weight, bias."""
+
+EMBEDDING = torch.ops.qsens.embedding.default
+"""Rows of a narrow weight in fp32: weight, indices."""
+
+
+def _call_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cast("Tensor", LINEAR(x, stored(weight), bias))
+
+
+def _call_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
+    return cast("Tensor", EMBEDDING(stored(weight), x))
+
+
+def _looks_up_only(
+    _x: Tensor, _weight: Tensor, _padding_idx: object = None, max_norm: float | None = None, *_: object, **__: object
+) -> bool:
+    """Whether an embedding leaves its weight as it is."""
+    return max_norm is None
