@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QsensError as error:
         sys.stderr.write(f"qsens: {error}\n")
         return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("qsens: interrupted\n")
+        return 128 + signal.SIGINT
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

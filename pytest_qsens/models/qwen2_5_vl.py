@@ -157,10 +157,11 @@ def _write_tokenizer(directory: Path, first_special: int, max_length: int) -> No
     from transformers import AddedToken, Qwen2Tokenizer
 
     vocabulary, merges = _trained(first_special)
+    tokenizer_class: Any = Qwen2Tokenizer  # annotated as if merges were one text each; they are pairs
     # No hole below the special tokens' ids: tokenizers gives new tokens the ids that follow, and warns of holes.
     vocabulary |= {f"<|unused_{number}|>": number for number in range(len(vocabulary), first_special)}
     vocabulary |= {token: first_special + number for number, token in enumerate((*SPECIAL_TOKENS, *MARKS))}
-    tokenizer = Qwen2Tokenizer(
+    tokenizer = tokenizer_class(
         vocab=vocabulary,
         merges=merges,
         eos_token="<|im_end|>",  # noqa: S106 - not a password

@@ -76,8 +76,7 @@ def write(
     directory = Path(os.path.realpath(directory.expanduser()))  # a link to an empty directory is filled, not replaced
     with _temporary(directory) as temporary:
         write_files(temporary)
-        checkpoint = Checkpoint(config_directory or temporary)
-        checkpoint.check_config()
+        checkpoint = Checkpoint(config_directory or temporary)  # messages name the user's own
         model: Any = DirectorySource(checkpoint, Data(None, None, None)).skeleton()
         tensors = standin_weights.plan(model)
         _check_space(directory, sum(tensor.nbytes for tensor in tensors) + SMALL_FILES_BYTES)
@@ -188,6 +187,6 @@ def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
         raise QsensError(
-            f"{directory} needs {_size(needed)}, but only {_size(free)} are free in {directory.parent}. Free some space, "
-            f"or choose a directory on another disk."
+            f"{directory} needs {_size(needed)}, but only {_size(free)} are free in {directory.parent}. Free some "
+            f"space, or choose a directory on another disk."
         )

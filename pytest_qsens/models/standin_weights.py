@@ -172,7 +172,7 @@ def write(
 
     """
     shards = list(_shards(tensors, shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = directory / f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(shard, file, seed)
