@@ -1,14 +1,16 @@
-"""The console script ``qsens``: look at result files, and compare them."""
+"""The console script ``qsens``: look at result files, compare them, and make stand-ins for models."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.compare import compare
 from pytest_qsens.errors import QsensError
+from pytest_qsens.models import standin
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, load, lost_in_noise
 from pytest_qsens.sensitivity_files import read_pair
@@ -52,12 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.add_argument("--all", action="store_true", help="shorten no list")
     comparison.add_argument("--json", action="store_true", help="print the same for machines")
     comparison.set_defaults(run=_compare)
+    random = commands.add_parser(
+        "standin",
+        help="write a model of true sizes with random weights, for a dry run",
+        description="Write a complete Hugging Face snapshot with random weights: a run on it takes the code path, time "
+        "and memory of a run on the model, and its scores say nothing about the model.",
+    )
+    random.add_argument(
+        "source",
+        metavar="MODEL",
+        help=f"{', '.join(standin.PRESETS)}, or a directory with config.json and tokenizer files",
+    )
+    random.add_argument("directory", type=Path, metavar="DIR", help="to write; new or empty")
+    random.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, default 0")
+    random.set_defaults(run=_standin)
     arguments = parser.parse_args(argv)
     try:
         lines = arguments.run(arguments)
     except QsensError as error:
         sys.stderr.write(f"qsens: {error}\n")
         return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("qsens: interrupted\n")
+        return 128 + signal.SIGINT
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -76,6 +95,19 @@ def _compare(arguments: argparse.Namespace) -> list[str]:
     a, b = read_pair(arguments.a, arguments.b, arguments.mode, arguments.metric)
     found = compare(a, b, arguments.top)
     return [as_json(found)] if arguments.json else list(report(found, None if arguments.all else arguments.top))
+
+
+def _standin(arguments: argparse.Namespace) -> list[str]:
+    def report(line: str) -> None:
+        sys.stderr.write(f"qsens: {line}\n")
+
+    # A terminated process would leave gigabytes behind: as an exception, the signal runs what cleans up.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        written = standin.write(arguments.source, arguments.directory, arguments.seed, report=report)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return standin.summary(written)
 
 
 def table(result: RunResult, sort: str | None = None) -> list[str]:

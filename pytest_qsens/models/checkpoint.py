@@ -99,8 +99,8 @@ class Checkpoint:
         names = {path.name for path in self.directory.iterdir()}
         return not names & {SAFE_WEIGHTS, SAFE_INDEX} and bool(names & {PICKLED_WEIGHTS, PICKLED_INDEX})
 
-    def check(self) -> None:
-        """Check config and weight files; of the weights, only headers are read.
+    def check_config(self) -> None:
+        """Check that the config is of a known architecture, and not quantized already.
 
         Raises:
             QsensError: Naming the file and what to do.
@@ -113,6 +113,15 @@ class Checkpoint:
                 f"{self.directory} is already quantized ({name}). Sensitivity is measured from full-precision "
                 f"weights: give the checkpoint it was made from."
             )
+
+    def check(self) -> None:
+        """Check config and weight files; of the weights, only headers are read.
+
+        Raises:
+            QsensError: Naming the file and what to do.
+
+        """
+        self.check_config()
         check_weight_names((path.name for path in self.directory.iterdir()), str(self.directory), self.allow_pickle)
         if self.pickled:
             self._check_shards(PICKLED_INDEX, PICKLED_WEIGHTS)

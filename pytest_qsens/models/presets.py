@@ -91,7 +91,8 @@ def _qwen2_5_vl_3b(request: ModelRequest, data: Data) -> ModelSource:
         ),
         advice=(
             f"Download it with `hf download {QWEN_REPOSITORY} --local-dir DIR`, then pass `--qsens-checkpoint DIR` or "
-            f"set `qsens_checkpoint = DIR` in the ini file."
+            f"set `qsens_checkpoint = DIR` in the ini file. For a dry run, `qsens standin {request.model} DIR` makes "
+            f"one of random weights."
         ),
     )
 
