@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Output = Callable[[Any, "Batch"], Tensor]
 
-_OWNER = "qsens_owner"
+OWNER = "qsens_owner"
 
 
 class CaptureRefused(Exception):  # noqa: N818 - not an error: the eager engine takes over
@@ -160,7 +160,7 @@ def _own_nodes_since(mark: Node | None, module: str) -> None:
     for node in reversed(_graph_being_traced().nodes):
         if node is mark:
             return
-        node.meta.setdefault(_OWNER, module)
+        node.meta.setdefault(OWNER, module)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers, constants
@@ -176,7 +176,7 @@ def _op_calls(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> 
         if node.op == "call_function" and is_op_call(node.target):
             weight = weight_argument(node.target, node.args, node.kwargs)
             shape = weight.meta["val"].shape if "val" in getattr(weight, "meta", {}) else None
-            op = index.called(node.meta.get(_OWNER, ""), constants.get(weight), shape)
+            op = index.called(node.meta.get(OWNER, ""), constants.get(weight), shape)
             if op is not None:
                 calls[op] = (*calls.get(op, ()), node)
     return calls
@@ -197,7 +197,7 @@ def _refuse_data_dependence(nodes: list[Node], dependent: set[Node]) -> None:
             torch.Tag.dynamic_output_shape in tags and node.target is not torch.ops.aten.index.Tensor
         )
         if mask or tagged or node.target is torch.ops.aten.item.default:
-            where = node.meta.get(_OWNER) or "the model"
+            where = node.meta.get(OWNER) or "the model"
             raise CaptureRefused(f"{node.target} in {where} makes shapes or control flow depend on activations")
 
 
@@ -230,7 +230,7 @@ def _functional(nodes: list[Node], candidates: set[Node]) -> tuple[tuple[str, st
         if node.op != "call_function" or node not in candidates:
             continue
         for kind in functional_kinds(node.target):
-            name = f"{node.meta.get(_OWNER, '')}:{kind}"
+            name = f"{node.meta.get(OWNER, '')}:{kind}"
             found.append((f"{name}_{seen[name]}" if seen[name] else name, kind))
             seen[name] += 1
     return tuple(found)

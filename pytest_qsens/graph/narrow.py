@@ -61,7 +61,11 @@ class NarrowWeight(Tensor):
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _FORM:
+        if func is Tensor.__getitem__ and args[1] is ...:
+            return args[0]
+        if func is Tensor.to and _is_as_told(*args, **kwargs):
+            return args[0]
+        if _name(func) in _FORM:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as subclasses do
                 return func(*args, **kwargs)
         if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -90,11 +94,27 @@ _VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 _FORM = frozenset(
     {
-        *("__get__", "__set__", "__getitem__", "detach", "dim", "element_size", "is_complex", "is_contiguous"),
-        *("is_floating_point", "numel", "requires_grad_", "size", "stride", "to"),
+        *("__set__", "detach", "dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "numel"),
+        *("requires_grad_", "size", "stride"),
+        *("data", "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "is_meta", "is_sparse", "layout", "names"),
+        *("ndim", "output_nr", "requires_grad", "shape", "_backward_hooks", "_base", "_version"),
     }
 )
-"""Functions that may leave a weight what it is; operators below them that need its values get them widened."""
+"""Functions and attributes that need none of a weight's values. (Operators cannot widen it where a graph is traced.)"""
+
+
+def _name(func: Any) -> str:  # noqa: ANN401 - a torch function
+    """Name of a function, or of the attribute that it gets."""
+    name: str = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def _is_as_told(weight: Tensor, *args: Any, **kwargs: Any) -> bool:  # noqa: ANN401 - those of `Tensor.to`
+    """Whether a weight is in fp32 and on the device that ``to`` asks for."""
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype)
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - what `nn.Module.to` calls
+    return device in (None, weight.device) and dtype in (None, torch.float32)
 
 
 def _widened(value: object) -> object:
