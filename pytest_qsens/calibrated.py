@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
 
 from pytest_qsens import profile
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
-from pytest_qsens.engines.replay import ReplayEngine
-from pytest_qsens.errors import QsensError, first_line, told
-from pytest_qsens.graph.capture import CaptureRefused, run_model
-from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
+from pytest_qsens.engines.replay import ReplayEngine, clean_share
+from pytest_qsens.errors import QsensError, first_line
 from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.results import OpResult
-from pytest_qsens.threads import one_thread, reproducible_sums
+from pytest_qsens.threads import reproducible_sums, threads_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import Tensor, nn
 
+    from pytest_qsens.artifact import Artifact
     from pytest_qsens.engines import Engine
     from pytest_qsens.engines.fx import FxEngine
     from pytest_qsens.engines.inc import IncEngine
-    from pytest_qsens.graph.calls import Call
-    from pytest_qsens.models.spec import Batch, ModelSpec
+    from pytest_qsens.models.spec import ModelSpec
+    from pytest_qsens.preparation import Prepared
     from pytest_qsens.profile import Phase
     from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
@@ -91,11 +89,8 @@ class CalibratedModel:
     @cached_property
     def reference_digest(self) -> str:
         """Hash of the unquantized outputs' bits: equal for the same model and data on the same machine."""
-        digest = hashlib.sha256()
         with self._profiled("reference"):
-            for output in self._engine.references:
-                digest.update(output.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            return digest(self._engine.references)
 
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
@@ -246,6 +241,7 @@ def calibrate(
     expected: Collection[str] | None = None,
     memory: int | None = None,
     workers: int = 1,
+    artifact: Artifact | None = None,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -264,6 +260,8 @@ def calibrate(
             together leaves out the others.
         memory: Bytes for values that could be computed again; half of what is free if it is not given.
         workers: How many processes share what is free.
+        artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
+            capture, for which it takes the threads of all workers, and the others run a graph once.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -279,39 +277,135 @@ def calibrate(
         model.float()
     else:
         keep_narrow(model)
-    chosen = SCHEMES[scheme]
-    logits = spec.logits and divergence
-    calibration = Calibration(chosen, ranges=engine not in KERNEL_ENGINES)
-    simulator = Simulator(chosen, calibration)
-    batches = [_placed(batch, device) for batch in spec.evaluation]
-    calibrating = [_placed(batch, device) for batch in spec.calibration]
-    with torch.no_grad():
-        with profile.phase("calibration"), one_thread():
-            for number, batch in enumerate(calibrating, 1):
-                _observe(model, batch, number, spec, calibration)
-        references = _References(model, batches, spec)
-        quantizable = [op.name for op in ops if op.name in calibration.reached and chosen.refusal(op.type) is None]
-        built: Engine
-        reason = None
-        if engine in KERNEL_ENGINES:
-            references.finish()
-            with profile.phase("calibration"):
-                built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
-        else:
-            wanted = [op for op in quantizable if expected is None or op in expected]
-            limit = default_memory(workers, device) if memory is None else memory
-            built, reason = _build_engine(
-                engine, model, batches, references, spec, simulator, quantizable, limit, wanted, logits=logits
-            )
-    return CalibratedModel(
-        chosen,
-        calibration,
-        simulator,
-        built,
-        logits=logits,
-        engine_reason=reason,
-        reference_seconds=references.seconds,
+    limit = default_memory(workers, device) if memory is None else memory
+    setup = _Setup(
+        model, spec, ops, SCHEMES[scheme], engine, device, limit, expected, logits=spec.logits and divergence
     )
+    with torch.no_grad():
+        if artifact is None or not setup.captures:
+            prepared = setup.find_out()
+            built = setup.build(prepared)
+        else:
+            prepared, built = setup.shared(artifact, workers)
+    return CalibratedModel(
+        setup.scheme,
+        prepared.calibration,
+        built.simulator,
+        built.engine,
+        logits=setup.logits,
+        engine_reason=prepared.refusal,
+        reference_seconds=prepared.reference_seconds,
+    )
+
+
+class _Built(NamedTuple):
+    engine: Engine
+    simulator: Simulator
+
+
+class _Setup:
+    """The way from a model to an engine; arguments as for `calibrate`, the model on the device and switched."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        ops: Sequence[Op],
+        scheme: Scheme,
+        engine: str,
+        device: str,
+        memory: int,
+        expected: Collection[str] | None,
+        *,
+        logits: bool,
+    ) -> None:
+        self.scheme = scheme
+        self.logits = logits
+        self._engine = engine
+        self.captures = engine not in (*KERNEL_ENGINES, "eager")
+        self._model = model
+        self._spec = spec
+        self._ops = ops
+        self._expected = expected
+        self._batches = [placed(batch, device) for batch in spec.evaluation]
+        self._calibrating = [placed(batch, device) for batch in spec.calibration]
+        self._memory = memory
+        self._share = clean_share(memory, len(self._batches))
+
+    def find_out(self) -> Prepared:
+        """Run calibration, reference and capture."""
+        return prepare(
+            self._model,
+            self._spec,
+            self._batches,
+            self._calibrating,
+            Calibration(self.scheme, ranges=self._engine not in KERNEL_ENGINES),
+            self._share if self.captures else None,
+        )
+
+    def shared(self, artifact: Artifact, workers: int) -> tuple[Prepared, _Built]:
+        """Take what another process found out, or find it out and leave it to others."""
+        prepared = self._restored(artifact)
+        if prepared is not None:
+            return prepared, self.build(prepared)
+        with artifact.locked():
+            prepared = self._restored(artifact)  # the process that had the lock may have made it
+            if prepared is not None:
+                return prepared, self.build(prepared)
+            with threads_of(workers):
+                prepared = self.find_out()
+                built = self.build(prepared)
+                if isinstance(built.engine, DeltaEngine):
+                    built.engine.check()
+            content = taken_apart(prepared, self._model, built.engine.distrusted)
+            if content is not None:
+                with suppress(OSError):  # a full disk costs the others time
+                    artifact.write(content)
+            return prepared, built
+
+    def _restored(self, artifact: Artifact) -> Prepared | None:
+        content = artifact.read()
+        if content is None:
+            return None
+        with profile.phase("capture"):
+            return put_together(content, self._model, self._batches, self.scheme, self._share)
+
+    def build(self, prepared: Prepared) -> _Built:
+        """Make the engine.
+
+        Raises:
+            QsensError: If one is asked for that cannot be.
+
+        """
+        reached = prepared.calibration.reached
+        quantizable = [op.name for op in self._ops if op.name in reached and self.scheme.refusal(op.type) is None]
+        simulator = Simulator(self.scheme, prepared.calibration)
+        return _Built(self._build(prepared, quantizable, simulator), simulator)
+
+    def _build(self, prepared: Prepared, quantizable: list[str], simulator: Simulator) -> Engine:
+        if self._engine in KERNEL_ENGINES:
+            with profile.phase("calibration"):
+                made = _kernel_engine(self._engine)
+                return made(self._model, self._batches, self._spec.output, quantizable, self._calibrating)
+        if prepared.captured is None:
+            if self._engine in ("delta", "replay"):
+                raise QsensError(
+                    f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
+                )
+            return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+        with profile.phase("capture"):
+            if self._engine == "replay":
+                return ReplayEngine(prepared.captured, simulator, quantizable, self._memory)
+            expected = [op for op in quantizable if self._expected is None or op in self._expected]
+            return DeltaEngine(
+                prepared.captured,
+                simulator,
+                quantizable,
+                self._memory,
+                expected,
+                prepared.verdict,
+                logits=self.logits,
+            )
 
 
 def _kernel_engine(name: str) -> type[FxEngine | IncEngine]:
@@ -322,138 +416,3 @@ def _kernel_engine(name: str) -> type[FxEngine | IncEngine]:
     from pytest_qsens.engines.fx import FxEngine
 
     return FxEngine
-
-
-@profile.phase("capture")
-def _build_engine(
-    name: str,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    references: _References,
-    spec: ModelSpec,
-    simulator: Simulator,
-    quantizable: Sequence[str],
-    memory: int,
-    expected: Sequence[str],
-    *,
-    logits: bool,
-) -> tuple[Engine, str | None]:
-    reason = None
-    if name != "eager":
-        try:
-            with unchanged_state(model):
-                if name == "replay":
-                    return ReplayEngine(model, batches, references, spec.output, simulator, quantizable, memory), None
-                built = DeltaEngine(
-                    model, batches, references, spec.output, simulator, quantizable, memory, expected, logits=logits
-                )
-                return built, None
-        except CaptureRefused as refused:
-            reason = f"capture refused: {refused}"
-            if name != "auto":
-                raise QsensError(f"engine {name} cannot be used, {reason}. Use the eager engine, or auto.") from refused
-    references.finish()
-    return EagerEngine(model, batches, spec.output, simulator, quantizable), reason
-
-
-def _placed(batch: Batch, device: str) -> Batch:
-    """Move a batch to the device, floating-point tensors in fp32."""
-
-    def place(value: object) -> object:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
-
-    placed: Batch = tree_map(place, dict(batch))
-    return placed
-
-
-def _observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calibration: Calibration) -> None:
-    def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-        output = run()
-        calibration.observe(op, call, output)
-        return output
-
-    with unchanged_state(model), OpInterceptor(model, handler):
-        _run(model, batch, spec, f"calibration batch {number}")
-
-
-class _References:
-    """Outputs of the unquantized model, batch by batch, checked as they come; no batch is run twice.
-
-    Attributes:
-        seconds: Wall seconds of the forwards so far.
-
-    """
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> None:
-        self.seconds = 0.0
-        self._outputs = self._run(model, batches, spec)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self._outputs
-
-    def finish(self) -> None:
-        """Check the batches that nobody has asked for."""
-        for _ in self._outputs:
-            pass
-
-    def _run(self, model: nn.Module, batches: Sequence[Batch], spec: ModelSpec) -> Iterator[Tensor]:
-        size = 0.0
-        for number, batch in enumerate(batches, 1):
-            where = f"evaluation batch {number}"
-            start = time.perf_counter()
-            with profile.phase("reference"), unchanged_state(model):
-                reference = _run(model, batch, spec, where)
-            self.seconds += time.perf_counter() - start
-            if not bool(torch.isfinite(reference).all()):
-                raise QsensError(
-                    f"the reference output of {where} holds NaN or infinite values "
-                    f"({_first_not_finite(model, batch, spec)}). Check the weights and the evaluation data."
-                )
-            size += energy(reference)
-            yield reference
-        if size == 0:
-            raise QsensError("the reference output is zero everywhere, so no error can be related to it")
-
-
-def _run(model: nn.Module, batch: Batch, spec: ModelSpec, where: str) -> Tensor:
-    """Run the scored forward and check what it gives.
-
-    Raises:
-        QsensError: If the model or the spec's ``output`` raises, or gives something that cannot be scored.
-
-    """
-    try:
-        scored: object = run_model(model, batch, spec.output)
-    except QsensError:
-        raise
-    except Exception as error:
-        raise QsensError(
-            f"the model cannot be run on {where} (keys {', '.join(batch)}): {told(error)}. "
-            "Check the batch, and the `output` function that picks what is scored."
-        ) from error
-    if not isinstance(scored, torch.Tensor):
-        raise QsensError(f"`output` gives {type(scored).__name__} on {where}, not the tensor to score")
-    if not scored.is_floating_point() or not scored.numel() or (spec.logits and not scored.dim()):
-        raise QsensError(
-            f"`output` gives {str(scored.dtype).removeprefix('torch.')} of shape {tuple(scored.shape)} on {where}: "
-            "what is scored must be floating point and not empty, and logits need a dimension of classes"
-        )
-    return scored
-
-
-def _first_not_finite(model: nn.Module, batch: Batch, spec: ModelSpec) -> str:
-    found: list[str] = []
-
-    def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-        output = run()
-        if not bool(torch.isfinite(call.x).all()):
-            found.append(f"already in the input of op {op}")
-        elif not bool(torch.isfinite(output).all()):
-            found.append(f"first in op {op}")
-        return output
-
-    with unchanged_state(model), OpInterceptor(model, handler):
-        run_model(model, batch, spec.output)
-    return found[0] if found else "in no op's output, so after the last op"

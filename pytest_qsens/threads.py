@@ -26,6 +26,17 @@ def reproducible_sums() -> None:
 
 
 @contextmanager
+def threads_of(workers: int) -> Iterator[None]:
+    """Run torch on as many threads as so many workers have together, while the others wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * max(1, workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread."""
     threads = torch.get_num_threads()

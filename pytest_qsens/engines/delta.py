@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,13 +22,13 @@ from pytest_qsens.ops import Op
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.fx import Node
 
-    from pytest_qsens.graph.capture import Graph, Output
+    from pytest_qsens.engines.replay import Captured
+    from pytest_qsens.graph.capture import Graph
     from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.together import Together
-    from pytest_qsens.models.spec import Batch
     from pytest_qsens.quant.simulate import Simulator
 
 TOLERANCE = 2e-3
@@ -48,6 +48,13 @@ def tolerance(nmse: float) -> float:
     square differs by 2·δ·ε + ε².
     """
     return TOLERANCE * nmse + 2 * _ROUNDING * math.sqrt(nmse) + _ROUNDING**2
+
+
+class Verdict(NamedTuple):
+    """What comparing differences with replays has shown."""
+
+    fault: str | None
+    """Why they are not to be trusted, if they are not."""
 
 
 class _Waves:
@@ -86,14 +93,12 @@ class DeltaEngine(ReplayEngine):
     everything else quantized are the same but for the order in which squares are summed.
 
     Args:
-        model: In evaluation mode.
-        batches: For evaluation.
-        references: The model's outputs for them.
-        output: Takes the scored output.
+        captured: Every evaluation batch.
         simulator: Gives the outputs of quantized ops.
         quantizable: Names of ops that can be quantized.
         memory: Bytes for values.
         expected: Those that are going to be scored.
+        verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
 
     """
@@ -102,18 +107,16 @@ class DeltaEngine(ReplayEngine):
 
     def __init__(
         self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        references: Iterable[Tensor],
-        output: Output,
+        captured: Sequence[Captured],
         simulator: Simulator,
         quantizable: Collection[str],
         memory: int,
         expected: Collection[str],
+        verdict: Verdict | None,
         *,
         logits: bool,
     ) -> None:
-        super().__init__(model, batches, references, output, simulator, quantizable, memory)
+        super().__init__(captured, simulator, quantizable, memory)
         self._logits = logits
         weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
         self._deltas = [DeltaRun(run, weights) for run in self._clean]
@@ -122,18 +125,24 @@ class DeltaEngine(ReplayEngine):
         self._alone = _Waves(self._waves, self._measure_alone)
         self._others: dict[int | None, _Waves] = {}
         self._checked = False
+        if verdict is not None:
+            self._settle(verdict)
+
+    def check(self) -> None:
+        """See whether differences are to be trusted, by replays of two ops, unless that is known."""
+        if not self._checked:
+            self._settle(Verdict(self._find_fault()))
+
+    def _settle(self, verdict: Verdict) -> None:
+        self._checked = True
+        self.distrusted = verdict.fault
+        if verdict.fault is not None:
+            self.name = "replay"
+            self._deltas.clear()
 
     def together(self, op: str) -> Score | None:
-        """Score with only this op quantized, measured with the others of its block.
-
-        The first time, two ops are also replayed, to see whether differences are to be trusted.
-        """
-        if not self._checked:
-            self._checked = True
-            self.distrusted = self._find_fault()
-            if self.distrusted is not None:
-                self.name = "replay"
-                self._deltas.clear()
+        """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
+        self.check()
         return self._alone.score(op) if self.distrusted is None else None
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:

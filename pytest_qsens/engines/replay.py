@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -18,7 +18,7 @@ from pytest_qsens.noise import SEEDS, perturbed
 from pytest_qsens.threads import one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -40,8 +40,11 @@ class ReplayEngine:
     The values of the clean run are kept as far as the memory goes; those of the fully quantized run once it is asked
     for, and of one more for each seed. All threads are used if the clean values are the same on one, else one.
 
-    Raises:
-        CaptureRefused: If a batch's graph is not an exact stand-in for the model.
+    Args:
+        captured: Every evaluation batch.
+        simulator: Gives the outputs of quantized ops.
+        quantizable: Names of ops that can be quantized.
+        memory: Bytes for values.
 
     """
 
@@ -52,24 +55,12 @@ class ReplayEngine:
     distrusted: str | None = None
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        references: Iterable[Tensor],
-        output: Output,
-        simulator: Simulator,
-        quantizable: Collection[str],
-        memory: int,
+        self, captured: Sequence[Captured], simulator: Simulator, quantizable: Collection[str], memory: int
     ) -> None:
         self._simulator = simulator
-        share = memory * 3 // 8 // len(batches)
-        self._joint_share = share // (1 + len(SEEDS))
-        pairs = zip(
-            batches, references, strict=True
-        )  # strict: it asks for a reference too many, which ends their checks
-        verified = [_verified_run(model, batch, output, reference, share) for batch, reference in pairs]
-        self._clean = [run for run, _ in verified]
-        self._threads = nullcontext if all(anywhere for _, anywhere in verified) else one_thread
+        self._joint_share = clean_share(memory, len(captured)) // (1 + len(SEEDS))
+        self._clean = [run for run, _ in captured]
+        self._threads = nullcontext if all(anywhere for _, anywhere in captured) else one_thread
         self._quantized: dict[int | None, list[Run]] = {}
         self.reported: Mapping[str, float] = {}
         graphs = [run.graph for run in self._clean]
@@ -157,13 +148,40 @@ def _moved(call: Any, seed: int | None) -> Override:  # noqa: ANN401 - a call no
     return moved
 
 
-def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int) -> tuple[Run, bool]:
-    """Capture and run a batch; also whether every value is the same on one thread and on all.
+def clean_share(memory: int, batches: int) -> int:
+    """Return the part of the memory for values of the clean run of one of so many batches."""
+    return memory * 3 // 8 // batches
 
-    ``reference`` is the model's output on all threads.
+
+class Captured(NamedTuple):
+    """A batch's graph, run once.
+
+    Attributes:
+        run: With its values.
+        anywhere: Whether every value is the same on one thread and on all.
+
+    """
+
+    run: Run
+    anywhere: bool
+
+
+def captured_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int) -> Captured:
+    """Capture and run a batch, and check that a replay is a stand-in for the model.
+
+    Args:
+        model: On the device of the batch.
+        batch: For evaluation.
+        output: Takes the scored output.
+        reference: The model's output on all threads.
+        memory: Bytes of values to keep.
+
+    Raises:
+        CaptureRefused: If it is none.
+
     """
     run = Run(capture(model, batch, output), memory=memory)
-    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run, memory))
+    anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run))
     threads = nullcontext if anywhere else one_thread
     if not anywhere:
         with one_thread():
@@ -174,7 +192,13 @@ def _verified_run(model: nn.Module, batch: Batch, output: Output, reference: Ten
         # a value that left torch, through numpy or a Python number, would be a constant in the graph
         if not _follows(run, model, batch, output):
             raise CaptureRefused("the captured graph does not follow the model when the outputs of its ops change")
-    return run, anywhere
+    return Captured(run, anywhere)
+
+
+def repeated_run(graph: Graph, memory: int, *, anywhere: bool) -> Captured:
+    """Run a graph that `captured_run` has checked in another process; arguments as there and in `Captured`."""
+    with nullcontext() if anywhere else one_thread():
+        return Captured(Run(graph, memory=memory), anywhere)
 
 
 def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
@@ -189,7 +213,7 @@ def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
     return same(run.replay({node: _changed(node.target) for nodes in ops.values() for node in nodes}), expected)
 
 
-def _same_on_one_thread(run: Run, memory: int) -> bool:
+def _same_on_one_thread(run: Run) -> bool:
     """Whether all values of a run, which was made on all threads, are the same on one.
 
     How a kernel divides its work depends on shapes, layouts and what integers say, not on the numbers it adds up: one
@@ -197,7 +221,7 @@ def _same_on_one_thread(run: Run, memory: int) -> bool:
     """
     if run.groups:
         with one_thread():
-            return _same_values(run, Run(run.graph, memory=memory))
+            return _same_values(run, Run(run.graph, memory=0))
     seen: set[object] = set()
     for node in reversed(run.graph.nodes):  # values are kept from the end
         kind = _kind(node, run.graph)

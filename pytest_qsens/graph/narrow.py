@@ -96,7 +96,19 @@ _FORM = frozenset(
     {
         *("__set__", "detach", "dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "numel"),
         *("requires_grad_", "size", "stride"),
-        *("data", "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "is_meta", "is_sparse", "layout", "names"),
+        *(
+            "data",
+            "device",
+            "dtype",
+            "grad",
+            "grad_fn",
+            "is_cuda",
+            "is_leaf",
+            "is_meta",
+            "is_sparse",
+            "layout",
+            "names",
+        ),
         *("ndim", "output_nr", "requires_grad", "shape", "_backward_hooks", "_base", "_version"),
     }
 )

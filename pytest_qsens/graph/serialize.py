@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from pytest_qsens.models.spec import Batch
 
 _MODULES = ("_operator", "math")
-"""Where functions in graphs come from, beside operators of torch's dispatcher and this one: """
+"""Where functions in graphs come from, beside operators of torch's dispatcher and the switch of gradients."""
 
 _SWITCH = ("torch._C", "_set_grad_enabled")
 
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_FORMATS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.memory_format | torch.layout)}
+_FORMATS = {
+    str(value): value for value in vars(torch).values() if isinstance(value, torch.memory_format | torch.layout)
+}
 
 
 class NotSerializable(Exception):  # noqa: N818 - not an error: every process captures for itself
@@ -122,7 +124,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: stored(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _constant(told: Mapping[str, Any], own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], nodes: list[Node]) -> Any:  # noqa: ANN401 - as `Graph.constants`
+def _constant(
+    told: Mapping[str, Any], own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], nodes: list[Node]
+) -> Any:  # noqa: ANN401 - as `Graph.constants`
     if "own" in told:
         return own[told["own"]]
     if "tensor" not in told:
@@ -160,39 +164,25 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _argument(value: Any, number: Mapping[Node, int]) -> Any:  # noqa: ANN401 - anything a node holds
     """Turn an argument into what JSON holds; what it has no form for becomes an object with one key."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return {"float": value.hex()}
-        case complex():
-            return {"complex": [value.real.hex(), value.imag.hex()]}
-        case Node():
-            return {"node": number[value]}
-        case torch.dtype():
-            return {"dtype": str(value)}
-        case torch.memory_format() | torch.layout():
-            return {"format": str(value)}
-        case torch.device():
-            return {"device": str(value)}
-        case torch.Size():
-            return {"size": list(value)}
-        case slice():
-            return {"slice": [_argument(part, number) for part in (value.start, value.stop, value.step)]}
-        case list():
-            return [_argument(item, number) for item in value]
-        case tuple() if type(value) is tuple:
-            return {"tuple": [_argument(item, number) for item in value]}
-        case dict() if all(isinstance(key, str) for key in value):
-            return {"dict": {key: _argument(item, number) for key, item in value.items()}}
-    if type(value) in (list, tuple, dict) or type(value).__module__ == "torch.fx.immutable_collections":
-        plain: Any = dict(value) if isinstance(value, dict) else list(value)
-        return _argument(plain, number)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    for kind, (types, to_json, _) in _LEAVES.items():
+        if isinstance(value, types):
+            return {kind: to_json(value)}
+    if isinstance(value, Node):
+        return {"node": number[value]}
+    if isinstance(value, list) or type(value) is tuple:
+        items = [_argument(item, number) for item in value]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, slice):
+        return {"slice": [_argument(part, number) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _argument(item, number) for key, item in value.items()}}
     raise NotSerializable(f"{type(value).__name__} among the arguments")
 
 
 def _form(value: Any, number: Mapping[Node, int]) -> Any:  # noqa: ANN401 - what the tracer notes of a value
-    """What is told of a value: tensors by their form, all else as it is."""
+    """Tell of a value its form if it is a tensor, all else as it is."""
     if isinstance(value, Tensor):
         return {"form": [str(value.dtype), list(value.shape), list(value.stride())]}
     if isinstance(value, list | tuple):
@@ -207,28 +197,32 @@ def _value(told: Any, nodes: list[Node]) -> Any:  # noqa: ANN401 - anything a no
     if not isinstance(told, dict):
         return told
     ((kind, content),) = told.items()
-    match kind:
-        case "float":
-            return float.fromhex(content)
-        case "complex":
-            return complex(*map(float.fromhex, content))
-        case "node":
-            return nodes[content]
-        case "dtype":
-            return _DTYPES[content]
-        case "format":
-            return _FORMATS[content]
-        case "device":
-            return torch.device(content)
-        case "size":
-            return torch.Size(content)
-        case "slice":
-            return slice(*(_value(part, nodes) for part in content))
-        case "tuple":
-            return tuple(_value(item, nodes) for item in content)
-        case "dict":
-            return {key: _value(item, nodes) for key, item in content.items()}
-        case "form":
-            dtype, shape, stride = content
-            return torch.empty_strided(shape, stride, dtype=_DTYPES[dtype], device="meta")
-    raise ValueError(f"unknown kind {kind!r}")
+    if kind in _LEAVES:
+        return _LEAVES[kind][2](content)
+    if kind == "node":
+        return nodes[content]
+    if kind == "dict":
+        return {key: _value(item, nodes) for key, item in content.items()}
+    items = [_value(item, nodes) for item in content]
+    return tuple(items) if kind == "tuple" else slice(*items)
+
+
+def _empty(form: Any) -> Tensor:  # noqa: ANN401 - from `_form`
+    dtype, shape, stride = form
+    return torch.empty_strided(shape, stride, dtype=_DTYPES[dtype], device="meta")
+
+
+def _untold(value: object) -> NoReturn:
+    raise NotSerializable(f"{type(value).__name__} among the arguments")
+
+
+_LEAVES: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "float": (float, float.hex, float.fromhex),  # also infinite ones, and NaN
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "dtype": (torch.dtype, str, _DTYPES.__getitem__),
+    "format": ((torch.memory_format, torch.layout), str, _FORMATS.__getitem__),
+    "device": (torch.device, str, torch.device),
+    "size": (torch.Size, list, torch.Size),
+    "form": (Tensor, _untold, _empty),  # of values; a tensor that is an argument has a node
+}
+"""Kind → types, to what JSON holds, and back."""

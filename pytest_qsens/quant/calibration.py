@@ -12,6 +12,8 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
@@ -35,6 +37,13 @@ class _Range:
 
     def observe(self, values: Tensor) -> None:
         self._observer(values)
+
+    def state(self) -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = self._observer.state_dict()
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._observer.load_state_dict(state)
 
     @profile.phase("calibration")
     def qparams(self) -> QParams:
@@ -89,6 +98,39 @@ class Calibration:
         self._inputs.setdefault(op, _Range()).observe(_finite(call.x, call.kind, f"input of {op}"))
         if self._scheme.requantize_output:
             self._outputs.setdefault(op, _Range()).observe(_finite(output, call.kind, f"output of {op}"))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was observed, beside `reached`; see `from_state`."""
+        kinds = {"input": self._inputs, "output": self._outputs}
+        return {
+            f"{kind}/{op}/{name}": value
+            for kind, ranges in kinds.items()
+            for op, observed in ranges.items()
+            for name, value in observed.state().items()
+        }
+
+    @classmethod
+    def from_state(cls, scheme: Scheme, reached: Collection[str], state: Mapping[str, Tensor]) -> Calibration:
+        """Make one of what another observed.
+
+        Args:
+            scheme: What needed ranges.
+            reached: Ops that were reached.
+            state: From `state`; other tensors may be among them.
+
+        """
+        found = cls(scheme)
+        found.reached.update(reached)
+        observed: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, rest = key.partition("/")
+            op, _, name = rest.rpartition("/")
+            observed.setdefault((kind, op), {})[name] = value
+        for (kind, op), buffers in observed.items():
+            if kind in ("input", "output"):
+                ranges = found._inputs if kind == "input" else found._outputs
+                ranges.setdefault(op, _Range()).restore(buffers)
+        return found
 
     def input_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's input, uint8."""
