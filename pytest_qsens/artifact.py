@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qsens.files import locked
+from pytest_qsens.files import locked, temporary_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,7 +62,7 @@ class Artifact:
         """
         with suppress(OSError):  # `locked` says what is wrong
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path):
+        with locked(self.path, timeout=-1):  # as long as it takes to make the file
             yield
 
     def read(self) -> Content | None:
@@ -95,7 +95,10 @@ class Artifact:
         facts = json.dumps(content.facts)
         tensors = dict(content.tensors)
         metadata = {"schema": str(SCHEMA), "key": self.key, "facts": facts, "checksum": _checksum(facts, tensors)}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        prefix = temporary_prefix(self.path)
+        for left in self.path.parent.glob(f"{prefix}*.tmp"):  # of processes that were killed: this one has the lock
+            left.unlink(missing_ok=True)
+        temporary = self.path.with_name(f"{prefix}{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata)
             temporary.replace(self.path)

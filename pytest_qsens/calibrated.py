@@ -15,7 +15,7 @@ from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
-from pytest_qsens.graph.narrow import keep_narrow
+from pytest_qsens.graph.narrow import keep_narrow, mapped_bytes
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
@@ -258,7 +258,7 @@ def calibrate(
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
             together leaves out the others.
-        memory: Bytes for values that could be computed again; half of what is free if it is not given.
+        memory: Bytes for values that could be computed again; half of what the weights leave free if it is not given.
         workers: How many processes share what is free.
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
             capture, for which it takes the threads of all workers, and the others run a graph once.
@@ -277,7 +277,7 @@ def calibrate(
         model.float()
     else:
         keep_narrow(model)
-    limit = default_memory(workers, device) if memory is None else memory
+    limit = default_memory(workers, device, mapped_bytes(model)) if memory is None else memory
     setup = _Setup(
         model, spec, ops, SCHEMES[scheme], engine, device, limit, expected, logits=spec.logits and divergence
     )

@@ -215,7 +215,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
     """Keep every other process from writing a file, whoever runs it and, on a shared disk, wherever it runs.
 
     The lock is a file beside ``path``, so that it can be had wherever ``path`` can be written, and that all who can
@@ -223,6 +223,10 @@ def locked(path: Path) -> Iterator[None]:
     is still held, so nothing of it is left to commit; filelock 4 takes no lock on a file that is gone, so those who
     waited start over. A process that is killed lets go of it, and the next one removes it. A symbolic link is followed.
     The directory must exist.
+
+    Args:
+        path: The file.
+        timeout: Seconds to wait for another process, `LOCK_TIMEOUT_SECONDS` if it is not given; -1 without an end.
 
     Raises:
         QsensError: If another process does not let go of it, or the directory cannot be written.
@@ -233,7 +237,11 @@ def locked(path: Path) -> Iterator[None]:
     target = Path(os.path.realpath(path))
     place = target.with_name(f".{target.name}.lock")
     lock = FileLock(
-        place, timeout=LOCK_TIMEOUT_SECONDS, poll_interval=_POLL_SECONDS, mode=0o666, fallback_to_soft=False
+        place,
+        timeout=LOCK_TIMEOUT_SECONDS if timeout is None else timeout,
+        poll_interval=_POLL_SECONDS,
+        mode=0o666,
+        fallback_to_soft=False,
     )
     try:
         lock.acquire()

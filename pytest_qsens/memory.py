@@ -28,8 +28,15 @@ def parse_memory(text: str, origin: str) -> int:
     return size
 
 
-def default_memory(workers: int, device: str = "cpu") -> int:
-    """Half of the memory that is free on a torch device, shared by the workers of this machine; bytes."""
+def default_memory(workers: int, device: str = "cpu", reserved: int = 0) -> int:
+    """Half of the memory that is free on a torch device, shared by the workers of this machine; bytes.
+
+    Args:
+        workers: How many.
+        device: A torch device.
+        reserved: Bytes of it that are needed for something else, such as weights in a mapped file.
+
+    """
     import psutil
     import torch
 
@@ -37,7 +44,7 @@ def default_memory(workers: int, device: str = "cpu") -> int:
         free: float = torch.cuda.mem_get_info(device)[0]
     else:
         free = min(psutil.virtual_memory().available, _free_in_cgroup())
-    return int(free // 2 // workers)
+    return int(max(0.0, free - reserved) // 2 // workers)
 
 
 def _free_in_cgroup() -> float:

@@ -159,6 +159,11 @@ def keep_narrow(model: nn.Module) -> None:
                 module._buffers[name] = buffer.float()  # noqa: SLF001
 
 
+def mapped_bytes(model: nn.Module) -> int:
+    """Bytes of narrow weights, which may lie in mapped files: memory they are in counts as free to the system."""
+    return sum(value.stored.nbytes for value in model.parameters() if isinstance(value, NarrowWeight))
+
+
 def _narrow(weight: Tensor) -> nn.Parameter | None:
     """Return a weight in a narrow dtype, if it is or may as well be.
 

@@ -1,0 +1,187 @@
+"""What one process finds out and others read: the same scores, and nothing believed that is damaged or stale."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_qsens import calibrated as calibrated_module
+from pytest_qsens import preparation
+from pytest_qsens.artifact import Artifact, Content
+from pytest_qsens.calibrated import calibrate
+from pytest_qsens.graph.modules import list_ops
+from tests.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.results import OpResult
+
+SCHEMES = ("w8a8", "w8a8_static")
+
+
+def artifact(directory: Path, key: str = "k") -> Artifact:
+    """Return the artifact of a test."""
+    return Artifact(directory / "artifacts" / "one.safetensors", key)
+
+
+def measured(model: CalibratedModel, every: int = 3) -> list[OpResult]:
+    """Scores of some ops, in both modes, and of the model."""
+    ops = list_ops(ARCHITECTURES["qwen2_5_vl"].build())[::every]
+    return [model.score(op, ("isolated", "fallback")) for op in ops] + [model.total()]
+
+
+def scores(results: list[OpResult]) -> list[Any]:
+    """All that does not depend on the clock."""
+    return [(result.op, result.status, result.reason, result.modes) for result in results]
+
+
+def made(directory: Path, scheme: str = "w8a8", **changes: Any) -> CalibratedModel:  # noqa: ANN401 - of `calibrate`
+    """Calibrate a fresh model with the artifact of a directory."""
+    spec = ARCHITECTURES["qwen2_5_vl"].spec()
+    ops = list_ops(spec.model)  # type: ignore[arg-type] # a module
+    options: dict[str, Any] = {"artifact": artifact(directory), "memory": 10**9, **changes}
+    return calibrate(spec, ops, scheme, **options)
+
+
+def refuse(*_: object, **__: object) -> Any:  # noqa: ANN401 - never returns
+    """Stand in for what must not run."""
+    raise AssertionError("prepared anew")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_others_run_a_graph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """No calibration, no capture, no self-check; every number as without an artifact."""
+    alone = made(tmp_path, scheme, artifact=None)
+    expected = scores(measured(alone))
+    first = made(tmp_path, scheme)
+    monkeypatch.setattr(calibrated_module, "prepare", refuse)
+    monkeypatch.setattr(preparation, "run_model", refuse)
+    monkeypatch.setattr("pytest_qsens.engines.delta.DeltaEngine._find_fault", refuse)
+    second = made(tmp_path, scheme)
+    assert scores(measured(first)) == scores(measured(second)) == expected
+    assert second.reference_digest == alone.reference_digest
+    assert second.functional_ops == alone.functional_ops
+    assert second.reference_seconds == first.reference_seconds
+
+
+def test_a_verdict_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where differences are not to be trusted, nobody uses them."""
+    monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
+    first = made(tmp_path)
+    monkeypatch.undo()
+    second = made(tmp_path)
+    assert (second.engine, second.engine_reason) == (first.engine, first.engine_reason)
+    assert second.engine == "replay"
+    assert "exact replay" in (second.engine_reason or "")
+
+
+def damage_end(path: Path) -> None:
+    """Cut a file short."""
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def damage_tensor(path: Path) -> None:
+    """Turn one bit of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def damage_facts(path: Path) -> None:
+    """Change a number in the metadata, and not its length."""
+    content = path.read_bytes()
+    assert content.count(rb"\"distrusted\": null") == 1
+    path.write_bytes(content.replace(rb"\"distrusted\": null", rb"\"distrusted\": true"))
+
+
+def damage_all(path: Path) -> None:
+    """Leave an empty file."""
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [damage_end, damage_tensor, damage_facts, damage_all])
+def test_damage_is_detected_and_mended(tmp_path: Path, damage: Any) -> None:  # noqa: ANN401 - a function of the path
+    """The file is made anew."""
+    before = scores(measured(made(tmp_path), 9))
+    path = artifact(tmp_path).path
+    damage(path)
+    assert artifact(tmp_path).read() is None
+    assert scores(measured(made(tmp_path), 9)) == before
+    assert artifact(tmp_path).read() is not None
+
+
+def test_another_key_is_not_believed(tmp_path: Path) -> None:
+    """A file that was copied or renamed says what it was made for."""
+    made(tmp_path)
+    assert artifact(tmp_path, "other").read() is None
+
+
+def test_other_weights_are_noticed(tmp_path: Path) -> None:
+    """The outputs of the graph are compared with those that were seen, whatever the key says."""
+    made(tmp_path)
+    before = artifact(tmp_path).path.read_bytes()
+    spec = ARCHITECTURES["qwen2_5_vl"].spec()
+    model: Any = spec.model
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 0.5
+    found = calibrate(spec, list_ops(model), "w8a8", artifact=artifact(tmp_path))
+    assert artifact(tmp_path).path.read_bytes() != before
+    spec = ARCHITECTURES["qwen2_5_vl"].spec()
+    other: Any = spec.model
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 0.5
+    assert calibrate(spec, list_ops(other), "w8a8").reference_digest == found.reference_digest
+
+
+def test_a_model_without_a_graph_leaves_no_artifact(tmp_path: Path) -> None:
+    """Engine eager runs the model itself."""
+    model = made(tmp_path, engine="eager")
+    assert model.engine == "eager"
+    assert not artifact(tmp_path).path.exists()
+
+
+def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores come, and nothing half-written stays."""
+
+    def full(_tensors: object, filename: Path, _metadata: object) -> None:
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert made(tmp_path).score(list_ops(ARCHITECTURES["qwen2_5_vl"].build())[5], ["isolated"]).status == "measured"
+    assert list(artifact(tmp_path).path.parent.iterdir()) == []
+
+
+def test_a_killed_process_lets_go(tmp_path: Path) -> None:
+    """The next one gets the lock, and removes what the other had begun."""
+    code = (
+        "import sys, time, pathlib\n"
+        "from pytest_qsens.artifact import Artifact\n"
+        "found = Artifact(pathlib.Path(sys.argv[1]), 'k')\n"
+        "with found.locked():\n"
+        "    found.path.with_name(f'.{found.path.name}.1.tmp').write_bytes(b'begun')\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    found = artifact(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code, str(found.path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        process.send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    with found.locked():
+        found.write(Content({"a": 1}, {"t": torch.ones(3)}))
+    assert time.monotonic() - start < 30
+    assert [path.name for path in found.path.parent.iterdir()] == ["one.safetensors"]
+    content = found.read()
+    assert content is not None
+    assert content.facts == {"a": 1}
