@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
+    from torch.fx import Node
 
     from pytest_qsens.engines.replay import Captured
     from pytest_qsens.graph.calls import Call
+    from pytest_qsens.graph.capture import Graph
+    from pytest_qsens.graph.replay import Run
+    from pytest_qsens.graph.schedule import Groups
     from pytest_qsens.models.spec import Batch, ModelSpec
     from pytest_qsens.quant.schemes import Scheme
 
@@ -108,6 +112,7 @@ def taken_apart(prepared: Prepared, model: nn.Module, distrusted: str | None) ->
     facts = {
         "reached": sorted(prepared.calibration.reached),
         "graphs": graphs,
+        "groups": [_told_groups(captured.run) for captured in prepared.captured or ()],
         "anywhere": [captured.anywhere for captured in prepared.captured or ()],
         "references": [digest([captured.run.output]) for captured in prepared.captured or ()],
         "reference_seconds": prepared.reference_seconds,
@@ -137,13 +142,29 @@ def put_together(
             constants = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             graph = from_builtin(told_graph, constants, model, batch)
             with unchanged_state(model):
-                captured.append(repeated_run(graph, memory, anywhere=facts["anywhere"][i]))
+                groups = _groups(facts["groups"][i], graph)
+                captured.append(repeated_run(graph, groups, memory, anywhere=facts["anywhere"][i]))
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
         calibration = Calibration.from_state(scheme, facts["reached"], tensors)
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
     return Prepared(calibration, captured, None, facts["reference_seconds"], Verdict(facts["distrusted"]))
+
+
+def _told_groups(run: Run) -> list[list[int]]:
+    """Positions of the nodes in each group."""
+    every = dict.fromkeys(group for groups in run.groups.values() for group in groups)
+    return [[run.order[node] for node in group] for group in every]
+
+
+def _groups(told_groups: Iterable[Sequence[int]], graph: Graph) -> Groups:
+    found: dict[Node, tuple[tuple[Node, ...], ...]] = {}
+    for positions in told_groups:
+        group = tuple(graph.nodes[position] for position in positions)
+        for node in group:
+            found[node] = (*found.get(node, ()), group)
+    return found
 
 
 def digest(outputs: Iterable[Tensor]) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
+    from pytest_qsens.graph.schedule import Groups
     from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.profile import Phase
@@ -195,10 +196,18 @@ def captured_run(model: nn.Module, batch: Batch, output: Output, reference: Tens
     return Captured(run, anywhere)
 
 
-def repeated_run(graph: Graph, memory: int, *, anywhere: bool) -> Captured:
-    """Run a graph that `captured_run` has checked in another process; arguments as there and in `Captured`."""
+def repeated_run(graph: Graph, groups: Groups, memory: int, *, anywhere: bool) -> Captured:
+    """Run a graph that `captured_run` has checked in another process.
+
+    Args:
+        graph: The graph.
+        groups: Of its run there.
+        memory: Bytes of values to keep.
+        anywhere: As in `Captured`.
+
+    """
     with nullcontext() if anywhere else one_thread():
-        return Captured(Run(graph, memory=memory), anywhere)
+        return Captured(Run(graph, memory=memory, groups=groups), anywhere)
 
 
 def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
@@ -221,7 +230,7 @@ def _same_on_one_thread(run: Run) -> bool:
     """
     if run.groups:
         with one_thread():
-            return _same_values(run, Run(run.graph, memory=0))
+            return _same_values(run, Run(run.graph, memory=0, groups=run.groups))
     seen: set[object] = set()
     for node in reversed(run.graph.nodes):  # values are kept from the end
         kind = _kind(node, run.graph)

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.nn import Parameter
 
 from pytest_qsens import profile
-from pytest_qsens.graph.schedule import Arguments, Level, Schedule, Step, Touched, Values, reader_of
+from pytest_qsens.graph.schedule import Arguments, Groups, Level, Schedule, Step, Touched, Values, reader_of
 from pytest_qsens.graph.segments import find_segments
 
 if TYPE_CHECKING:
@@ -38,10 +38,18 @@ class Run:
         overrides: Replace what chosen call nodes compute, in the run itself and in every replay.
         memory: Bytes of values to keep, from the end of the graph, which every replay needs. Values that lie in memory
             that the graph writes into are kept in any case, as are those at the narrow places between segments.
+        groups: Those of another run of the graph, if there was one. Where the graph writes in place, it takes them to
+            drop values before all are there.
 
     """
 
-    def __init__(self, graph: Graph, overrides: Change | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        overrides: Change | None = None,
+        memory: int | None = None,
+        groups: Groups | None = None,
+    ) -> None:
         self.graph = graph
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.call_nodes = tuple(node for nodes in graph.calls.values() for node in nodes)
@@ -58,11 +66,12 @@ class Run:
         self._overwritten: dict[Node, Arguments] = {}
         self._written = {node: written for node in graph.nodes if (written := _written_arguments(node))}
         self._values: Values = [None] * len(graph.nodes)
-        self.groups: dict[Node, tuple[tuple[Node, ...], ...]] = {}
-        self._execute(memory)
-        self.groups = self._find_groups()
-        if self._written and memory is not None:
-            self._keep(memory, [self._size(i) for i in range(len(self._segments))])
+        self.groups: Groups = {} if groups is None else groups
+        self._execute(memory, while_running=not self._written or groups is not None)
+        if groups is None:
+            self.groups = self._find_groups()
+            if self._written and memory is not None:
+                self._keep(memory, [self._size(i) for i in range(len(self._segments))])
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
@@ -163,7 +172,7 @@ class Run:
     def _schedule(self) -> Schedule:
         return self.schedule(self.graph.output)
 
-    def _execute(self, memory: int | None) -> None:
+    def _execute(self, memory: int | None, *, while_running: bool) -> None:
         reading: dict[int, list[Node]] = {}  # storage → op call nodes that read it
         calls = set(self.call_nodes)
         ends = {segment.end for segment in self._segments}
@@ -183,7 +192,7 @@ class Run:
                         if reader not in self._overwritten:
                             self._overwritten[reader] = _copy(reader_of(reader, self.order)(self._values))
             self._compute(position)
-            if position in ends and memory is not None and not self._written:
+            if position in ends and memory is not None and while_running:
                 sizes.append(self._size(len(sizes)))
                 self._keep(memory, sizes)
 

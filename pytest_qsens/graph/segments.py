@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_qsens.graph.closure import downstream
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from torch.fx import Node
+
+
+_BRANCH = 8
+"""At most so many calls lie between the two places where a residual stream is read, experts aside."""
 
 
 class Segment(NamedTuple):
@@ -26,12 +31,15 @@ class Segment(NamedTuple):
 
 
 def find_segments(nodes: Sequence[Node], order: Mapping[Node, int], calls: Collection[Node]) -> tuple[Segment, ...]:
-    """Cut a graph where at most one value that depends on any of ``calls`` is read later.
+    """Cut a graph where at most one value that depends on any of ``calls`` is read later, but for long-lived ones.
 
-    What depends on none of them, such as masks and positions, is small, belongs to no segment, and is to be kept.
+    Those, such as the embedded text while an image is encoded, or an encoder's output in every layer of a decoder, are
+    kept. So is what depends on no call, such as masks and positions; it is small and belongs to no segment.
     """
     dependent = downstream(calls)
     last_use = {argument: order[node] for node in nodes for argument in node.all_input_nodes}
+    made = list(accumulate(node in calls for node in nodes))
+    lasting = {node for node, last in last_use.items() if made[last] - made[order[node]] > _BRANCH}
     segments: list[Segment] = []
     inside: list[Node] = []
     crossing: set[Node] = set()
@@ -39,7 +47,8 @@ def find_segments(nodes: Sequence[Node], order: Mapping[Node, int], calls: Colle
         position = order[node]
         if node in dependent:
             inside.append(node)
-            crossing.add(node)
+            if node not in lasting:
+                crossing.add(node)
         crossing -= {other for other in (node, *node.all_input_nodes) if last_use.get(other, -1) <= position}
         if inside and len(crossing) <= 1:
             inner = tuple(order[other] for other in inside if last_use.get(other, -1) <= position)
