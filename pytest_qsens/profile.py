@@ -110,9 +110,8 @@ class Profiler:
             linear: Whether it multiplies what the node's operator would, in another shape.
 
         """
-        name = kind_of(node)
-        product = (linear or function is node.target) and (name in PRODUCTS or "grouped_mm" in name)
-        self.enter(None, name, product=product)
+        product = (linear or function is node.target) and is_product(node)
+        self.enter(None, kind_of(node), product=product)
         try:
             return function(*args, **kwargs)
         finally:
@@ -207,6 +206,12 @@ def kind_of(node: Node) -> str:
         return "clone"
     name: str = getattr(node.target, "__name__", str(node.target))
     return name.partition(".")[0]
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node's operator multiplies matrices."""
+    name = kind_of(node)
+    return name in PRODUCTS or "grouped_mm" in name
 
 
 def total(profiles: Iterable[Profile]) -> Profile:

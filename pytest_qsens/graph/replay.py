@@ -36,8 +36,9 @@ class Run:
     Args:
         graph: What to run.
         overrides: Replace what chosen call nodes compute, in the run itself and in every replay.
-        memory: Bytes of values to keep, from the end of the graph, which every replay needs. Values that lie in memory
-            that the graph writes into are kept in any case, as are those at the narrow places between segments.
+        memory: Bytes of values to keep, from the end of the graph, which every replay needs; those of products, which
+            are slow to compute again, are the last to be dropped. Values that lie in memory that the graph writes into
+            are kept in any case, as are those at the narrow places between segments.
         groups: Those of another run of the graph, if there was one. Where the graph writes in place, it takes them to
             drop values before all are there.
 
@@ -60,7 +61,8 @@ class Run:
         for i, segment in enumerate(self._segments):
             for position in segment.inner:
                 self.segment_of[position] = i
-        self._dropped: set[int] = set()
+        self._products = {position for position, node in enumerate(graph.nodes) if profile.is_product(node)}
+        self._dropped: dict[int, tuple[int, ...]] = {}  # segment → positions
         self._restored: set[int] = set()
         # what op calls were given when they ran, where it was overwritten later
         self._overwritten: dict[Node, Arguments] = {}
@@ -71,7 +73,7 @@ class Run:
         if groups is None:
             self.groups = self._find_groups()
             if self._written and memory is not None:
-                self._keep(memory, [self._size(i) for i in range(len(self._segments))])
+                self._keep(memory, [self._sizes(i) for i in range(len(self._segments))])
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
@@ -96,17 +98,17 @@ class Run:
 
     def require(self, segments: Iterable[int]) -> list[int]:
         """Compute dropped values again; returns the positions of all that are not kept for good."""
-        for i in sorted(self._dropped.intersection(segments)):
-            self._dropped.remove(i)
+        wanted = self._dropped.keys() & segments
+        for i in sorted(wanted - self._restored):
             self._restored.add(i)
-            for position in self._segments[i].inner:
+            for position in self._dropped[i]:
                 self._compute(position)
-        return [position for i in self._restored.intersection(segments) for position in self._segments[i].inner]
+        return [position for i in wanted for position in self._dropped[i]]
 
     def release(self, segments: Iterable[int]) -> list[int]:
         """Drop again what was computed again; returns the positions."""
         done = sorted(self._restored.intersection(segments))
-        return [position for i in done for position in self._drop(i)]
+        return [position for i in done for position in self._drop(i, self._dropped[i])]
 
     def release_all(self) -> None:
         """Drop all that was computed again."""
@@ -173,10 +175,10 @@ class Run:
         return self.schedule(self.graph.output)
 
     def _execute(self, memory: int | None, *, while_running: bool) -> None:
-        reading: dict[int, list[Node]] = {}  # storage → op call nodes that read it
+        reading: dict[object, list[Node]] = {}  # memory → op call nodes that read it
         calls = set(self.call_nodes)
         ends = {segment.end for segment in self._segments}
-        sizes: list[int] = []
+        sizes: list[tuple[int, int]] = []
         for position, node in enumerate(self.graph.nodes):
             if node.op != "call_function":
                 root = self._root(node)
@@ -184,17 +186,22 @@ class Run:
                 self._values[position] = root if isinstance(root, Parameter) else _copy(root)
                 continue
             if self._written and node in calls:
-                for storage in _storages(reader_of(node, self.order)(self._values)):
-                    reading.setdefault(storage, []).append(node)
-            for written in self._written.get(node, ()):
-                for storage in _storages(self._values[self.order[written]]):
-                    for reader in reading.pop(storage, ()):
-                        if reader not in self._overwritten:
-                            self._overwritten[reader] = _copy(reader_of(reader, self.order)(self._values))
+                for memory_read in self._memory_of(node.all_input_nodes):
+                    reading.setdefault(memory_read, []).append(node)
+            for memory_written in self._memory_of(self._written.get(node, ())):
+                for reader in reading.pop(memory_written, ()):
+                    if reader not in self._overwritten:
+                        self._overwritten[reader] = _copy(reader_of(reader, self.order)(self._values))
             self._compute(position)
             if position in ends and memory is not None and while_running:
-                sizes.append(self._size(len(sizes)))
+                sizes.append(self._sizes(len(sizes)))
                 self._keep(memory, sizes)
+
+    def _memory_of(self, nodes: Iterable[Node]) -> set[object]:
+        """Where values lie: by their groups if these are known, as memory of dropped values is used again."""
+        if self.groups:
+            return {group for node in nodes for group in self.groups.get(node, ())}
+        return {storage for node in nodes for storage in _storages(self._values[self.order[node]])}
 
     def _restore(self, nodes: Iterable[Node]) -> None:
         self.require({segment for node in nodes if (segment := self.segment_of[self.order[node]]) is not None})
@@ -204,32 +211,45 @@ class Run:
         args, kwargs = reader_of(node, self.order)(self._values)
         self._values[position] = profile.call(node, self._calls[position], args, kwargs)
 
-    def _size(self, segment: int) -> int:
-        """Bytes that dropping a segment frees."""
-        storages = {
-            storage.data_ptr(): storage.nbytes()
-            for position in self._segments[segment].inner
-            for tensor in _tensors(self._values[position])
-            for storage in (tensor.untyped_storage(),)
-        }
-        return sum(storages.values())
+    def _sizes(self, segment: int) -> tuple[int, int]:
+        """Bytes of a segment's products, and of its other values."""
 
-    def _keep(self, memory: int, sizes: Sequence[int]) -> None:
-        """Drop the earliest segments until the rest fits into the memory."""
-        held = sum(size for i, size in enumerate(sizes) if i not in self._dropped)
-        for i, size in enumerate(sizes[:-1]):
-            if held <= memory:
-                return
-            if i not in self._dropped and i not in self._fixed_segments:
-                self._drop(i)
-                held -= size
+        def storages(positions: Iterable[int]) -> dict[int, int]:
+            found = (self._values[position] for position in positions)
+            held = (tensor.untyped_storage() for value in found for tensor in _tensors(value))
+            return {storage.data_ptr(): storage.nbytes() for storage in held}
 
-    def _drop(self, segment: int) -> tuple[int, ...]:
-        self._dropped.add(segment)
+        every = storages(self._segments[segment].inner)
+        products = storages(self._products.intersection(self._segments[segment].inner))
+        return sum(products.values()), sum(every.values()) - sum(products.values())
+
+    def _keep(self, memory: int, sizes: Sequence[tuple[int, int]]) -> None:
+        """Drop the earliest segments until the rest fits into the memory: first all but products, then these."""
+        held = sum(
+            products * (len(self._dropped.get(i, ())) < len(self._segments[i].inner))
+            + others * (i not in self._dropped)
+            for i, (products, others) in enumerate(sizes)
+        )
+        for whole in (False, True):
+            for i, (products, others) in enumerate(sizes[:-1]):
+                if held <= memory:
+                    return
+                if i in self._fixed_segments:
+                    continue
+                inner = self._segments[i].inner
+                if i not in self._dropped:
+                    held -= others
+                    self._drop(i, tuple(position for position in inner if position not in self._products))
+                if whole and len(self._dropped[i]) < len(inner):
+                    held -= products
+                    self._drop(i, inner)
+
+    def _drop(self, segment: int, positions: tuple[int, ...]) -> tuple[int, ...]:
+        self._dropped[segment] = positions
         self._restored.discard(segment)
-        for position in self._segments[segment].inner:
+        for position in positions:
             self._values[position] = None
-        return self._segments[segment].inner
+        return positions
 
     def _root(self, node: Node) -> Any:  # noqa: ANN401 - as `values`
         return self.graph.inputs[node] if node.op == "placeholder" else self.graph.constants[node]

@@ -61,7 +61,7 @@ def test_replays_without_memory(graph: Graph) -> None:
         assert deltas[1].errors(some) == deltas[0].errors(some)
         dropping.release_all()
         assert not dropping._restored
-        dropped = [position for i in dropping._dropped for position in dropping._segments[i].inner]
+        dropped = [position for positions in dropping._dropped.values() for position in positions]
         assert all(dropping.clean[position] is None for position in dropped)
         for node in graph.nodes:
             pairs = zip(tree_leaves(dropping.values(node)), tree_leaves(kept.values(node)), strict=True)
@@ -70,18 +70,31 @@ def test_replays_without_memory(graph: Graph) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "bert", "gpt2"])
 def test_what_is_kept_fits_into_the_memory(name: str) -> None:
-    """Of the values that could be dropped, those at the end are kept, as many as fit."""
+    """Products are kept before all else, and of both those at the end, as many as fit."""
     spec = ARCHITECTURES[name].spec()
     assert isinstance(spec.model, nn.Module)
     with torch.no_grad():
         graph = capture(spec.model, spec.evaluation[0], spec.output)
         everything = Run(graph)
-        sizes = [everything._size(i) for i in range(len(everything._segments))]
-        assert len(sizes) > 4
-        run = Run(graph, memory=sum(sizes) // 2)
-        kept = [i for i in range(len(sizes)) if i not in run._dropped]
-        assert kept == list(range(kept[0], len(sizes)))
-        assert sum(sizes[i] for i in kept) <= sum(sizes) // 2 < sum(sizes[i] for i in [kept[0] - 1, *kept])
+        inner = [segment.inner for segment in everything._segments]
+        products, others = zip(*(everything._sizes(i) for i in range(len(inner))), strict=True)
+        assert sum(map(bool, products)) > 3
+
+        memory = sum(products) + sum(others) // 2
+        run = Run(graph, memory=memory)
+        kept = [i for i in range(len(inner)) if i not in run._dropped]
+        assert kept == list(range(kept[0], len(inner)))
+        assert not any(run._products.intersection(positions) for positions in run._dropped.values())
+        held = sum(products) + sum(others[i] for i in kept)
+        assert held <= memory < held + sum(others[: kept[0]])
+
+        memory = sum(products) // 2
+        run = Run(graph, memory=memory)
+        last = len(inner) - 1  # what replays start from
+        assert run._dropped.keys() <= set(range(last))
+        kept = [i for i in range(len(inner)) if run._dropped.get(i) != inner[i]]
+        held = sum(products[i] for i in kept) + sum(size for i, size in enumerate(others) if i not in run._dropped)
+        assert held <= memory or kept == [last]
 
 
 class Ladder(nn.Module):
