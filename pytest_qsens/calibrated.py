@@ -392,7 +392,8 @@ class _Setup:
                 raise QsensError(
                     f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
                 )
-            return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+            with profile.phase("capture"):
+                return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
         with profile.phase("capture"):
             if self._engine == "replay":
                 return ReplayEngine(prepared.captured, simulator, quantizable, self._memory)

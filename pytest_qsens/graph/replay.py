@@ -225,24 +225,21 @@ class Run:
 
     def _keep(self, memory: int, sizes: Sequence[tuple[int, int]]) -> None:
         """Drop the earliest segments until the rest fits into the memory: first all but products, then these."""
-        held = sum(
-            products * (len(self._dropped.get(i, ())) < len(self._segments[i].inner))
-            + others * (i not in self._dropped)
-            for i, (products, others) in enumerate(sizes)
-        )
+        inner = [segment.inner for segment in self._segments]
+        held = sum(others for i, (_, others) in enumerate(sizes) if i not in self._dropped)
+        held += sum(products for i, (products, _) in enumerate(sizes) if self._dropped.get(i) != inner[i])
         for whole in (False, True):
             for i, (products, others) in enumerate(sizes[:-1]):
                 if held <= memory:
                     return
                 if i in self._fixed_segments:
                     continue
-                inner = self._segments[i].inner
                 if i not in self._dropped:
                     held -= others
-                    self._drop(i, tuple(position for position in inner if position not in self._products))
-                if whole and len(self._dropped[i]) < len(inner):
+                    self._drop(i, tuple(position for position in inner[i] if position not in self._products))
+                if whole and self._dropped[i] != inner[i]:
                     held -= products
-                    self._drop(i, inner)
+                    self._drop(i, inner[i])
 
     def _drop(self, segment: int, positions: tuple[int, ...]) -> tuple[int, ...]:
         self._dropped[segment] = positions
