@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Subject:
 
     Attributes:
         title: What it is, with the sizes that decide its cost.
-        spec: The model and its batches.
+        spec: The model and its batches; what calibrates it may change it.
+        model: The model in fp32, in evaluation mode.
         listed: All its ops.
         ops: Those that are scored.
         narrow: Whether its weights are bf16 to begin with.
@@ -57,15 +59,10 @@ class Subject:
 
     title: str
     spec: ModelSpec
+    model: nn.Module
     listed: tuple[Op, ...]
     ops: tuple[Op, ...]
     narrow: bool
-
-    @property
-    def model(self) -> nn.Module:
-        """The module in fp32, in evaluation mode."""
-        assert isinstance(self.spec.model, torch.nn.Module)
-        return self.spec.model
 
 
 def language_model(layers: int, vocabulary: int, tokens: int, batches: int = 1) -> Subject:
@@ -92,6 +89,7 @@ def language_model(layers: int, vocabulary: int, tokens: int, batches: int = 1) 
     return Subject(
         f"text model, {layers} layers, vocabulary {vocabulary}, {many}",
         ModelSpec(model, [calibration], evaluation, lambda out, _: out.logits, logits=True),
+        copy.deepcopy(model).float(),
         listed,
         tuple(op for op in listed if op.type == "linear"),
         narrow=True,
@@ -129,4 +127,4 @@ def _whole(title: str, spec: ModelSpec) -> Subject:
     assert isinstance(spec.model, torch.nn.Module)
     spec.model.eval().requires_grad_(False)
     listed = list_ops(spec.model)
-    return Subject(title, spec, listed, listed, narrow=False)
+    return Subject(title, spec, spec.model, listed, listed, narrow=False)

@@ -15,7 +15,7 @@ from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
-from pytest_qsens.graph.narrow import keep_narrow, mapped_bytes
+from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import SEEDS, distinguishable, spread
@@ -274,7 +274,7 @@ def calibrate(
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
     model = model.to(device).eval().requires_grad_(False)
     if engine in KERNEL_ENGINES:  # what they convert must be plain
-        model.float()
+        make_wide(model)
     else:
         keep_narrow(model)
     limit = default_memory(workers, device, mapped_bytes(model)) if memory is None else memory

@@ -143,15 +143,30 @@ def keep_narrow(model: nn.Module) -> None:
 
     Weights stored in fp32 are narrowed if that loses nothing. All else that is floating point becomes fp32.
     """
-    held: dict[int, nn.Parameter] = {}
+    kept: dict[int, nn.Parameter] = {}
     for module in model.modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear | nn.Embedding) else None  # noqa: SLF001 - tells a parameter from a computed weight
-        if weight is not None and id(weight) not in held and (found := _narrow(weight.data)) is not None:
-            held[id(weight)] = nn.Parameter(NarrowWeight(found), requires_grad=False)
+        if weight is not None and id(weight) not in kept and (found := _narrow(weight)) is not None:
+            kept[id(weight)] = found
+    _cast(model, kept)
+
+
+def make_wide(model: nn.Module) -> None:
+    """Make all of a model fp32."""
+    wide = {
+        id(value): nn.Parameter(value.stored.float(), requires_grad=False)
+        for value in model.parameters()
+        if isinstance(value, NarrowWeight)
+    }
+    _cast(model, wide)
+
+
+def _cast(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> None:
+    """Put these parameters in the place of those with the given identity; cast all others, and buffers, to fp32."""
     for module in model.modules():
         for name, parameter in module._parameters.items():  # noqa: SLF001 - as `nn.Module.float` goes through them
-            if parameter is not None and id(parameter) in held:
-                module._parameters[name] = held[id(parameter)]  # noqa: SLF001
+            if parameter is not None and id(parameter) in parameters:
+                module._parameters[name] = parameters[id(parameter)]  # noqa: SLF001
             elif parameter is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         for name, buffer in module._buffers.items():  # noqa: SLF001
@@ -164,15 +179,17 @@ def mapped_bytes(model: nn.Module) -> int:
     return sum(value.stored.nbytes for value in model.parameters() if isinstance(value, NarrowWeight))
 
 
-def _narrow(weight: Tensor) -> nn.Parameter | None:
-    """Return a weight in a narrow dtype, if it is or may as well be.
-
-    Replays take parameters for what nobody writes into.
-    """
-    found: Tensor | None = weight
+def _narrow(weight: nn.Parameter) -> nn.Parameter | None:
+    """Return what takes the place of a weight that is narrow or may as well be; ``None`` if it is neither."""
+    if isinstance(weight, NarrowWeight):
+        return weight
+    found: Tensor | None = weight.data
     if weight.dtype not in NARROW:
-        found = _lossless(weight) if weight.dtype == torch.float32 and weight.numel() >= _WORTH_CHECKING else None
-    return None if found is None else nn.Parameter(found, requires_grad=False)
+        found = _lossless(weight.data) if weight.dtype == torch.float32 and weight.numel() >= _WORTH_CHECKING else None
+    if found is None:
+        return None
+    # a parameter inside of it: replays take parameters for what nobody writes into
+    return nn.Parameter(NarrowWeight(nn.Parameter(found, requires_grad=False)), requires_grad=False)
 
 
 def _lossless(weight: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.modules import list_ops
-from pytest_qsens.graph.narrow import LINEAR, NarrowWeight, keep_narrow, stored
+from pytest_qsens.graph.narrow import LINEAR, NarrowWeight, keep_narrow, make_wide, stored
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.threads import reproducible_sums
 
@@ -117,6 +117,19 @@ def test_what_is_kept_narrow() -> None:
     kept = {name for name, value in model.named_parameters() if isinstance(value, NarrowWeight)}
     assert kept == {"embedding.weight", "layer.weight"}
     assert {value.dtype for value in (*model.parameters(), *model.buffers())} == {torch.float32}
+
+
+def test_a_model_is_made_wide_and_narrow_again() -> None:
+    """As when one engine after the other takes it; nothing is copied that stays as it is."""
+    model = Net().bfloat16()
+    keep_narrow(model)
+    kept = model.layer.weight
+    keep_narrow(model)
+    assert model.layer.weight is kept
+    make_wide(model)
+    assert type(model.layer.weight) is nn.Parameter
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.layer.weight, stored(kept).float())
 
 
 def test_a_widened_checkpoint_is_narrowed_if_nothing_is_lost() -> None:
