@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_qsens.errors import QsensError
@@ -45,6 +47,12 @@ def default_memory(workers: int, device: str = "cpu", reserved: int = 0) -> int:
     else:
         free = min(psutil.virtual_memory().available, _free_in_cgroup())
     return int(max(0.0, free - reserved) // 2 // workers)
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library can be asked to: glibc keeps much of it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free_in_cgroup() -> float:

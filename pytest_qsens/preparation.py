@@ -18,6 +18,7 @@ from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.graph.serialize import NotSerializable, from_builtin, to_builtin
+from pytest_qsens.memory import trim
 from pytest_qsens.metrics import energy
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.threads import one_thread
@@ -95,6 +96,7 @@ def prepare(
             refusal = f"capture refused: {refused}"
     if captured is None:
         references.finish()
+    trim()  # a trace holds all values of the model for a while
     return Prepared(calibration, captured, refusal, references.seconds)
 
 
