@@ -15,6 +15,7 @@ from pytest_qsens.collect import (
     base_options,
     catalogue,
     check_selection,
+    check_shard,
     plan,
     select,
     selection,
@@ -23,6 +24,7 @@ from pytest_qsens.collect import (
 )
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.workers import check_distribution, machine, workers_beside
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Run:
     scheme: str
     path: Path
     ops: tuple[Op, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
+    """Ops that other shards measure, and `TOTAL` if one of them does."""
     facts: list[Payload] = field(default_factory=list)
     profiles: dict[str, Payload] = field(default_factory=dict)
     """Process → where its time went so far."""
@@ -98,6 +102,11 @@ class Run:
     def data(self) -> str | None:
         """Short hash of the batches."""
         return next((facts["data"] for facts in self.facts), None)
+
+    @property
+    def reference(self) -> str | None:
+        """Hash of the unquantized outputs' bits; of machines that round differently, all of them."""
+        return "+".join(sorted({facts["reference"] for facts in self.facts})) or None
 
     @property
     def mode(self) -> str:
@@ -235,8 +244,8 @@ class Controller:
             raise QsensError("--qsens-snapshot-prune removes lines from a snapshot, so it needs --snapshot-update")
         if options.snapshot_prune and options.restricted:
             raise QsensError(
-                "--qsens-snapshot-prune removes what was not measured, so it needs a complete run: remove --qsens-ops "
-                "and --qsens-max-ops"
+                "--qsens-snapshot-prune removes what was not measured, so it needs a complete run: remove --qsens-ops, "
+                "--qsens-max-ops and --qsens-shard"
             )
         if options.json is not None and not self.config.option.collectonly:
             from pytest_qsens.results import check_overwritable
@@ -244,6 +253,7 @@ class Controller:
             check_overwritable(options.json)
         model = catalogue(self.config).model(options)
         check_selection(self.config, model, options)
+        check_shard(model, options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -306,8 +316,9 @@ class Controller:
 
     def _prepare(self, planned: Payload) -> None:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
-        for label, scheme, ops in planned["models"]:
-            self._run(label, scheme).ops = tuple(Op(name, kind) for name, kind in ops)
+        for label, scheme, ops, elsewhere in planned["models"]:
+            run = self._run(label, scheme)
+            run.ops, run.elsewhere = tuple(Op(name, kind) for name, kind in ops), frozenset(elsewhere)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
         self._show_progress()
@@ -487,13 +498,14 @@ class Controller:
             chosen = {op.name for op in select(self._model(options), options)}
 
         def reason(op: Op) -> str:
+            if op.name in run.elsewhere:
+                return ELSEWHERE
             return "not run" if not chosen or op.name in chosen else "not selected by --qsens-ops or --qsens-max-ops"
 
         total = run.total
         if total is None:
-            total = _without_score(
-                Op(TOTAL, TOTAL), "unrun", "not run" if wants_total(options) else "only some ops were asked for"
-            )
+            why = "not run" if wants_total(options) else "only some ops were asked for"
+            total = _without_score(Op(TOTAL, TOTAL), "unrun", ELSEWHERE if TOTAL in run.elsewhere else why)
         info = RunInfo(
             model=run.model,
             scheme=run.scheme,
@@ -504,6 +516,8 @@ class Controller:
             engine_reason=run.engine_reason,
             data=run.data,
             profile=run.profile,
+            reference=run.reference,
+            shard=options.shard,
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""
