@@ -42,9 +42,12 @@ from pytest_qsens.results import MODES, Mode, Payload, Scores, read_scores, roun
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from pytest_qsens.thresholds import Verdict
+
 __all__ = [
     "Entry",
     "Snapshot",
+    "accepted",
     "adopt",
     "changed",
     "check_writable",
@@ -210,6 +213,23 @@ def _larger(name: str, one: Entry, other: Entry) -> Entry:
 def _rank(scores: Scores) -> tuple[float, str]:
     rounded = {metric: None if value is None else round_score(value) for metric, value in sorted(scores.items())}
     return rounded.get("nmse") or 0.0, json.dumps(rounded)
+
+
+def accepted(
+    kind: str, recorded: Mapping[Mode, Scores], measured: Mapping[Mode, Scores], verdicts: Mapping[Mode, Verdict]
+) -> Entry:
+    """Give what the file gets of an op of type ``kind`` whose scores are accepted.
+
+    Modes within their thresholds are left as recorded: small moves make no diff, and do not add up unseen. Where
+    only metrics are new, the recorded ones stay too.
+    """
+    modes: dict[Mode, Scores] = {}
+    for mode, verdict in verdicts.items():
+        if verdict.kind == "new":
+            modes[mode] = {**measured[mode], **recorded.get(mode, {})}
+        elif verdict.kind != "ok":
+            modes[mode] = measured[mode]
+    return Entry(kind, **modes)
 
 
 def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:
