@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
 from pytest_qsens.shards import predicted_costs, split
+from pytest_qsens.workers import SNAPSHOTS, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,12 +85,14 @@ class Catalogue:
         thorough: Whether checkpoints and data files are checked as far as that goes without loading weights. One
             process of a run does it.
         updating: Whether snapshots are going to be written.
+        apart: Whether that is done on another machine, or in another directory.
 
     """
 
-    def __init__(self, *, thorough: bool, updating: bool) -> None:
+    def __init__(self, *, thorough: bool, updating: bool, apart: bool) -> None:
         self._thorough = thorough
         self._updating = updating
+        self._apart = apart
         self._models: dict[ModelRequest, Model] = {}
         self._snapshots: dict[tuple[Path, str, str], Snapshot] = {}
         self._measured: dict[Path, RunSpec] = {}
@@ -137,7 +140,7 @@ class Catalogue:
                     "--qsens-allow-ci-update"
                 )
             self._snapshots[key] = load(key[0], model=model.label, scheme=options.scheme)
-            if self._updating:
+            if self._updating and not self._apart:
                 check_writable(key[0].resolve().parent)  # where its lock goes, too
         return self._snapshots[key]
 
@@ -216,7 +219,14 @@ def base_options(config: pytest.Config) -> Options:
 
     """
     if _OPTIONS not in config.stash:
-        config.stash[_OPTIONS] = Options.from_config(config)
+        options = Options.from_config(config)
+        if SNAPSHOTS in (given := getattr(config, "workerinput", {})):
+            from pytest_qsens.snapshot import take_texts
+
+            directory, texts = given[SNAPSHOTS]
+            take_texts(texts)
+            options = replace(options, snapshot_dir=Path(directory))
+        config.stash[_OPTIONS] = options
     return config.stash[_OPTIONS]
 
 
@@ -240,8 +250,11 @@ def options_for(node: pytest.Item) -> Options:
 def catalogue(config: pytest.Config) -> Catalogue:
     """Models of this process."""
     if _CATALOGUE not in config.stash:
+        apart = SNAPSHOTS in getattr(config, "workerinput", {})
         config.stash[_CATALOGUE] = Catalogue(
-            thorough=not (config.option.collectonly or hasattr(config, "workerinput")), updating=updating(config)
+            thorough=not (config.option.collectonly or (hasattr(config, "workerinput") and not apart)),
+            updating=updating(config),
+            apart=apart,
         )
     return config.stash[_CATALOGUE]
 
@@ -265,7 +278,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         options = options_for(metafunc.definition)
         model = catalogue(metafunc.config).model(options)
     except QsensError as error:
-        raise UnusableTest(f"qsens: {error}") from error
+        raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
     prefix = f"{model.label}-{options.scheme}"
     if "qsens_model" in metafunc.fixturenames:
@@ -338,6 +351,17 @@ def plan(session: pytest.Session) -> Payload | None:
         for key, model in models.items()
     ]
     return {"cases": cases, "models": listed, "refusal": refusal}
+
+
+def files(config: pytest.Config) -> dict[str, tuple[str | None, str | None]]:
+    """Hashes of the checkpoint and of the data of each model, ``None`` where that cannot be told.
+
+    Only in workers that are on several machines, or in several directories; elsewhere there is nothing to compare.
+    """
+    if not getattr(config, "workerinput", {}).get("qsens_scattered"):
+        return {}
+    sources = [model.source for model in catalogue(config).models]
+    return {source.label: (source.weights_digest(), source.data_fingerprint()) for source in sources}
 
 
 def expected(config: pytest.Config, label: str, scheme: str) -> set[str] | None:

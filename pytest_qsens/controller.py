@@ -25,10 +25,10 @@ from pytest_qsens.collect import (
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.shards import ELSEWHERE
-from pytest_qsens.workers import check_distribution, machine, workers_beside
+from pytest_qsens.workers import SNAPSHOTS, apart, check_distribution, machine, named, workers_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
     from pathlib import Path
 
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
@@ -107,6 +107,11 @@ class Run:
     def reference(self) -> str | None:
         """Hash of the unquantized outputs' bits; of machines that round differently, all of them."""
         return "+".join(sorted({facts["reference"] for facts in self.facts})) or None
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Short hash of the weights' files, if there are any."""
+        return next((facts["weights"] for facts in self.facts), None)
 
     @property
     def mode(self) -> str:
@@ -220,6 +225,8 @@ class Controller:
         self._reported: Run | None = None
         """What goes into the result file."""
         self._plans: dict[WorkerController, Payload] = {}
+        self._files: dict[str, tuple[str, tuple[str | None, str | None]]] = {}
+        """Model → first worker that told, and hashes of its checkpoint and data."""
         self._session: pytest.Session | None = None
         self._start = time.perf_counter()
 
@@ -267,18 +274,27 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: WorkerController) -> None:
-        """Tell a worker how many there are on its machine, and listen to what it is going to measure."""
-        spec = node.gateway.spec
+        """Tell a worker how many there are on its machine, and listen to what it is going to measure.
+
+        What is recorded here is what it compares with, wherever it is: there may be no snapshot, or an older one.
+        """
+        spec, specs = node.gateway.spec, node.nodemanager.specs
         channel = node.gateway.newchannel()
         # In the thread that receives: the plan is there when xdist handles the list of tests sent after it.
         channel.setcallback(partial(self._plans.__setitem__, node))
         node.workerinput.update(
             {
-                "qsens_workers": workers_beside(spec, node.nodemanager.specs),
+                "qsens_workers": workers_beside(spec, specs),
                 "qsens_machine": machine(spec),
+                "qsens_scattered": any(map(apart, specs)),
                 CHANNEL: channel,
             }
         )
+        if apart(spec):
+            from pytest_qsens.snapshot import collect_texts
+
+            directory = base_options(self.config).snapshot_dir
+            node.workerinput[SNAPSHOTS] = (str(directory), collect_texts(directory))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Producer) -> object | None:
@@ -289,7 +305,10 @@ class Controller:
     def pytest_xdist_node_collection_finished(self, node: WorkerController) -> None:
         """Learn what is going to be measured; the first worker tells, all collect the same."""
         planned = self._plans.pop(node, None)
-        if planned is None or self._cases:
+        if planned is None:
+            return
+        self._compare_files(node, planned["files"])
+        if self._cases:
             return
         try:
             check_distribution(self.config)
@@ -298,6 +317,18 @@ class Controller:
             self._stop(str(error))
         else:
             self._schedule_by_block()
+
+    def _compare_files(self, node: WorkerController, files: Mapping[str, tuple[str | None, str | None]]) -> None:
+        """Stop before anything is measured if checkpoint or data of two workers differ, on whatever machines."""
+        here = named(node.gateway.id, machine(node.gateway.spec))
+        for label, found in files.items():
+            there, known = self._files.setdefault(label, (here, found))
+            for what, one, other in zip(("checkpoint", "data"), known, found, strict=True):
+                if None not in (one, other) and one != other:
+                    self._stop(
+                        f"{label}: {there} and {here} have not the same {what} (hashes {one} and {other}). Copy the "
+                        "files of the one to the other, or give each the path of the right ones"
+                    )
 
     def _schedule_by_block(self) -> None:
         """Take over from xdist's scheduler if the model is chosen in code alone, which shows only now."""
@@ -517,6 +548,7 @@ class Controller:
             data=run.data,
             profile=run.profile,
             reference=run.reference,
+            checkpoint=run.checkpoint,
             shard=options.shard,
         )
         write(path, RunResult(info, run.listed(reason), total))

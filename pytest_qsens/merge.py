@@ -116,7 +116,7 @@ def _check_same_run(first: Part, other: Part) -> None:
     def facts(part: Part) -> dict[str, object]:
         run = part.result.run
         versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
-        same = {name: getattr(run, name) for name in ("model", "scheme", "mode", "engine", "data")}
+        same = {name: getattr(run, name) for name in ("model", "scheme", "mode", "engine", "data", "checkpoint")}
         return {"number of shards": part.shard.count, **same, **versions}
 
     one, two = facts(first), facts(other)

@@ -17,7 +17,7 @@ from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_qsens.results import Mode
     from pytest_qsens.thresholds import Overrides, Threshold
@@ -351,6 +351,21 @@ def declare(parser: pytest.Parser) -> None:
         "per-op thresholds, one 'GLOB = METRIC:TOLERANCE' a line; the first glob that matches an op decides",
         type="linelist",
     )
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Spell our options with their values in one argument each.
+
+    xdist takes a lone argument that is a path here for one that it has to translate for other machines, and fails.
+    """
+    flags = {declared.flag for declared in _DECLARATIONS if declared.kind != "flag"}
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] in flags:
+            found[-1] = f"{found[-1]}={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def unknown(what: str, value: object, known: Collection[str]) -> str:

@@ -100,7 +100,7 @@ class RunInfo:
     ``mode`` is ``isolated``, ``fallback`` or ``both``; ``data`` a short hash of the batches, ``None`` if the model
     comes from a factory; ``engine_reason`` says why another engine than the usual one was used; ``profile`` is there if
     it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
-    where machines differ all of them, joined with ``+``.
+    where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
     """
 
     model: str
@@ -113,6 +113,7 @@ class RunInfo:
     data: str | None = None
     profile: Profile | None = None
     reference: str | None = None
+    checkpoint: str | None = None
     shard: Shard | None = None
 
 
@@ -214,7 +215,7 @@ def _score(metric: str, number: object, where: str) -> float:
 def dump(result: RunResult) -> str:
     """Text of a result file: floats at full precision, one op a line."""
     facts = asdict(result.run)
-    for name in ("profile", "reference", "shard"):
+    for name in ("profile", "reference", "checkpoint", "shard"):
         if facts[name] is None:
             del facts[name]
     if result.run.cost.machine_seconds is None:
@@ -278,6 +279,7 @@ def _read_run(fields: Fields) -> RunInfo:
         data=fields.optional_text("data"),
         profile=_optional_profile(fields),
         reference=fields.optional_text("reference"),
+        checkpoint=fields.optional_text("checkpoint"),
         shard=_optional_shard(fields),
     )
     cost.end()

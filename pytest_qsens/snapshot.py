@@ -51,11 +51,13 @@ __all__ = [
     "adopt",
     "changed",
     "check_writable",
+    "collect_texts",
     "dumps",
     "environment_diff",
     "load",
     "merge",
     "prune",
+    "take_texts",
     "union",
     "write",
 ]
@@ -149,6 +151,22 @@ def _object(members: Mapping[str, str], indent: str) -> str:
     return f"{{\n{indent}  {lines}\n{indent}}}"
 
 
+_sent: Mapping[str, str] | None = None
+"""Texts by path that this process takes for its snapshot files."""
+
+
+def collect_texts(directory: Path) -> dict[str, str]:
+    """Texts of all snapshot files in a snapshot directory, by path."""
+    found = {str(path): read_text(path) for path in sorted(directory.glob("*/*.json"))}
+    return {path: text for path, text in found.items() if text is not None}
+
+
+def take_texts(texts: Mapping[str, str]) -> None:
+    """Take these for the snapshot files of this process: it compares with what another machine has recorded."""
+    global _sent  # noqa: PLW0603 - whoever loads a snapshot has its path alone
+    _sent = texts
+
+
 def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> Snapshot:
     """Read a snapshot file; a missing one is an empty snapshot of ``model`` and ``scheme``.
 
@@ -157,7 +175,7 @@ def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> 
             the file and the place in it. Nothing is changed.
 
     """
-    text = read_text(path)
+    text = read_text(path) if _sent is None else _sent.get(str(path))
     if text is None:
         return Snapshot(model or "", scheme or "")
     fields = Fields(parse_json(text, path), str(path))
