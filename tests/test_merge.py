@@ -154,6 +154,7 @@ def other_environment(**values: str) -> Callable[[RunResult], RunResult]:
         (other_run(mode="both"), "not of one run: mode 'isolated' and 'both'"),
         (other_run(engine="eager"), "not of one run: engine 'delta' and 'eager'"),
         (other_run(data=None), "not of one run: data 'd1' and not recorded"),
+        (other_run(checkpoint="c2"), "not of one run: checkpoint not recorded and 'c2'"),
         (other_run(shard=Shard(2, 4)), "not of one run: number of shards 3 and 4"),
         (other_environment(torch="2.14.0"), "not of one run: torch '2.13.0' and '2.14.0'"),
         (other_environment(kernels="torch x86"), "not of one run: kernels not recorded and 'torch x86'"),
