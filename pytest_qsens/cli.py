@@ -1,4 +1,4 @@
-"""The console script ``qsens``: look at result files, compare them, and make stand-ins for models."""
+"""The console script ``qsens``: look at result files, compare, merge and accept them, make stand-ins for models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qsens.compare import compare
+from pytest_qsens.accept import accept
+from pytest_qsens.compare import compare, count
 from pytest_qsens.errors import QsensError
+from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
 from pytest_qsens.report.comparison import as_json, report
-from pytest_qsens.results import MODES, load, lost_in_noise
+from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
+from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -54,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.add_argument("--all", action="store_true", help="shorten no list")
     comparison.add_argument("--json", action="store_true", help="print the same for machines")
     comparison.set_defaults(run=_compare)
+    _add_standin(commands)
+    _add_merge(commands)
+    _add_accept(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        lines = arguments.run(arguments)
+    except QsensError as error:
+        sys.stderr.write(f"qsens: {error}\n")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("qsens: interrupted\n")
+        return 128 + signal.SIGINT
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _add_standin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     random = commands.add_parser(
         "standin",
         help="write a model of true sizes with random weights, for a dry run",
@@ -68,17 +88,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     random.add_argument("directory", type=Path, metavar="DIR", help="to write; new or empty")
     random.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, default 0")
     random.set_defaults(run=_standin)
-    arguments = parser.parse_args(argv)
-    try:
-        lines = arguments.run(arguments)
-    except QsensError as error:
-        sys.stderr.write(f"qsens: {error}\n")
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write("qsens: interrupted\n")
-        return 128 + signal.SIGINT
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="put the result files of all shards together",
+        description="Put the result files of `pytest --qsens-shard i/N --qsens-json FILE`, one for each i, together "
+        "into the one that a run without shards would have written.",
+    )
+    command.add_argument("shards", type=Path, nargs="+", metavar="SHARD.json")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.json")
+    command.add_argument(
+        "--mixed-environments",
+        action="store_true",
+        help="merge shards of different kinds of CPU or device, too; scores differ by about 1e-4 of themselves for "
+        "that alone",
+    )
+    command.add_argument(
+        "--partial", action="store_true", help="merge shards that did not come to all of their ops, too"
+    )
+    command.set_defaults(run=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> list[str]:
+    if arguments.output.resolve() in [path.resolve() for path in arguments.shards]:
+        raise QsensError(f"{arguments.output} is one of the shards. Give the result another name")
+    merged = merge(arguments.shards, mixed_environments=arguments.mixed_environments, partial=arguments.partial)
+    check_overwritable(arguments.output)
+    write(arguments.output, merged.result)
+    return [*merged.notes, f"wrote {arguments.output}"]
+
+
+def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "accept",
+        help="write a result file's scores into the snapshot",
+        description="Write the scores of a result file into the snapshot of its model and scheme, as `pytest "
+        "--snapshot-update` does after a run.",
+    )
+    command.add_argument("result", type=Path, metavar="RESULT.json", help="of a whole run, or merged")
+    command.add_argument("--snapshot-dir", type=Path, default=Path("qsens_snapshots"), metavar="DIR")
+    command.add_argument(
+        "--fail",
+        default=DEFAULT_FAIL,
+        metavar="RULES",
+        help=f"as --qsens-fail (default: {DEFAULT_FAIL}): lines that moved by less stay as they are".replace("%", "%%"),
+    )
+    command.add_argument("--allow-ci-update", action="store_true", help="write although CI is set")
+    command.set_defaults(run=_accept)
+
+
+def _accept(arguments: argparse.Namespace) -> list[str]:
+    thresholds = parse_fail(arguments.fail, "--fail")
+    path, news = accept(load(arguments.result), arguments.snapshot_dir, thresholds, allow_ci=arguments.allow_ci_update)
+    return [f"{path}: {count(len(news), 'line')} new or changed"]
 
 
 def _positive(text: str) -> int:

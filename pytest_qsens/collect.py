@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +15,8 @@ from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
+from pytest_qsens.shards import predicted_costs, split
+from pytest_qsens.workers import SNAPSHOTS, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,6 +39,8 @@ _CATALOGUE = pytest.StashKey["Catalogue"]()
 _SELECTION = pytest.StashKey[tuple[str, ...]]()
 _PLANNED = pytest.StashKey[dict[str, Options]]()
 _EXPECTED = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+_MADE = pytest.StashKey[dict[tuple[str, str], "_Made"]]()
+_ELSEWHERE = pytest.StashKey[dict[tuple[str, str], set[str]]]()
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class Case:
     model: str
     scheme: str
     op: str
+
+
+@dataclass
+class _Made:
+    """What tests were made for of one model under one scheme: names of ops, and `TOTAL`."""
+
+    model: Model
+    engine: str
+    names: set[str]
 
 
 class UnusableTest(pytest.Collector.CollectError):
@@ -72,12 +85,14 @@ class Catalogue:
         thorough: Whether checkpoints and data files are checked as far as that goes without loading weights. One
             process of a run does it.
         updating: Whether snapshots are going to be written.
+        apart: Whether that is done on another machine, or in another directory.
 
     """
 
-    def __init__(self, *, thorough: bool, updating: bool) -> None:
+    def __init__(self, *, thorough: bool, updating: bool, apart: bool) -> None:
         self._thorough = thorough
         self._updating = updating
+        self._apart = apart
         self._models: dict[ModelRequest, Model] = {}
         self._snapshots: dict[tuple[Path, str, str], Snapshot] = {}
         self._measured: dict[Path, RunSpec] = {}
@@ -125,7 +140,7 @@ class Catalogue:
                     "--qsens-allow-ci-update"
                 )
             self._snapshots[key] = load(key[0], model=model.label, scheme=options.scheme)
-            if self._updating:
+            if self._updating and not self._apart:
                 check_writable(key[0].resolve().parent)  # where its lock goes, too
         return self._snapshots[key]
 
@@ -193,7 +208,7 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
 
 def wants_total(options: Options) -> bool:
     """Whether the whole model is measured as well: unless only some ops are asked for."""
-    return not options.restricted or any(matches(TOTAL, glob) for glob in options.ops)
+    return not options.selective or any(matches(TOTAL, glob) for glob in options.ops)
 
 
 def base_options(config: pytest.Config) -> Options:
@@ -204,7 +219,14 @@ def base_options(config: pytest.Config) -> Options:
 
     """
     if _OPTIONS not in config.stash:
-        config.stash[_OPTIONS] = Options.from_config(config)
+        options = Options.from_config(config)
+        if SNAPSHOTS in (given := getattr(config, "workerinput", {})):
+            from pytest_qsens.snapshot import take_texts
+
+            directory, texts = given[SNAPSHOTS]
+            take_texts(texts)
+            options = replace(options, snapshot_dir=Path(directory))
+        config.stash[_OPTIONS] = options
     return config.stash[_OPTIONS]
 
 
@@ -228,8 +250,11 @@ def options_for(node: pytest.Item) -> Options:
 def catalogue(config: pytest.Config) -> Catalogue:
     """Models of this process."""
     if _CATALOGUE not in config.stash:
+        apart = SNAPSHOTS in getattr(config, "workerinput", {})
         config.stash[_CATALOGUE] = Catalogue(
-            thorough=not (config.option.collectonly or hasattr(config, "workerinput")), updating=updating(config)
+            thorough=not (config.option.collectonly or (hasattr(config, "workerinput") and not apart)),
+            updating=updating(config),
+            apart=apart,
         )
     return config.stash[_CATALOGUE]
 
@@ -253,14 +278,20 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         options = options_for(metafunc.definition)
         model = catalogue(metafunc.config).model(options)
     except QsensError as error:
-        raise UnusableTest(f"qsens: {error}") from error
+        raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
     prefix = f"{model.label}-{options.scheme}"
     if "qsens_model" in metafunc.fixturenames:
         metafunc.parametrize("qsens_model", [options.run_spec], indirect=True, ids=[prefix], scope="session")
         prefix = ""
+    ops = select(model, options) if "qsens_op" in metafunc.fixturenames else ()
+    suite = metafunc.definition.parent
+    if not isinstance(suite, Suite) or suite.wants(metafunc.function.__name__, options):
+        made = metafunc.config.stash.setdefault(_MADE, {})
+        names = made.setdefault((model.label, options.scheme), _Made(model, options.engine, set())).names
+        names.update(op.name for op in ops)
+        names.update([TOTAL] * ("qsens_total" in metafunc.fixturenames))
     if "qsens_op" in metafunc.fixturenames:
-        ops = select(model, options)
         ids = [f"{prefix}-{op}" if prefix else str(op) for op in ops]
         metafunc.parametrize("qsens_op", ops, indirect=True, ids=ids)
 
@@ -273,7 +304,7 @@ def planned(item: pytest.Function) -> Options:
 
     """
     options = options_for(item)
-    made = item.config.stash[_PLANNED][f"{cast('pytest.Collector', item.parent).nodeid}::{item.originalname}"]
+    made = item.config.stash[_PLANNED][_definition(item)]
     if (options.run_spec, options.ops, options.max_ops) != (made.run_spec, made.ops, made.max_ops):
         raise QsensError(
             f"{item.nodeid}: a qsens marker chooses another model or other ops than this test was made for. It came "
@@ -282,11 +313,16 @@ def planned(item: pytest.Function) -> Options:
     return options
 
 
+def _definition(item: pytest.Function) -> str:
+    """Node id of the function that a test was made of."""
+    return f"{cast('pytest.Collector', item.parent).nodeid}::{item.originalname}"
+
+
 def plan(session: pytest.Session) -> Payload | None:
     """Tell what the collected tests are going to measure, in builtin values; ``None`` if they measure nothing.
 
-    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme and ops; ``refusal`` is what is
-    wrong with all of it together, if something is.
+    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme, ops, and names of what other
+    shards measure; ``refusal`` is what is wrong with all of it together, if something is.
     """
     config = session.config
     cases: dict[str, tuple[str, str, str]] = {}
@@ -309,8 +345,23 @@ def plan(session: pytest.Session) -> Payload | None:
         check_overrides(base_options(config), catalogue(config).models)
     except QsensError as error:
         refusal = str(error)
-    listed = [[*key, [[op.name, op.type] for op in model.ops]] for key, model in models.items()]
+    elsewhere = config.stash.get(_ELSEWHERE, {})
+    listed = [
+        [*key, [[op.name, op.type] for op in model.ops], sorted(elsewhere.get(key, ()))]
+        for key, model in models.items()
+    ]
     return {"cases": cases, "models": listed, "refusal": refusal}
+
+
+def files(config: pytest.Config) -> dict[str, tuple[str | None, str | None]]:
+    """Hashes of the checkpoint and of the data of each model, ``None`` where that cannot be told.
+
+    Only in workers that are on several machines, or in several directories; elsewhere there is nothing to compare.
+    """
+    if not getattr(config, "workerinput", {}).get("qsens_scattered"):
+        return {}
+    sources = [model.source for model in catalogue(config).models]
+    return {source.label: (source.weights_digest(), source.data_fingerprint()) for source in sources}
 
 
 def expected(config: pytest.Config, label: str, scheme: str) -> set[str] | None:
@@ -359,6 +410,10 @@ class Suite(pytest.Module):
         """Find the suite's tests whatever ``python_functions`` says about the user's."""
         return name.startswith("test_")
 
+    def wants(self, test: str, options: Options) -> bool:
+        """Whether one of the suite's tests is needed."""
+        return test not in self.replaced and (test != "test_total" or wants_total(options))
+
     def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
         """Yield the tests that the options and the node ids on the command line ask for."""
         import pytest_qsens.builtin_suite as tests
@@ -367,9 +422,7 @@ class Suite(pytest.Module):
         selection = self.config.stash.get(_SELECTION, ())
         path = Path(tests.__file__)
         for node in super().collect():
-            if not isinstance(node, pytest.Function) or node.originalname in self.replaced:
-                continue
-            if node.originalname == "test_total" and not wants_total(options):
+            if not isinstance(node, pytest.Function) or not self.wants(node.originalname, options):
                 continue
             if node.originalname == "test_op" and not select(catalogue(self.config).model(options), options):
                 continue
@@ -447,6 +500,57 @@ def add_suite(session: pytest.Session, items: list[pytest.Item]) -> None:
         op = item.callspec.params.get("qsens_op") if hasattr(item, "callspec") else None
         if isinstance(op, Op):
             item.extra_keyword_matches.add(op.name)  # pytest escapes what is not ASCII in an id
+    _keep_part(session.config, items)
+
+
+def _keep_part(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what other shards measure; tests of no op run in every shard.
+
+    What is divided is all that the tests were made for, not what ``-k``, ``--lf`` and node ids leave of it: failures
+    differ between machines, and each repeats its own.
+    """
+    shard = base_options(config).shard
+    if shard is None:
+        return
+    mine: dict[tuple[str, str], frozenset[str]] = {}
+    for key, made in config.stash.get(_MADE, {}).items():
+        ops = [op for op in made.model.ops if op.name in made.names]
+        costs = predicted_costs(made.model.ops, made.engine)
+        parts = split(ops, costs, shard.count, total=TOTAL in made.names)
+        mine[key] = parts[shard.index - 1]
+        config.stash.setdefault(_ELSEWHERE, {})[key] = made.names - mine[key]
+    dropped = [item for item in items if (case := _case(item)) and case.op not in mine[case.model, case.scheme]]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(map(id, dropped))
+        items[:] = [item for item in items if id(item) not in gone]
+
+
+def _case(item: pytest.Item) -> Case | None:
+    """Tell the op that a test is of, whether it takes its score or not; ``None`` if it is of none."""
+    if not isinstance(item, pytest.Function) or not FIXTURES.intersection(item.fixturenames):
+        return None
+    op = item.callspec.params.get("qsens_op")
+    if not isinstance(op, Op) and "qsens_total" not in item.fixturenames:
+        return None
+    options = item.config.stash[_PLANNED][_definition(item)]
+    model = catalogue(item.config).known(options.request)
+    return Case(model.label, options.scheme, op.name if isinstance(op, Op) else TOTAL)
+
+
+def check_shard(model: Model, options: Options) -> None:
+    """Check that there is something to measure for every shard.
+
+    Raises:
+        QsensError: If there are more shards than ops.
+
+    """
+    most = len(select(model, options)) + wants_total(options)
+    if options.shard is not None and options.shard.count > most:
+        raise QsensError(
+            f"{options.origins['shard']} {options.shard}: {most} results of {model.label} (ops, and the whole model) "
+            f"cannot be shared by {options.shard.count} machines. Use {most} shards at most"
+        )
 
 
 def _suite_wanted(config: pytest.Config, options: Options) -> bool:

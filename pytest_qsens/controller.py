@@ -15,6 +15,7 @@ from pytest_qsens.collect import (
     base_options,
     catalogue,
     check_selection,
+    check_shard,
     plan,
     select,
     selection,
@@ -23,10 +24,11 @@ from pytest_qsens.collect import (
 )
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.workers import check_distribution, machine, workers_beside
+from pytest_qsens.shards import ELSEWHERE
+from pytest_qsens.workers import SNAPSHOTS, apart, check_distribution, machine, named, workers_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
     from pathlib import Path
 
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
@@ -53,6 +55,8 @@ class Run:
     scheme: str
     path: Path
     ops: tuple[Op, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
+    """Ops that other shards measure, and `TOTAL` if one of them does."""
     facts: list[Payload] = field(default_factory=list)
     profiles: dict[str, Payload] = field(default_factory=dict)
     """Process → where its time went so far."""
@@ -98,6 +102,16 @@ class Run:
     def data(self) -> str | None:
         """Short hash of the batches."""
         return next((facts["data"] for facts in self.facts), None)
+
+    @property
+    def reference(self) -> str | None:
+        """Hash of the unquantized outputs' bits; of machines that round differently, all of them."""
+        return "+".join(sorted({facts["reference"] for facts in self.facts})) or None
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Short hash of the weights' files, if there are any."""
+        return next((facts["weights"] for facts in self.facts), None)
 
     @property
     def mode(self) -> str:
@@ -211,6 +225,8 @@ class Controller:
         self._reported: Run | None = None
         """What goes into the result file."""
         self._plans: dict[WorkerController, Payload] = {}
+        self._files: dict[str, tuple[str, tuple[str | None, str | None]]] = {}
+        """Model → first worker that told, and hashes of its checkpoint and data."""
         self._session: pytest.Session | None = None
         self._start = time.perf_counter()
 
@@ -235,8 +251,8 @@ class Controller:
             raise QsensError("--qsens-snapshot-prune removes lines from a snapshot, so it needs --snapshot-update")
         if options.snapshot_prune and options.restricted:
             raise QsensError(
-                "--qsens-snapshot-prune removes what was not measured, so it needs a complete run: remove --qsens-ops "
-                "and --qsens-max-ops"
+                "--qsens-snapshot-prune removes what was not measured, so it needs a complete run: remove --qsens-ops, "
+                "--qsens-max-ops and --qsens-shard"
             )
         if options.json is not None and not self.config.option.collectonly:
             from pytest_qsens.results import check_overwritable
@@ -244,6 +260,7 @@ class Controller:
             check_overwritable(options.json)
         model = catalogue(self.config).model(options)
         check_selection(self.config, model, options)
+        check_shard(model, options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -257,18 +274,27 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: WorkerController) -> None:
-        """Tell a worker how many there are on its machine, and listen to what it is going to measure."""
-        spec = node.gateway.spec
+        """Tell a worker how many there are on its machine, and listen to what it is going to measure.
+
+        What is recorded here is what it compares with, wherever it is: there may be no snapshot, or an older one.
+        """
+        spec, specs = node.gateway.spec, node.nodemanager.specs
         channel = node.gateway.newchannel()
         # In the thread that receives: the plan is there when xdist handles the list of tests sent after it.
         channel.setcallback(partial(self._plans.__setitem__, node))
         node.workerinput.update(
             {
-                "qsens_workers": workers_beside(spec, node.nodemanager.specs),
+                "qsens_workers": workers_beside(spec, specs),
                 "qsens_machine": machine(spec),
+                "qsens_scattered": any(map(apart, specs)),
                 CHANNEL: channel,
             }
         )
+        if apart(spec):
+            from pytest_qsens.snapshot import collect_texts
+
+            directory = base_options(self.config).snapshot_dir
+            node.workerinput[SNAPSHOTS] = (str(directory), collect_texts(directory))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Producer) -> object | None:
@@ -279,7 +305,10 @@ class Controller:
     def pytest_xdist_node_collection_finished(self, node: WorkerController) -> None:
         """Learn what is going to be measured; the first worker tells, all collect the same."""
         planned = self._plans.pop(node, None)
-        if planned is None or self._cases:
+        if planned is None:
+            return
+        self._compare_files(node, planned["files"])
+        if self._cases:
             return
         try:
             check_distribution(self.config)
@@ -288,6 +317,18 @@ class Controller:
             self._stop(str(error))
         else:
             self._schedule_by_block()
+
+    def _compare_files(self, node: WorkerController, files: Mapping[str, tuple[str | None, str | None]]) -> None:
+        """Stop before anything is measured if checkpoint or data of two workers differ, on whatever machines."""
+        here = named(node.gateway.id, machine(node.gateway.spec))
+        for label, found in files.items():
+            there, known = self._files.setdefault(label, (here, found))
+            for what, one, other in zip(("checkpoint", "data"), known, found, strict=True):
+                if None not in (one, other) and one != other:
+                    self._stop(
+                        f"{label}: {there} and {here} have not the same {what} (hashes {one} and {other}). Copy the "
+                        "files of the one to the other, or give each the path of the right ones"
+                    )
 
     def _schedule_by_block(self) -> None:
         """Take over from xdist's scheduler if the model is chosen in code alone, which shows only now."""
@@ -306,8 +347,9 @@ class Controller:
 
     def _prepare(self, planned: Payload) -> None:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
-        for label, scheme, ops in planned["models"]:
-            self._run(label, scheme).ops = tuple(Op(name, kind) for name, kind in ops)
+        for label, scheme, ops, elsewhere in planned["models"]:
+            run = self._run(label, scheme)
+            run.ops, run.elsewhere = tuple(Op(name, kind) for name, kind in ops), frozenset(elsewhere)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
         self._show_progress()
@@ -487,13 +529,14 @@ class Controller:
             chosen = {op.name for op in select(self._model(options), options)}
 
         def reason(op: Op) -> str:
+            if op.name in run.elsewhere:
+                return ELSEWHERE
             return "not run" if not chosen or op.name in chosen else "not selected by --qsens-ops or --qsens-max-ops"
 
         total = run.total
         if total is None:
-            total = _without_score(
-                Op(TOTAL, TOTAL), "unrun", "not run" if wants_total(options) else "only some ops were asked for"
-            )
+            why = "not run" if wants_total(options) else "only some ops were asked for"
+            total = _without_score(Op(TOTAL, TOTAL), "unrun", ELSEWHERE if TOTAL in run.elsewhere else why)
         info = RunInfo(
             model=run.model,
             scheme=run.scheme,
@@ -504,6 +547,9 @@ class Controller:
             engine_reason=run.engine_reason,
             data=run.data,
             profile=run.profile,
+            reference=run.reference,
+            checkpoint=run.checkpoint,
+            shard=options.shard,
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""

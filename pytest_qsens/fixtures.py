@@ -12,6 +12,7 @@ from pytest_qsens.measure import RunAborted, accept_command, bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import to_payload
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+from pytest_qsens.workers import place
 
 if TYPE_CHECKING:
     from pytest_qsens.calibrated import CalibratedModel
@@ -163,8 +164,9 @@ def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     """
     error = call.excinfo.value if call.excinfo else None
     if isinstance(error, RunAborted):
-        report.longrepr = f"qsens: {error}"
-        report.qsens = {"abort": str(error)}  # type: ignore[attr-defined]  # reports carry extras
+        message = f"{error}{place(item.config)}"
+        report.longrepr = f"qsens: {message}"
+        report.qsens = {"abort": message}  # type: ignore[attr-defined]  # reports carry extras
         return
     decisive = call.when == "call" or (call.when == "setup" and not report.passed)
     records = item.stash.get(_RECORDS, []) if decisive else []

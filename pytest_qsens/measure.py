@@ -133,6 +133,7 @@ class Bench:
             "reference": reference,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
+            "weights": model.source.weights_digest(),
             "environment": environment(options.device, options.engine) | ({"data": data} if data else {}),
             "functional": [to_payload(result) for result in self._calibrated.functional_ops],
         }

@@ -14,14 +14,15 @@ import pytest
 from pytest_qsens.errors import QsensError
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_qsens.results import Mode
     from pytest_qsens.thresholds import Overrides, Threshold
 
-Kind = Literal["text", "path", "count", "flag", "list"]
+Kind = Literal["text", "path", "count", "flag", "list", "shard"]
 
 MODES: dict[str, tuple[Mode, ...]] = {
     "isolated": ("isolated",),
@@ -103,6 +104,12 @@ _DECLARATIONS = (
         marker=True,
     ),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
+    _Declaration(
+        "shard",
+        "shard",
+        "measure part i of N of the selected ops, the first one 1/N; `qsens merge` puts the results together",
+        "i/N",
+    ),
     _Declaration("json", "path", "write every score to FILE", "FILE"),
     _Declaration("profile", "flag", "tell where the time went, in the summary and in the file of --qsens-json"),
     _Declaration("cache", "path", "where op lists are cached (default: the user's cache directory)", "DIR"),
@@ -123,6 +130,7 @@ _INI_TYPES: dict[Kind, Literal["string", "bool", "linelist", "int"]] = {
     "count": "int" if pytest.version_tuple >= (8, 4) else "string",
     "flag": "bool",
     "list": "linelist",
+    "shard": "string",
 }
 _TAKES: dict[Kind, str] = {
     "text": "a text",
@@ -130,6 +138,7 @@ _TAKES: dict[Kind, str] = {
     "count": "a whole number from 1",
     "flag": "true or false",
     "list": "a list of texts",
+    "shard": "i/N, part i of N",
 }
 
 MARKER_HELP = (
@@ -167,6 +176,7 @@ class Options:
     fail: str
     memory: str | None
     device: str
+    shard: Shard | None
     json: Path | None
     profile: bool
     cache: Path | None
@@ -277,9 +287,14 @@ class Options:
         return self.engine not in ("auto", "delta") or not gated.isdisjoint(("kl", "top1"))
 
     @property
-    def restricted(self) -> bool:
-        """Whether only some of the ops are asked for."""
+    def selective(self) -> bool:
+        """Whether only some of the ops are asked for, by all shards together."""
         return bool(self.ops) or self.max_ops is not None
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only some of the ops are measured."""
+        return self.selective or self.shard is not None
 
     def cache_dir(self) -> Path | None:
         """Directory of cached op lists, or ``None`` if nothing may be cached."""
@@ -338,6 +353,21 @@ def declare(parser: pytest.Parser) -> None:
     )
 
 
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Spell our options with their values in one argument each.
+
+    xdist takes a lone argument that is a path here for one that it has to translate for other machines, and fails.
+    """
+    flags = {declared.flag for declared in _DECLARATIONS if declared.kind != "flag"}
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] in flags:
+            found[-1] = f"{found[-1]}={argument}"
+        else:
+            found.append(argument)
+    return found
+
+
 def unknown(what: str, value: object, known: Collection[str]) -> str:
     """Say that a name does not exist, what was probably meant and what there is."""
     near = difflib.get_close_matches(str(value), known, n=1)
@@ -375,9 +405,9 @@ def _parse(declared: _Declaration, given: object, origin: str, base: Path) -> ob
         items = given if isinstance(given, list | tuple) else (given,)
         return tuple(_given_text(item, declared.kind, origin) for item in items)
     text = _given_text(given, declared.kind, origin)
-    if declared.kind == "path":
-        return _absolute(text, base)
-    return _model_name(text, base) if declared.name == "model" else _checked(declared.name, text, origin)
+    if declared.kind == "text":
+        return _model_name(text, base) if declared.name == "model" else _checked(declared.name, text, origin)
+    return Shard.parse(text, origin) if declared.kind == "shard" else _absolute(text, base)
 
 
 def _flag(given: object, origin: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -59,7 +60,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """In a worker: tell the controller what will be measured, before xdist tells it which tests there are."""
     channel = getattr(session.config, "workerinput", {}).get(CHANNEL)
     if channel is not None and (plan := collect.plan(session)) is not None:
-        channel.send(plan)
+        channel.send(plan | {"files": collect.files(session.config)})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,6 +88,9 @@ def pytest_assertrepr_compare(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
-    """Share the cores among the workers about to be started."""
+    """Share the cores among the workers about to be started, and spell options so that other machines get them."""
+    if any(map(workers.apart, specs)):
+        arguments = options.joined(config.invocation_params.args)
+        config.invocation_params = replace(config.invocation_params, args=tuple(arguments))
     if collect.base_options(config).model is not None:
         config.add_cleanup(workers.set_threads(specs))

@@ -17,6 +17,7 @@ from pytest_qsens.files import (
     write_atomically,
 )
 from pytest_qsens.profile import Profile
+from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,11 +81,16 @@ class OpResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took. ``forwards_per_op`` is the time of one op in units of ``reference_seconds``."""
+    """What a run took. ``forwards_per_op`` is the time of one op in units of ``reference_seconds``.
+
+    Of merged shards, ``wall_seconds`` is that of the longest, and ``machine_seconds`` that of all together; other
+    results have no ``machine_seconds``.
+    """
 
     wall_seconds: float
     reference_seconds: float | None = None
     forwards_per_op: float | None = None
+    machine_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class RunInfo:
 
     ``mode`` is ``isolated``, ``fallback`` or ``both``; ``data`` a short hash of the batches, ``None`` if the model
     comes from a factory; ``engine_reason`` says why another engine than the usual one was used; ``profile`` is there if
-    it was asked for.
+    it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
+    where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
     """
 
     model: str
@@ -105,6 +112,9 @@ class RunInfo:
     engine_reason: str | None = None
     data: str | None = None
     profile: Profile | None = None
+    reference: str | None = None
+    checkpoint: str | None = None
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -205,8 +215,11 @@ def _score(metric: str, number: object, where: str) -> float:
 def dump(result: RunResult) -> str:
     """Text of a result file: floats at full precision, one op a line."""
     facts = asdict(result.run)
-    if result.run.profile is None:
-        del facts["profile"]
+    for name in ("profile", "reference", "checkpoint", "shard"):
+        if facts[name] is None:
+            del facts[name]
+    if result.run.cost.machine_seconds is None:
+        del facts["cost"]["machine_seconds"]
     run = json.dumps(facts, ensure_ascii=False, indent=2).replace("\n", "\n  ")
     ops = ",\n    ".join(_line(op) for op in result.ops)
     total = "null" if result.total is None else _line(result.total)
@@ -260,10 +273,14 @@ def _read_run(fields: Fields) -> RunInfo:
             wall_seconds=cost.number("wall_seconds"),
             reference_seconds=cost.optional_number("reference_seconds"),
             forwards_per_op=cost.optional_number("forwards_per_op"),
+            machine_seconds=cost.optional_number("machine_seconds"),
         ),
         engine_reason=fields.optional_text("engine_reason"),
         data=fields.optional_text("data"),
         profile=_optional_profile(fields),
+        reference=fields.optional_text("reference"),
+        checkpoint=fields.optional_text("checkpoint"),
+        shard=_optional_shard(fields),
     )
     cost.end()
     fields.end()
@@ -273,6 +290,16 @@ def _read_run(fields: Fields) -> RunInfo:
 def _optional_profile(fields: Fields) -> Profile | None:
     value = fields.take("profile")
     return None if value is None else read_profile(value, fields.at("profile"))
+
+
+def _optional_shard(fields: Fields) -> Shard | None:
+    value, where = fields.take("shard"), fields.at("shard")
+    if value is None:
+        return None
+    inner = Fields(value, where)
+    shard = Shard.parse(f"{inner.number('index'):g}/{inner.number('count'):g}", where)
+    inner.end()
+    return shard
 
 
 def read_profile(value: object, where: str) -> Profile:

@@ -42,17 +42,22 @@ from pytest_qsens.results import MODES, Mode, Payload, Scores, read_scores, roun
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from pytest_qsens.thresholds import Verdict
+
 __all__ = [
     "Entry",
     "Snapshot",
+    "accepted",
     "adopt",
     "changed",
     "check_writable",
+    "collect_texts",
     "dumps",
     "environment_diff",
     "load",
     "merge",
     "prune",
+    "take_texts",
     "union",
     "write",
 ]
@@ -146,6 +151,22 @@ def _object(members: Mapping[str, str], indent: str) -> str:
     return f"{{\n{indent}  {lines}\n{indent}}}"
 
 
+_sent: Mapping[str, str] | None = None
+"""Texts by path that this process takes for its snapshot files."""
+
+
+def collect_texts(directory: Path) -> dict[str, str]:
+    """Texts of all snapshot files in a snapshot directory, by path."""
+    found = {str(path): read_text(path) for path in sorted(directory.glob("*/*.json"))}
+    return {path: text for path, text in found.items() if text is not None}
+
+
+def take_texts(texts: Mapping[str, str]) -> None:
+    """Take these for the snapshot files of this process: it compares with what another machine has recorded."""
+    global _sent  # noqa: PLW0603 - whoever loads a snapshot has its path alone
+    _sent = texts
+
+
 def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> Snapshot:
     """Read a snapshot file; a missing one is an empty snapshot of ``model`` and ``scheme``.
 
@@ -154,7 +175,7 @@ def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> 
             the file and the place in it. Nothing is changed.
 
     """
-    text = read_text(path)
+    text = read_text(path) if _sent is None else _sent.get(str(path))
     if text is None:
         return Snapshot(model or "", scheme or "")
     fields = Fields(parse_json(text, path), str(path))
@@ -210,6 +231,23 @@ def _larger(name: str, one: Entry, other: Entry) -> Entry:
 def _rank(scores: Scores) -> tuple[float, str]:
     rounded = {metric: None if value is None else round_score(value) for metric, value in sorted(scores.items())}
     return rounded.get("nmse") or 0.0, json.dumps(rounded)
+
+
+def accepted(
+    kind: str, recorded: Mapping[Mode, Scores], measured: Mapping[Mode, Scores], verdicts: Mapping[Mode, Verdict]
+) -> Entry:
+    """Give what the file gets of an op of type ``kind`` whose scores are accepted.
+
+    Modes within their thresholds are left as recorded: small moves make no diff, and do not add up unseen. Where
+    only metrics are new, the recorded ones stay too.
+    """
+    modes: dict[Mode, Scores] = {}
+    for mode, verdict in verdicts.items():
+        if verdict.kind == "new":
+            modes[mode] = {**measured[mode], **recorded.get(mode, {})}
+        elif verdict.kind != "ok":
+            modes[mode] = measured[mode]
+    return Entry(kind, **modes)
 
 
 def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:

@@ -16,7 +16,7 @@ from syrupy.extensions.amber import AmberDataSerializer, AmberDataSerializerPlug
 from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.snapshot import Entry, load
+from pytest_qsens.snapshot import accepted, load
 from pytest_qsens.thresholds import Verdict, combine, judge
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.results import Mode, OpResult, Scores
+    from pytest_qsens.snapshot import Entry
     from pytest_qsens.thresholds import Threshold
 
 WRONG_WAY_ROUND = (
@@ -143,20 +144,10 @@ class Score:
 
     @property
     def entry(self) -> Entry | None:
-        """What the snapshot file gets if the test passes; ``None`` if nothing was accepted.
-
-        Modes within their thresholds are left as recorded: small moves make no diff, and do not add up unseen. Where
-        only metrics are new, the recorded ones stay too.
-        """
+        """What the snapshot file gets if the test passes; ``None`` if nothing was accepted."""
         if not self.accepted:
             return None
-        modes: dict[Mode, Scores] = {}
-        for mode, verdict in self._verdicts.items():
-            if verdict.kind == "new":
-                modes[mode] = {**self.result.metrics[mode], **self._old.get(mode, {})}
-            elif verdict.kind != "ok":
-                modes[mode] = self.result.metrics[mode]
-        return Entry(self.result.type, **modes)
+        return accepted(self.result.type, self._old, self.result.metrics, self._verdicts)
 
     def explain(self) -> list[str]:
         """Why the comparison failed, and the command that accepts the present scores."""

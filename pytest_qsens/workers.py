@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     import pytest
 
+SNAPSHOTS = "qsens_snapshots"
+"""Key of ``workerinput``, for workers that are `apart`: the controller's snapshots."""
+
 _THREADS = "OMP_NUM_THREADS"
 _UNFIT = {
     "loadscope": "puts a whole model on one worker",
@@ -79,10 +82,29 @@ def limit_threads(config: pytest.Config) -> None:
         torch.set_num_threads(_share(cores(), workers))
 
 
+def apart(spec: Any) -> bool:  # noqa: ANN401  # execnet has no types
+    """Whether a worker is in another directory, and maybe on another machine; xdist goes by the same."""
+    return not spec.popen or bool(spec.chdir)
+
+
+def place(config: pytest.Config) -> str:
+    """Tell for a message where this is, if it is a worker on another machine or in another directory."""
+    given: dict[str, Any] = getattr(config, "workerinput", {})
+    if SNAPSHOTS not in given:
+        return ""
+    return f" ({named(given['workerid'], given['qsens_machine'])}, in {config.rootpath})"
+
+
+def named(worker: str, where: str) -> str:
+    """Name a worker and its machine."""
+    return f"worker {worker} on {where or 'this machine'}"
+
+
 def _share(available: int, workers: int) -> int:
     return max(1, available // max(1, workers))
 
 
 def machine(spec: Any) -> str:  # noqa: ANN401  # execnet has no types
     """Name the machine a spec runs on; the empty string is this one."""
-    return str(spec.via or spec.ssh or spec.socket or "")
+    socket = str(spec.socket or "").rpartition(":")[0]  # a machine may serve several sockets
+    return str(spec.via or spec.ssh or socket)

@@ -26,6 +26,7 @@ from pytest_qsens.results import (
     to_payload,
     write,
 )
+from pytest_qsens.shards import Shard
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -50,10 +51,12 @@ RUN = st.builds(
     TEXT,
     st.sampled_from(["isolated", "fallback", "both"]),
     st.dictionaries(TEXT, TEXT, max_size=3),
-    st.builds(Cost, NUMBER, st.none() | NUMBER, st.none() | NUMBER),
+    st.builds(Cost, NUMBER, st.none() | NUMBER, st.none() | NUMBER, st.none() | NUMBER),
     engine_reason=st.none() | TEXT,
     data=st.none() | TEXT,
     profile=st.none() | st.builds(Profile, st.integers(1, 99), SECONDS, SECONDS, st.none() | NUMBER),
+    reference=st.none() | TEXT,
+    shard=st.none() | st.integers(1, 99).flatmap(lambda count: st.builds(Shard, st.integers(1, count), st.just(count))),
 )
 RUN_RESULT = st.builds(RunResult, RUN, st.lists(RESULT, max_size=3).map(tuple), st.none() | RESULT)
 
@@ -212,6 +215,22 @@ def test_a_broken_profile_is_refused(path: Path, old: str, new: str, message: st
     path.write_text(text.replace(old, new))
     with pytest.raises(QsensError, match=message):
         load(path)
+
+
+def test_a_shard_says_which_it_is(path: Path) -> None:
+    """What merges shards needs their number, and what the unquantized model gave; other files have no such key."""
+    write(path, RunResult(replace(RUN_INFO, shard=Shard(2, 3), reference="0a1b"), ()))
+    run = json.loads(path.read_text())["run"]
+    assert run["shard"] == {"index": 2, "count": 3}
+    assert run["reference"] == "0a1b"
+    for shard, message in (
+        ('"index": 4', "'run', 'shard' takes i/N.*not '4/3'"),
+        ('"part": 2', "'shard', 'index': a f"),
+    ):
+        path.write_text(path.read_text().replace('"index": 2', shard))
+        with pytest.raises(QsensError, match=message):
+            load(path)
+        path.write_text(path.read_text().replace(shard, '"index": 2'))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "package.json"}', b"\x89PNG\xff", b"print('hello')"])

@@ -44,6 +44,9 @@ class FactorySource:
     def data_fingerprint(self) -> None:
         """Return ``None``."""
 
+    def weights_digest(self) -> None:
+        """Return ``None``."""
+
     def skeleton(self) -> nn.Module:
         """Return the factory's module; a callable is called on the meta device."""
         model = self._spec.model

@@ -98,6 +98,10 @@ class HubSource:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def weights_digest(self) -> str | None:
+        """Short hash of config and weights in the local cache; ``None`` if they are yet to be downloaded."""
+        return None if self._cached is None else self._cached.weights_digest()
+
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device."""
         return (self._cached or self._remote_config).skeleton()

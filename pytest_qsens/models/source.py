@@ -49,6 +49,9 @@ class ModelSource(Protocol):
     def data_fingerprint(self) -> str | None:
         """Short hash of the calibration and evaluation data, or ``None`` if that cannot be told."""
 
+    def weights_digest(self) -> str | None:
+        """Short hash of the checkpoint, equal for a copy of it, or ``None`` if that cannot be told."""
+
     def skeleton(self) -> torch.nn.Module:
         """Build the module on the meta device where the source allows it; no weights are loaded."""
 

@@ -91,6 +91,9 @@ class TinyQwen25VL:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def weights_digest(self) -> None:
+        """Return ``None``: the weights are drawn, there is no file."""
+
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device."""
         return on_meta(_build)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
@@ -34,7 +35,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         if not run.results:
             continue
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
-        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{engine}")
+        shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
+        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{engine}{shard}")
         terminal.write_line(_counts(run))
         if config.option.verbose >= 0:
             for line in worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal)):  # noqa: SLF001  # its width
@@ -56,9 +58,10 @@ def _counts(run: Run) -> str:
     if not results:
         return f"the whole model, and none of its {len(run.ops)} ops{_compared(run)}"
     statuses = Counter(result.status for result in results)
-    unrun = len(run.ops) - sum(op.name in run.results for op in run.ops)
     found = [f"{count} {status}" for status, count in statuses.items()]
-    found += [f"{unrun} not run"] if unrun else []
+    without = [op.name in run.elsewhere for op in run.ops if op.name not in run.results]
+    found += [f"{without.count(False)} not run"] if False in without else []
+    found += [f"{without.count(True)} in other shards"] if True in without else []
     if run.functional:
         found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
     return f"{len(run.ops)} ops: {', '.join(found)}{_compared(run)}"

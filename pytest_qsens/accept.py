@@ -1,0 +1,75 @@
+"""Accepting a result file into the snapshot, after the run: what ``--snapshot-update`` does at its end."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.snapshot import Entry, accepted, adopt, changed, load, merge, write
+from pytest_qsens.thresholds import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pytest_qsens.results import OpResult, RunResult
+    from pytest_qsens.snapshot import Snapshot
+    from pytest_qsens.thresholds import Threshold
+
+
+def accept(
+    result: RunResult, directory: Path, thresholds: Sequence[Threshold], *, allow_ci: bool = False
+) -> tuple[Path, list[str]]:
+    """Write what was measured into the snapshot of its model and scheme.
+
+    As with ``--snapshot-update``, lines within their thresholds stay as they are, and so do those of ops that were not
+    measured. The environment is replaced only with every line of the file.
+
+    Args:
+        result: A result file's content, of a whole run or of merged shards.
+        directory: Where snapshots live.
+        thresholds: What counts as a change.
+        allow_ci: Whether to write although ``CI`` is set.
+
+    Returns:
+        The snapshot's path, and the names of lines that are new or changed.
+
+    Raises:
+        QsensError: In CI, if nothing was measured, or if the snapshot cannot be read or written.
+
+    """
+    run = result.run
+    path = directory / run.model / f"{run.scheme}.json"
+    if os.environ.get("CI") and not allow_ci:
+        raise QsensError(
+            f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {path} would accept "
+            "whatever was measured. Accept on your own machine and commit the file, or add --allow-ci-update"
+        )
+    total = () if result.total is None else (result.total,)
+    measured = {op.op: op for op in (*result.ops, *total) if op.status == "measured"}
+    if not measured:
+        raise QsensError(f"nothing to accept: of {run.model}, {run.scheme}, no op was measured")
+    news: list[str] = []
+
+    def update(old: Snapshot) -> Snapshot:
+        entries = {name: entry for name, op in measured.items() if (entry := _entry(old, op, thresholds)).modes}
+        new = merge(old, entries)
+        if dict(old.environment) != dict(run.environment):
+            new = adopt(new, {name: Entry(op.type, **op.metrics) for name, op in measured.items()}, run.environment)
+        news[:] = changed(old, new)
+        return new
+
+    load(path, model=run.model, scheme=run.scheme)  # a file that cannot be used is refused before anything is made
+    write(path, update, model=run.model, scheme=run.scheme)
+    return path, news
+
+
+def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold]) -> Entry:
+    """Modes to record: those that are new, or better or worse than recorded."""
+    recorded = old.ops.get(op.op)
+    known = recorded.modes if recorded is not None and recorded.type == op.type else {}
+    gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric != "gain"]
+    verdicts = {mode: judge(known.get(mode), scores, gated, mode) for mode, scores in op.metrics.items()}
+    return accepted(op.type, known, op.metrics, verdicts)

@@ -1,0 +1,77 @@
+"""The recipes of docs/ci.md: their YAML is valid, and their commands are understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from pytest_qsens.cli import main
+from pytest_qsens.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = Path(__file__).parent.parent / "docs" / "ci.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+INDENTED = "\n".join(line[4:] for line in PAGE.read_text().splitlines() if line.startswith("    "))
+_FILLED_IN = re.compile(r"\$\{\{.*?\}\}|\$\(\(.*?\)\)|\$\w+")
+
+
+def texts(value: object) -> Iterator[str]:
+    """Every text in parsed YAML."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)
+
+
+def commands() -> list[list[str]]:
+    """Every call of pytest and of our script, with 1 for all that is filled in."""
+    scripts = [text for kind, text in BLOCKS if kind == "bash"] + [INDENTED]
+    scripts += [text for kind, block in BLOCKS if kind == "yaml" for text in texts(yaml.safe_load(block))]
+    lines = [line.strip() for script in scripts for line in script.replace("\\\n", " ").splitlines()]
+    found = [re.sub(r'.*--wrap "(.*)"', r"\1", line) for line in lines]
+    return [
+        shlex.split(_FILLED_IN.sub("1", line), comments=True)
+        for line in found
+        if line.startswith(("pytest ", "qsens "))
+    ]
+
+
+def test_there_are_recipes() -> None:
+    """The test finds what it is to check."""
+    assert [kind for kind, _ in BLOCKS].count("yaml") >= 2
+    assert {command[0] for command in commands()} == {"pytest", "qsens"}
+    assert len(commands()) >= 9
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command[0] == "pytest"], ids=" ".join)
+def test_runs_are_understood(pytester: pytest.Pytester, command: list[str]) -> None:
+    """Every option of a recipe is one, with a value that can be."""
+    found = Options.from_config(pytester.parseconfig(*command[1:]))
+    assert found.model is not None
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command[0] == "qsens"], ids=" ".join)
+def test_our_script_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """It gets as far as looking for the files, which are not there; argparse would leave with 2."""
+    monkeypatch.chdir(tmp_path)
+    assert main(command[1:]) == 4
+    assert "there is no result file" in capsys.readouterr().err
+
+
+def test_indexes_of_jobs() -> None:
+    """GitHub's matrix and Kubernetes' Job have as many members as their commands have parts."""
+    actions, job = (yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml")
+    matrix = actions["jobs"]["measure"]["strategy"]["matrix"]["shard"]
+    assert matrix == list(range(1, len(matrix) + 1))
+    assert any(f"--qsens-shard ${{{{ matrix.shard }}}}/{len(matrix)} " in text for text in texts(actions))
+    assert any(f"--qsens-shard $shard/{job['spec']['completions']} " in text for text in texts(job))
