@@ -116,7 +116,8 @@ class ReplayEngine:
         if seed not in self._quantized:
             with self._threads():
                 self._quantized[seed] = [
-                    Run(run.graph, self._everything(run.graph, seed), self._joint_share) for run in self._clean
+                    Run(run.graph, self._everything(run.graph, seed), self._joint_share, run.groups)
+                    for run in self._clean
                 ]
         return self._quantized[seed]
 

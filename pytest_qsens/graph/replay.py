@@ -68,12 +68,19 @@ class Run:
         self._overwritten: dict[Node, Arguments] = {}
         self._written = {node: written for node in graph.nodes if (written := _written_arguments(node))}
         self._values: Values = [None] * len(graph.nodes)
-        self.groups: Groups = {} if groups is None else groups
-        self._execute(memory, while_running=not self._written or groups is not None)
-        if groups is None:
-            self.groups = self._find_groups()
-            if self._written and memory is not None:
-                self._keep(memory, [self._sizes(i) for i in range(len(self._segments))])
+        self.groups: Groups = groups or {}
+        self._execute(memory, while_running=bool(groups) or not self._written)
+        found = self._find_groups()
+        if groups and not _same_groups(groups, found):  # a kernel that copied in the other run, or did not
+            self.groups = {}
+            del self._fixed_segments
+            self._dropped.clear()
+            self._overwritten.clear()
+            self._execute(memory, while_running=False)
+            found = self._find_groups()
+        self.groups = found
+        if self._written and memory is not None:
+            self._keep(memory, [self._sizes(i) for i in range(len(self._segments))])
 
     def values(self, node: Node) -> Any:  # noqa: ANN401 - tensors, tuples of them, numbers
         """Value of a node at the end of the run."""
@@ -336,6 +343,11 @@ def _written_arguments(node: Node) -> tuple[Node, ...]:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             written += value if isinstance(value, list | tuple) else [value]  # type: ignore[list-item] # other values are dropped
     return tuple(item for item in written if isinstance(item, Node))
+
+
+def _same_groups(one: Groups, other: Groups) -> bool:
+    """Whether the same nodes share memory; they come in the order of addresses."""
+    return {node: set(groups) for node, groups in one.items()} == {node: set(groups) for node, groups in other.items()}
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

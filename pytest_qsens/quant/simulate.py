@@ -7,6 +7,7 @@ every IEEE machine rounds alike. The tests compare every step with the kernels b
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,6 +195,7 @@ class Simulator:
         self._scheme = scheme
         self._calibration = calibration
         self._weights: dict[str, QuantizedWeight] = {}
+        self._keeps = True
 
     @profile.phase("local quantization")
     def output(self, op: str, call: Call) -> Tensor:
@@ -228,8 +230,19 @@ class Simulator:
     def _weight(self, op: str, call: Call) -> QuantizedWeight:
         found = self._weights.get(op)
         if found is None:
-            found = self._weights[op] = quantize_weight(call.weight)
+            found = quantize_weight(call.weight)
+            if self._keeps:
+                self._weights[op] = found
         return found
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Keep none of the weights that are quantized meanwhile."""
+        self._keeps = False
+        try:
+            yield
+        finally:
+            self._keeps = True
 
     def forget(self, op: str) -> None:
         """Free the quantized weight of an op that is done."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pytest_qsens.graph.capture import Graph, capture, run_model
 from pytest_qsens.graph.replay import Run
+from pytest_qsens.metrics import same
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -141,3 +142,35 @@ def test_module_called_twice_sees_its_own_change() -> None:
             }
         )
         assert torch.equal(doubled, 2 * model.shared((2 * model.shared(x)).tanh()))
+
+
+def test_other_aliases_than_expected_are_noticed() -> None:
+    """A run that is told the aliases of another one drops nothing too early if its own are others."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).t().contiguous()  # a copy, unless what comes before it is laid out the other way
+            z = self.second(y.relu())
+            y.add_(1.0)
+            return z + y
+
+    torch.manual_seed(0)
+    model = Net().requires_grad_(requires_grad=False)
+    graph = capture(model, {"x": torch.randn(4, 4)}, lambda out, _: out)
+    clean = Run(graph)
+    (node,) = graph.calls["first"]
+
+    def turned(*args: Tensor) -> Tensor:
+        value: Tensor = node.target(*args)  # type: ignore[operator] # a call
+        return value.t().contiguous().t() * 2
+
+    expected = Run(graph, {node: turned})
+    assert {n.name for n in expected.groups} != {n.name for n in clean.groups}
+    for groups in (clean.groups, expected.groups):
+        found = Run(graph, {node: turned}, 0, groups)
+        assert same(found.output, expected.output)
+        assert found.groups.keys() == expected.groups.keys()
