@@ -26,7 +26,7 @@ from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
-from pytest_qsens.results import OpResult
+from pytest_qsens.results import IDENTICAL, OpResult
 from pytest_qsens.threads import one_thread, reproducible_sums
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
 
-_IDENTICAL = "identical to the reference"
 _NOT_FINITE = "the output holds NaN or infinite values"
 _QUANTIZED = {"isolated": "only this op is", "fallback": "everything but this op is"}
 
@@ -227,7 +226,7 @@ def _measured(
         op.type,
         op.block,
         "failed" if failures else "measured",
-        "; ".join(failures) or (_IDENTICAL if identical else note),
+        "; ".join(failures) or (IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
         seconds=seconds,
@@ -259,7 +258,7 @@ def calibrate(
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
-            together leaves out the others.
+            together leaves out the others, unless that are all.
         memory: Bytes for values that could be computed again; half of what is free if it is not given.
         workers: How many processes share what is free.
 
@@ -292,7 +291,7 @@ def calibrate(
             with profile.phase("calibration"):
                 built = _kernel_engine(engine)(model, batches, spec.output, quantizable, calibrating)
         else:
-            wanted = [op for op in quantizable if expected is None or op in expected]
+            wanted = [op for op in quantizable if expected is None or op in expected] or quantizable
             limit = default_memory(workers, device) if memory is None else memory
             built, reason = _build_engine(
                 engine, model, batches, references, spec, simulator, quantizable, limit, wanted, logits=logits

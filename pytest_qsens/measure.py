@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import platform
 import traceback
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,20 +15,24 @@ import pytest
 
 from pytest_qsens import profile
 from pytest_qsens.collect import base_options, expected
+from pytest_qsens.engines.availability import KERNEL_ENGINES
 from pytest_qsens.errors import QsensError
 from pytest_qsens.memory import parse_memory
-from pytest_qsens.ops import TOTAL
+from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
-from pytest_qsens.results import to_payload
+from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.result_cache import ResultCache
+from pytest_qsens.results import joined, to_payload
+from pytest_qsens.surroundings import surroundings
 from pytest_qsens.workers import limit_threads, workers_here
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.collect import Model
-    from pytest_qsens.ops import Op
+    from pytest_qsens.collect import Model, Wanted
     from pytest_qsens.options import Options, RunSpec
+    from pytest_qsens.result_cache import Part
     from pytest_qsens.results import Mode, OpResult, Payload
 
 _BENCH = pytest.StashKey["Bench"]()
@@ -37,21 +42,140 @@ class RunAborted(Exception):  # noqa: N818  # not an error of the test that meet
     """The model cannot be measured at all; carries the message of the `QsensError` behind it."""
 
 
-class Bench:
-    """Keeps the most recently used calibrated model alive, and no other: one may fill the memory.
+@dataclass(frozen=True)
+class Measured:
+    """What is known of an op, and the seconds that this took; ``None`` if all of it was measured by an earlier run."""
 
-    A model that failed to load or calibrate is not tried again.
+    result: OpResult
+    spent: float | None
+
+
+class _Scores:
+    """What is known under one `RunSpec`: measured in this process, or by an earlier run.
+
+    Args:
+        model: The model.
+        wanted: What the collected tests measure.
+        options: Where scores are cached.
+        spec: What is measured.
+
+    """
+
+    def __init__(self, model: Model, wanted: Wanted, options: Options, spec: RunSpec) -> None:
+        self._ops = {op.name: op for op in (*model.ops, Op(TOTAL, TOTAL))}
+        self._model = model
+        self._wanted = wanted
+        self._options = options
+        self._spec = spec
+        self._state = self._look()
+        self._found: dict[tuple[str, Part], Measured] = {}
+        self.cache = self._open()
+        self.facts = None if self.cache is None else self.cache.facts()
+        """What the cache tells beside scores."""
+        # Without a word from the cache there is nothing that has to be of the model to be loaded.
+        self.sure = self.cache is None or (self.facts is not None and not self.missing() and not wanted.model)
+        """Whether what the cache says needs no look at the model."""
+
+    def missing(self) -> set[str]:
+        """Names of the wanted ops with a score that has to be measured."""
+        return {op for op, parts in self._wanted.parts.items() if any(self.get(op, part) is None for part in parts)}
+
+    def get(self, op: str, part: Part) -> Measured | None:
+        """Score that is known."""
+        if (op, part) not in self._found and self.cache is not None:
+            result = self.cache.get(self._ops[op], part)
+            if result is not None:
+                self._found[op, part] = Measured(result, None)
+        return self._found.get((op, part))
+
+    def add(self, op: str, part: Part, result: OpResult, facts: Payload, scheme: str) -> Measured:
+        """Take a score just measured, and keep it for later runs."""
+        if self.cache is not None:
+            self.cache.keep_facts(scheme, facts)
+            self.cache.keep(result, part)
+        self._found[op, part] = Measured(result, 0.0)  # another test that asks for it takes no time
+        return Measured(result, result.seconds)
+
+    def loaded(self, reference: str) -> str | None:
+        """Take the hash of the outputs of the model just loaded; what the cache says of another one is forgotten.
+
+        Returns:
+            What has to be told about that.
+
+        """
+        self.sure, self.facts = True, None
+        before, self._state = self._state, self._look()
+        told = None
+        if before is None:
+            self.cache = self._open()  # a model that has just been downloaded
+        elif before != self._state:
+            self.cache = None
+            told = "model or data have changed since the run began: no score of this run is kept in the cache"
+        if self.cache is not None and not self.cache.trust(reference):
+            told = (
+                "the unquantized outputs are not those of the cached scores, although the model's files look the same: "
+                "all is measured anew. --qsens-hash-weights knows weights by their contents"
+            )
+        if told is not None:
+            self._found = {key: known for key, known in self._found.items() if known.spent is not None}
+        return told
+
+    def _look(self) -> tuple[str, str | None] | None:
+        """Tell what model and data look like, which must not change while they are loaded.
+
+        ``None`` if nothing is to be cached, or they cannot tell.
+        """
+        if self._options.cache_dir() is None:
+            return None
+        try:
+            identity = self._model.source.identity(hash_weights=False)
+            return None if identity is None else (identity, self._model.source.data_fingerprint())
+        except (QsensError, OSError):  # what is wrong with them is told when they are loaded
+            return None
+
+    def _open(self) -> ResultCache | None:
+        """Find the scores of earlier runs."""
+        cache_dir = self._options.cache_dir()
+        if cache_dir is None or self._state is None:
+            return None
+        identity, data = self._state
+        if self._options.hash_weights:
+            identity = self._model.source.identity(hash_weights=True) or identity
+        spec = self._spec
+        facts: dict[str, object] = {
+            "model": identity,
+            "data": data,
+            "engine": spec.engine,
+            "device": spec.device,
+            "divergence": spec.divergence,
+            "surroundings": surroundings(),
+        }
+        if spec.device != "cpu" or spec.engine in KERNEL_ENGINES:  # what they are can be told by torch alone
+            with suppress(Exception):  # a device that cannot be used says so when the model is loaded
+                facts["environment"] = environment(spec.device, spec.engine)
+        schemes = {op.name: SCHEMES[spec.scheme] for op in self._model.ops}
+        return ResultCache(cache_dir, self._model.label, facts, schemes)
+
+
+class Bench:
+    """What this process measures; what an earlier run has measured, and kept in the cache, is taken from there.
+
+    Unless all that the collected tests need is there, the model is loaded before the first score is given, so that
+    what the cache says is known to be of that very model. The most recently used calibrated model is kept alive, and
+    no other: one may fill the memory. A model that failed to load or calibrate is not tried again.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._spec: RunSpec | None = None
         self._calibrated: CalibratedModel | None = None
-        self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
+        self._facts: Payload = {}
+        self._scores: dict[RunSpec, _Scores] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str, str, str]] = set()
+        self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
+        self._warnings: list[str] = []
 
     def calibrated(self, spec: RunSpec, model: Model) -> CalibratedModel:
         """Load and calibrate, or return what is there.
@@ -63,35 +187,60 @@ class Bench:
         if spec in self._aborted:
             raise RunAborted(self._aborted[spec])
         if self._calibrated is None or spec != self._spec:
+            scores = self._known(spec, model)
             self._spec, self._calibrated = spec, None
-            self._results.clear()
             gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
             try:
                 with profile.running(self._profiler(spec, model)), profile.phase("load"):
                     limit_threads(self._config)
-                    self._calibrated = _calibrate(
-                        spec, model, expected(self._config, model.label, spec.scheme), workers_here(self._config)
-                    )
+                    calibrated = _calibrate(spec, model, scores.missing(), workers_here(self._config))
+                    self._facts = _facts(spec, calibrated)
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
+            self._calibrated = calibrated
+            told = scores.loaded(calibrated.reference_digest)
+            self._warnings += [] if told is None else [f"{model.label}: {told}"]
         return self._calibrated
 
-    def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
-        """Measure one op, once however many tests ask for it."""
-        key = op.name, modes
-        calibrated = self.calibrated(spec, model)
-        if key not in self._results:
-            self._results[key] = calibrated.score(op, modes)
-        return self._results[key]
+    def score(self, spec: RunSpec, model: Model, op: Op, modes: Sequence[Mode]) -> Measured:
+        """Tell what is known of one op, measured once however many tests ask for it."""
+        found = [self._part(spec, model, op, mode) for mode in modes]
+        spent = [part.spent for part in found if part.spent is not None]
+        return Measured(joined([part.result for part in found]), sum(spent) if spent else None)
 
-    def total(self, spec: RunSpec, model: Model) -> OpResult:
-        """Measure the whole model, everything quantized at once."""
-        key = TOTAL, ()
-        calibrated = self.calibrated(spec, model)
-        if key not in self._results:
-            self._results[key] = calibrated.total()
-        return self._results[key]
+    def total(self, spec: RunSpec, model: Model) -> Measured:
+        """Tell what is known of the whole model, everything quantized at once."""
+        return self._part(spec, model, Op(TOTAL, TOTAL), "total")
+
+    def _part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
+        scores = self._known(spec, model)
+        if not scores.sure:
+            self.calibrated(spec, model)
+        found = scores.get(op.name, part)
+        if found is None:
+            calibrated = self.calibrated(spec, model)
+            result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
+            found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+        return found
+
+    def _known(self, spec: RunSpec, model: Model) -> _Scores:
+        if spec not in self._scores:
+            wanted = expected(self._config, model.label, spec.scheme)
+            self._scores[spec] = _Scores(model, wanted, base_options(self._config), spec)
+        return self._scores[spec]
+
+    def _facts_of(self, calibrated: CalibratedModel) -> Payload:
+        return self._facts | {"engine": calibrated.engine, "engine_reason": calibrated.engine_reason}
+
+    def warnings(self) -> list[str]:
+        """Return what has to be told about the cache, since this was asked last."""
+        found, self._warnings = self._warnings, []
+        for scores in self._scores.values():
+            if scores.cache is not None and scores.cache.problem is not None:
+                found.append(f"scores could not be cached: {scores.cache.problem}")
+                scores.cache.problem = None
+        return found
 
     def profiles(self) -> list[Payload]:
         """Where the time of this process went so far, for each model that was measured since this was asked last."""
@@ -111,31 +260,43 @@ class Bench:
         return self._profilers.setdefault((model.label, spec.scheme), Profiler())
 
     def describe(self, options: Options, model: Model) -> Payload | None:
-        """Facts about the calibrated model of these options, builtin values only; once for each process.
+        """Facts about the model of these options, builtin values only; once for each process.
 
-        Again where the model comes out different when it is loaded again.
+        Again when it is loaded after scores that were cached, and where it comes out different when loaded again.
         """
-        if self._calibrated is None or self._spec != options.run_spec:
+        spec = options.run_spec
+        scores = self._scores[spec]
+        loaded = self._calibrated is not None and spec == self._spec
+        facts = self._facts_of(self._calibrated) if self._calibrated is not None and loaded else scores.facts
+        if facts is None:
             return None
-        reference = self._calibrated.reference_digest
-        key = options.run_spec, options.mode, reference, self._calibrated.engine
+        key = spec, options.mode, facts["reference"], facts["engine"], loaded
         if key in self._described:
             return None
         self._described.add(key)
         data = model.source.data_fingerprint()
-        return {
+        return facts | {
             "model": model.label,
             "scheme": options.scheme,
             "mode": options.mode,
-            "engine": self._calibrated.engine,
-            "engine_reason": self._calibrated.engine_reason,
-            "reference_seconds": float(self._calibrated.reference_seconds),
-            "reference": reference,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
-            "environment": environment(options.device, options.engine) | ({"data": data} if data else {}),
-            "functional": [to_payload(result) for result in self._calibrated.functional_ops],
+            "environment": facts["environment"] | ({"data": data} if data else {}),
+            "loaded": loaded,
+            "entry": None if scores.cache is None else str(scores.cache.path),
         }
+
+
+def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
+    """Tell about a calibrated model what is told beside its scores, in builtin values."""
+    return {
+        "engine": calibrated.engine,
+        "engine_reason": calibrated.engine_reason,
+        "reference_seconds": float(calibrated.reference_seconds),
+        "reference": calibrated.reference_digest,
+        "environment": environment(spec.device, spec.engine),
+        "functional": [to_payload(result) for result in calibrated.functional_ops],
+    }
 
 
 def _described(error: Exception) -> str:
@@ -181,7 +342,7 @@ def environment(device: str, engine: str) -> dict[str, str]:
     }
 
 
-def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None, workers: int) -> CalibratedModel:
+def _calibrate(spec: RunSpec, model: Model, ops: Collection[str], workers: int) -> CalibratedModel:
     import torch
 
     from pytest_qsens.calibrated import calibrate

@@ -28,9 +28,9 @@ def run_test(tally: Tally, op: str, seconds: float, *, calibrating: float = 0.0,
     """Let one test start, and end unless a test of that name is started already."""
     if op not in tally._running:
         tally.start(op)
-    result = {"seconds": 0.0 if unexercised else seconds}
+    spent = 0.0 if unexercised else seconds
     facts = [{"reference_seconds": 1.0}] if calibrating else []
-    carried = {"records": [{"result": result}], "facts": facts}
+    carried = {"records": [{"spent": spent}], "facts": facts}
     phases = (("setup", calibrating + seconds, {}), ("call", 0.0, {"qsens": carried}), ("teardown", 0.0, {}))
     for when, spent, extra in phases:
         report = pytest.TestReport(op, ("", None, ""), {}, "passed", None, when, duration=spent, **extra)  # type: ignore[arg-type]
