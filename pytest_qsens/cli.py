@@ -1,4 +1,4 @@
-"""The console script ``qsens``: look at result files, and compare them."""
+"""The console script ``qsens``: look at result files and at the cache, and compare results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare
 from pytest_qsens.errors import QsensError
+from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, load, lost_in_noise
 from pytest_qsens.sensitivity_files import read_pair
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.add_argument("--all", action="store_true", help="shorten no list")
     comparison.add_argument("--json", action="store_true", help="print the same for machines")
     comparison.set_defaults(run=_compare)
+    _add_cache(commands)
     arguments = parser.parse_args(argv)
     try:
         lines = arguments.run(arguments)
@@ -60,6 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("cache", help="list or clear what earlier runs have kept")
+    actions = command.add_subparsers(required=True)
+    for name, run, about in (
+        ("list", _list_cache, "print what is kept, the most recently used first"),
+        ("clear", _clear_cache, "remove what is kept; it is measured again when it is needed"),
+    ):
+        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        action.add_argument("--cache", type=Path, metavar="DIR", help="as given to pytest in --qsens-cache")
+        action.set_defaults(run=run)
+    action.add_argument("--model", metavar="LABEL", help="only of this model, by the name in `qsens cache list`")
+
+
+def _cache_dir(arguments: argparse.Namespace) -> Path:
+    cache_dir: Path = arguments.cache or default_cache_dir()
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise QsensError(f"{cache_dir} is not a directory. Give the one that --qsens-cache names.")
+    return cache_dir
+
+
+def _list_cache(arguments: argparse.Namespace) -> list[str]:
+    cache_dir = _cache_dir(arguments)
+    found = entries(cache_dir)
+    table = _aligned(listing(found)) if found else ()
+    return [*table, summary(cache_dir, found)]
+
+
+def _clear_cache(arguments: argparse.Namespace) -> list[str]:
+    cache_dir, model = _cache_dir(arguments), arguments.model
+    known = sorted({entry.model for entry in entries(cache_dir)})
+    if model is not None and model not in known:
+        raise QsensError(f"nothing of a model {model!r} in {cache_dir}. There is: {', '.join(known) or 'nothing'}.")
+    return [f"removed from {summary(cache_dir, clear(cache_dir, model))}"]
 
 
 def _positive(text: str) -> int:
