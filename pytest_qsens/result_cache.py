@@ -176,10 +176,10 @@ class ResultCache:
                 self._replace(cache.ABOUT, {})
             if name != cache.ABOUT:
                 self._replace(name, content)
-        except QsensError as error:
-            self.problem = str(error)
-        except OSError as error:
-            self.problem = f"{self.path} cannot be written: {error.strerror}"
+        except (QsensError, OSError) as error:
+            reason = error.__cause__ if isinstance(error, QsensError) else error
+            # Not which file: that would be another problem for every score.
+            self.problem = f"{self.path.parent} cannot be written ({getattr(reason, 'strerror', None) or error})"
 
     def _replace(self, name: str, content: Mapping[str, object]) -> None:
         content = {**content, "run": self._key, "name": name, "reference": self.reference}
