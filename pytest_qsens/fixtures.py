@@ -15,7 +15,7 @@ from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 
 if TYPE_CHECKING:
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.measure import Measured
+    from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
     from pytest_qsens.results import Payload

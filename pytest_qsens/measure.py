@@ -6,7 +6,8 @@ import gc
 import platform
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens import profile
+from pytest_qsens.cache import default_cache_dir
 from pytest_qsens.collect import base_options, expected
 from pytest_qsens.engines.availability import KERNEL_ENGINES
 from pytest_qsens.errors import QsensError
+from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
@@ -30,131 +33,16 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.collect import Model, Wanted
+    from pytest_qsens.collect import Model
     from pytest_qsens.options import Options, RunSpec
     from pytest_qsens.result_cache import Part
-    from pytest_qsens.results import Mode, OpResult, Payload
+    from pytest_qsens.results import Mode, Payload
 
 _BENCH = pytest.StashKey["Bench"]()
 
 
 class RunAborted(Exception):  # noqa: N818  # not an error of the test that meets it: the whole run cannot go on
     """The model cannot be measured at all; carries the message of the `QsensError` behind it."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of an op, and the seconds that this took; ``None`` if all of it was measured by an earlier run."""
-
-    result: OpResult
-    spent: float | None
-
-
-class _Scores:
-    """What is known under one `RunSpec`: measured in this process, or by an earlier run.
-
-    Args:
-        model: The model.
-        wanted: What the collected tests measure.
-        options: Where scores are cached.
-        spec: What is measured.
-
-    """
-
-    def __init__(self, model: Model, wanted: Wanted, options: Options, spec: RunSpec) -> None:
-        self._ops = {op.name: op for op in (*model.ops, Op(TOTAL, TOTAL))}
-        self._model = model
-        self._wanted = wanted
-        self._options = options
-        self._spec = spec
-        self._state = self._look()
-        self._found: dict[tuple[str, Part], Measured] = {}
-        self.cache = self._open()
-        self.facts = None if self.cache is None else self.cache.facts()
-        """What the cache tells beside scores."""
-        # Without a word from the cache there is nothing that has to be of the model to be loaded.
-        self.sure = self.cache is None or (self.facts is not None and not self.missing() and not wanted.model)
-        """Whether what the cache says needs no look at the model."""
-
-    def missing(self) -> set[str]:
-        """Names of the wanted ops with a score that has to be measured."""
-        return {op for op, parts in self._wanted.parts.items() if any(self.get(op, part) is None for part in parts)}
-
-    def get(self, op: str, part: Part) -> Measured | None:
-        """Score that is known."""
-        if (op, part) not in self._found and self.cache is not None:
-            result = self.cache.get(self._ops[op], part)
-            if result is not None:
-                self._found[op, part] = Measured(result, None)
-        return self._found.get((op, part))
-
-    def add(self, op: str, part: Part, result: OpResult, facts: Payload, scheme: str) -> Measured:
-        """Take a score just measured, and keep it for later runs."""
-        if self.cache is not None:
-            self.cache.keep_facts(scheme, facts)
-            self.cache.keep(result, part)
-        self._found[op, part] = Measured(result, 0.0)  # another test that asks for it takes no time
-        return Measured(result, result.seconds)
-
-    def loaded(self, reference: str) -> str | None:
-        """Take the hash of the outputs of the model just loaded; what the cache says of another one is forgotten.
-
-        Returns:
-            What has to be told about that.
-
-        """
-        self.sure, self.facts = True, None
-        before, self._state = self._state, self._look()
-        told = None
-        if before is None:
-            self.cache = self._open()  # a model that has just been downloaded
-        elif before != self._state:
-            self.cache = None
-            told = "model or data have changed since the run began: no score of this run is kept in the cache"
-        if self.cache is not None and not self.cache.trust(reference):
-            told = (
-                "the unquantized outputs are not those of the cached scores, although the model's files look the same: "
-                "all is measured anew. --qsens-hash-weights knows weights by their contents"
-            )
-        if told is not None:
-            self._found = {key: known for key, known in self._found.items() if known.spent is not None}
-        return told
-
-    def _look(self) -> tuple[str, str | None] | None:
-        """Tell what model and data look like, which must not change while they are loaded.
-
-        ``None`` if nothing is to be cached, or they cannot tell.
-        """
-        if self._options.cache_dir() is None:
-            return None
-        try:
-            identity = self._model.source.identity(hash_weights=False)
-            return None if identity is None else (identity, self._model.source.data_fingerprint())
-        except (QsensError, OSError):  # what is wrong with them is told when they are loaded
-            return None
-
-    def _open(self) -> ResultCache | None:
-        """Find the scores of earlier runs."""
-        cache_dir = self._options.cache_dir()
-        if cache_dir is None or self._state is None:
-            return None
-        identity, data = self._state
-        if self._options.hash_weights:
-            identity = self._model.source.identity(hash_weights=True) or identity
-        spec = self._spec
-        facts: dict[str, object] = {
-            "model": identity,
-            "data": data,
-            "engine": spec.engine,
-            "device": spec.device,
-            "divergence": spec.divergence,
-            "surroundings": surroundings(),
-        }
-        if spec.device != "cpu" or spec.engine in KERNEL_ENGINES:  # what they are can be told by torch alone
-            with suppress(Exception):  # a device that cannot be used says so when the model is loaded
-                facts["environment"] = environment(spec.device, spec.engine)
-        schemes = {op.name: SCHEMES[spec.scheme] for op in self._model.ops}
-        return ResultCache(cache_dir, self._model.label, facts, schemes)
 
 
 class Bench:
@@ -170,7 +58,7 @@ class Bench:
         self._spec: RunSpec | None = None
         self._calibrated: CalibratedModel | None = None
         self._facts: Payload = {}
-        self._scores: dict[RunSpec, _Scores] = {}
+        self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
         self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
         self._profilers: dict[tuple[str, str], Profiler] = {}
@@ -224,10 +112,15 @@ class Bench:
             found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
         return found
 
-    def _known(self, spec: RunSpec, model: Model) -> _Scores:
+    def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:
-            wanted = expected(self._config, model.label, spec.scheme)
-            self._scores[spec] = _Scores(model, wanted, base_options(self._config), spec)
+            options = base_options(self._config)
+            self._scores[spec] = KnownScores(
+                (*model.ops, Op(TOTAL, TOTAL)),
+                expected(self._config, model.label, spec.scheme),
+                partial(_look, options, model),
+                partial(_open_cache, options, spec, model),
+            )
         return self._scores[spec]
 
     def _facts_of(self, calibrated: CalibratedModel) -> Payload:
@@ -297,6 +190,34 @@ def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
         "environment": environment(spec.device, spec.engine),
         "functional": [to_payload(result) for result in calibrated.functional_ops],
     }
+
+
+def _look(options: Options, model: Model) -> Look | None:
+    if options.cache_dir() is None:
+        return None
+    try:
+        identity = model.source.identity(hash_weights=False)
+        return None if identity is None else Look(identity, model.source.data_fingerprint())
+    except (QsensError, OSError):  # what is wrong with them is told when they are loaded
+        return None
+
+
+def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> ResultCache:
+    """Find the cached scores of a model on all that they depend on."""
+    contents = model.source.identity(hash_weights=True) if options.hash_weights else None
+    facts: dict[str, object] = {
+        "model": contents or seen.identity,
+        "data": seen.data,
+        "engine": spec.engine,
+        "device": spec.device,
+        "divergence": spec.divergence,
+        "surroundings": surroundings(),
+    }
+    if spec.device != "cpu" or spec.engine in KERNEL_ENGINES:  # what they are can be told by torch alone
+        with suppress(Exception):  # a device that cannot be used says so when the model is loaded
+            facts["environment"] = environment(spec.device, spec.engine)
+    schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
+    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
 
 
 def _described(error: Exception) -> str:
