@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LABEL = "checkpoint"
 LOGGING = """
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ HERE = Path(__file__).parent
 
 
 def log(*words):
-    with (HERE / "measured.log").open("a") as file:  # one write: workers share the file
+    with (HERE / f"measured{os.environ.get('RUN', '')}.log").open("a") as file:  # one write: workers share the file
         file.write(" ".join(words) + "\\n")
 
 
@@ -142,7 +143,7 @@ def test_an_unchanged_check_measures_nothing(pytester: pytest.Pytester, workers:
 
 
 INTERRUPT = """
-import os, signal
+import signal, time
 
 def pytest_runtest_call(item):
     if "-encoder.layer.0.output.dense]" in item.nodeid and not (HERE / "interrupted").exists():
@@ -165,21 +166,25 @@ def pytest_runtest_call(item):
     ids=["interrupt", "kill", "kill-worker", "interrupt-controller", "kill-controller"],
 )
 @pytest.mark.usefixtures("checkpoint")
-def test_an_interrupted_run_is_resumed(pytester: pytest.Pytester, workers: str, who: str, how: str) -> None:
+def test_an_interrupted_run_is_resumed(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: str, who: str, how: str
+) -> None:
     """What was finished before is not measured again, the rest is, and every number is that of a run in one go."""
-    pytester.makeconftest(LOGGING + INTERRUPT.format(pid=who, signal=how).replace("import os", "import os, time"))
+    pytester.makeconftest(LOGGING + INTERRUPT.format(pid=who, signal=how))
+    monkeypatch.setenv("RUN", "1")  # workers without a controller may go on for a moment
     ended = run(pytester, "-n", workers, alone=True)
     assert (pytester.path / "interrupted").exists()
     expected = {"SIGINT": pytest.ExitCode.INTERRUPTED, "SIGKILL": -signal.SIGKILL}[how]
     assert ended.ret == (pytest.ExitCode.TESTS_FAILED if (workers, who) == ("2", "os.getpid()") else expected)
-    before, finished = log(pytester), log(pytester, "finished")
+    finished = log(pytester, "finished")
     assert finished
 
+    monkeypatch.delenv("RUN")
     resumed = run(pytester, "-n", workers, "--snapshot-update", alone=True)
     assert resumed.ret == pytest.ExitCode.OK
     again = [line.split()[0] for line in log(pytester) if line != "load"]
     assert not set(again) & set(finished)
-    assert set(again) | {line.split()[0] for line in before} >= set(names(pytester))
+    assert set(again) | {line.split()[0] for line in log(pytester, "measured1")} >= set(names(pytester))
     assert len(names(pytester)) == 17
     assert cached(pytester) == len(set(names(pytester)) - {"total"} - set(again)) > 0
     found = written(pytester)
