@@ -1,6 +1,6 @@
 """What is known of a model before any op is scored, kept on disk: one process finds it out, the others read it.
 
-One safetensors file: the content as JSON in its metadata, with a checksum, and the tensors, which are mapped. The
+An entry of the cache (`pytest_qsens.cache`) with one safetensors file: the content as JSON in its metadata, with a checksum, and the tensors, which are mapped. The
 model's weights are not in it; they are mapped from the checkpoint. A file that is damaged, or was made for something
 else, is never believed.
 """
@@ -14,7 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qsens import cache
 from pytest_qsens.files import locked, temporary_prefix
+from pytest_qsens.result_cache import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
+KIND = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,33 @@ class Artifact:
     """One file.
 
     Attributes:
-        path: Where it is, or is going to be.
+        entry: Directory of the entry in the cache.
         key: Names everything that its content depends on.
+        model: Label of the model, for those who look into the cache.
 
     """
 
-    path: Path
+    entry: Path
     key: str
+    model: str
+
+    @classmethod
+    def of(cls, cache_dir: Path, model: str, facts: Mapping[str, object]) -> Artifact:
+        """Find the place of the artifact of a model.
+
+        Args:
+            cache_dir: The cache.
+            model: Label of the model.
+            facts: All that it depends on, in builtin values.
+
+        """
+        key = digest([SCHEMA, facts])
+        return cls(cache_dir / KIND / key, key, model)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.entry / "calibrated.safetensors"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -79,8 +102,7 @@ class Artifact:
         expected = {"schema": str(SCHEMA), "key": self.key, "checksum": _checksum(metadata["facts"], tensors)}
         if any(metadata.get(name) != value for name, value in expected.items()):
             return None
-        with suppress(OSError):
-            os.utime(self.path)  # when it was used last
+        cache.touch(self.entry)
         return Content(facts, tensors)
 
     def write(self, content: Content) -> None:
@@ -101,14 +123,10 @@ class Artifact:
         temporary = self.path.with_name(f"{prefix}{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata)
+            (self.entry / cache.ABOUT).write_text(json.dumps({"by": cache.OWNER, "model": self.model}))
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the file."""
-        with suppress(OSError):
-            self.path.unlink()
 
 
 def _checksum(facts: str, tensors: Mapping[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ from pytest_qsens.preparation import digest, placed, prepare, put_together, take
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
-from pytest_qsens.results import OpResult
+from pytest_qsens.results import IDENTICAL, OpResult
 from pytest_qsens.threads import reproducible_sums, threads_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
 
-_IDENTICAL = "identical to the reference"
 _NOT_FINITE = "the output holds NaN or infinite values"
 _QUANTIZED = {"isolated": "only this op is", "fallback": "everything but this op is"}
 
@@ -224,7 +223,7 @@ def _measured(
         op.type,
         op.block,
         "failed" if failures else "measured",
-        "; ".join(failures) or (_IDENTICAL if identical else note),
+        "; ".join(failures) or (IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
         seconds=seconds,
@@ -258,7 +257,7 @@ def calibrate(
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
-            together leaves out the others.
+            together leaves out the others, unless that are all.
         memory: Bytes for values that could be computed again; half of what the weights leave free if it is not given.
         workers: How many processes share what is free.
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
@@ -398,7 +397,7 @@ class _Setup:
         with profile.phase("capture"):
             if self._engine == "replay":
                 return ReplayEngine(prepared.captured, simulator, quantizable, self._memory)
-            expected = [op for op in quantizable if self._expected is None or op in self._expected]
+            expected = [op for op in quantizable if self._expected is None or op in self._expected] or quantizable
             return DeltaEngine(
                 prepared.captured,
                 simulator,

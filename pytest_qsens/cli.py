@@ -1,4 +1,4 @@
-"""The console script ``qsens``: look at result files, compare, merge and accept them, make stand-ins for models."""
+"""The console script ``qsens``: result files, the cache of scores, and stand-ins for models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.accept import accept
+from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
 from pytest_qsens.errors import QsensError
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
+from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_standin(commands)
     _add_merge(commands)
     _add_accept(commands)
+    _add_cache(commands)
     arguments = parser.parse_args(argv)
     try:
         lines = arguments.run(arguments)
@@ -143,6 +146,41 @@ def _accept(arguments: argparse.Namespace) -> list[str]:
     thresholds = parse_fail(arguments.fail, "--fail")
     path, news = accept(load(arguments.result), arguments.snapshot_dir, thresholds, allow_ci=arguments.allow_ci_update)
     return [f"{path}: {count(len(news), 'line')} new or changed"]
+
+
+def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("cache", help="list or clear what earlier runs have kept")
+    actions = command.add_subparsers(required=True)
+    for name, run, about in (
+        ("list", _list_cache, "print what is kept, the most recently used first"),
+        ("clear", _clear_cache, "remove what is kept; it is measured again when it is needed"),
+    ):
+        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        action.add_argument("--cache", type=Path, metavar="DIR", help="as given to pytest in --qsens-cache")
+        action.set_defaults(run=run)
+    action.add_argument("--model", metavar="LABEL", help="only of this model, by the name in `qsens cache list`")
+
+
+def _cache_dir(arguments: argparse.Namespace) -> Path:
+    cache_dir: Path = arguments.cache or default_cache_dir()
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise QsensError(f"{cache_dir} is not a directory. Give the one that --qsens-cache names.")
+    return cache_dir
+
+
+def _list_cache(arguments: argparse.Namespace) -> list[str]:
+    cache_dir = _cache_dir(arguments)
+    found = entries(cache_dir)
+    table = _aligned(listing(found)) if found else ()
+    return [*table, summary(cache_dir, found)]
+
+
+def _clear_cache(arguments: argparse.Namespace) -> list[str]:
+    cache_dir, model = _cache_dir(arguments), arguments.model
+    known = sorted({entry.model for entry in entries(cache_dir)})
+    if model is not None and model not in known:
+        raise QsensError(f"nothing of a model {model!r} in {cache_dir}. There is: {', '.join(known) or 'nothing'}.")
+    return [f"removed from {summary(cache_dir, clear(cache_dir, model))}"]
 
 
 def _positive(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.source import ModelRequest, ModelSource
     from pytest_qsens.options import RunSpec
-    from pytest_qsens.results import Payload
+    from pytest_qsens.result_cache import Part
+    from pytest_qsens.results import Mode, Payload
     from pytest_qsens.snapshot import Snapshot
 
 SUITE = "qsens"
@@ -34,11 +35,14 @@ SUITE = "qsens"
 
 FIXTURES = frozenset({"qsens_model", "qsens_op", "qsens_score", "qsens_total"})
 
+SPEC = "_qsens_spec"
+"""Fixture behind those that need a model: its parameter is the `RunSpec`. It loads nothing."""
+
 _OPTIONS = pytest.StashKey[Options]()
 _CATALOGUE = pytest.StashKey["Catalogue"]()
 _SELECTION = pytest.StashKey[tuple[str, ...]]()
 _PLANNED = pytest.StashKey[dict[str, Options]]()
-_EXPECTED = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+_WANTED = pytest.StashKey[dict[tuple[str, str], "Wanted"]]()
 _MADE = pytest.StashKey[dict[tuple[str, str], "_Made"]]()
 _ELSEWHERE = pytest.StashKey[dict[tuple[str, str], set[str]]]()
 
@@ -59,6 +63,16 @@ class _Made:
     model: Model
     engine: str
     names: set[str]
+
+
+@dataclass
+class Wanted:
+    """What the collected tests need of a model under a scheme."""
+
+    parts: dict[str, set[Part]] = field(default_factory=dict)
+    """Op → its scores; the whole model's under `TOTAL`."""
+    model: bool = False
+    """Whether a test takes the calibrated model itself."""
 
 
 class UnusableTest(pytest.Collector.CollectError):
@@ -281,8 +295,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
     prefix = f"{model.label}-{options.scheme}"
-    if "qsens_model" in metafunc.fixturenames:
-        metafunc.parametrize("qsens_model", [options.run_spec], indirect=True, ids=[prefix], scope="session")
+    if SPEC in metafunc.fixturenames:
+        metafunc.parametrize(SPEC, [options.run_spec], indirect=True, ids=[prefix], scope="session")
         prefix = ""
     ops = select(model, options) if "qsens_op" in metafunc.fixturenames else ()
     suite = metafunc.definition.parent
@@ -329,17 +343,22 @@ def plan(session: pytest.Session) -> Payload | None:
     models: dict[tuple[str, str], Model] = {}
     for item in session.items:
         names = getattr(item, "fixturenames", ())
-        if isinstance(item, pytest.Function) and ("qsens_score" in names or "qsens_total" in names):
-            spec = cast("RunSpec", item.callspec.params["qsens_model"])
-            op = cast("Op | None", item.callspec.params.get("qsens_op"))
-            model = catalogue(config).known(spec.request)
+        if not isinstance(item, pytest.Function) or SPEC not in names:
+            continue
+        spec = cast("RunSpec", item.callspec.params[SPEC])
+        op = cast("Op | None", item.callspec.params.get("qsens_op"))
+        model = catalogue(config).known(spec.request)
+        wanted = config.stash.setdefault(_WANTED, {}).setdefault((model.label, spec.scheme), Wanted())
+        wanted.model = wanted.model or "qsens_model" in names
+        if op is not None and "qsens_score" in names:
+            wanted.parts.setdefault(op.name, set()).update(_modes(item))
+        if "qsens_total" in names:
+            wanted.parts.setdefault(TOTAL, set()).add("total")
+        if "qsens_score" in names or "qsens_total" in names:
             cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL)
             models[model.label, spec.scheme] = model
     if not cases:
         return None
-    wanted = config.stash.setdefault(_EXPECTED, {})
-    for label, scheme, measured in cases.values():
-        wanted.setdefault((label, scheme), set()).add(measured)
     refusal = None
     try:
         check_overrides(base_options(config), catalogue(config).models)
@@ -364,9 +383,16 @@ def files(config: pytest.Config) -> dict[str, tuple[str | None, str | None]]:
     return {source.label: (source.weights_digest(), source.data_fingerprint()) for source in sources}
 
 
-def expected(config: pytest.Config, label: str, scheme: str) -> set[str] | None:
-    """Ops of a model under a scheme that the collected tests measure; ``None`` before collection has ended."""
-    return config.stash.get(_EXPECTED, {}).get((label, scheme))
+def _modes(item: pytest.Function) -> Iterable[Mode]:
+    try:
+        return options_for(item).modes
+    except QsensError:  # the test says so itself
+        return ()
+
+
+def expected(config: pytest.Config, label: str, scheme: str) -> Wanted:
+    """Tell what the collected tests need of a model under a scheme."""
+    return config.stash.get(_WANTED, {}).get((label, scheme)) or Wanted()
 
 
 class SuiteTest(pytest.Function):
@@ -568,7 +594,7 @@ def _replaced(options: Options, items: Iterable[pytest.Item]) -> frozenset[str]:
     scores = {"qsens_score": "test_op", "qsens_total": "test_total"}
     found: set[str] = set()
     for item in items:
-        spec = item.callspec.params.get("qsens_model") if hasattr(item, "callspec") else None
+        spec = item.callspec.params.get(SPEC) if hasattr(item, "callspec") else None
         if spec is not None and (spec.request, spec.scheme) == (options.request, options.scheme):
             found.update(scores[name] for name in getattr(item, "fixturenames", ()) if name in scores)
     return frozenset(found)

@@ -6,10 +6,12 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_qsens.cache import trim
 from pytest_qsens.collect import (
     Case,
     base_options,
@@ -23,13 +25,13 @@ from pytest_qsens.collect import (
     wants_total,
 )
 from pytest_qsens.errors import QsensError
+from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.workers import SNAPSHOTS, apart, check_distribution, machine, named, workers_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
-    from pathlib import Path
 
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
@@ -71,6 +73,8 @@ class Run:
     """Lines of the snapshot that are of no op of the model."""
     lost: set[str] = field(default_factory=set)
     """Ops whose worker died."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Op → seconds that this run took for it; those that came from the cache are not there."""
 
     @property
     def engines(self) -> list[str]:
@@ -147,15 +151,26 @@ class Run:
 
     @property
     def reference_seconds(self) -> float | None:
-        """Seconds of one unquantized forward, the fastest of all workers."""
-        return min((facts["reference_seconds"] for facts in self.facts), default=None)
+        """Seconds of one unquantized forward, the fastest of all workers; of an earlier run, if this one made none."""
+        fresh = [facts for facts in self.facts if facts["loaded"]]
+        return min((facts["reference_seconds"] for facts in fresh or self.facts), default=None)
 
     @property
     def forwards_per_op(self) -> float | None:
-        """Mean time of one op in units of a reference forward."""
-        if not self.measured or not self.reference_seconds:
+        """Mean time of an op that this run has measured, in units of a reference forward."""
+        spent = [self.spent[result.op] for result in self.measured if result.op in self.spent]
+        if not spent or not self.reference_seconds:
             return None
-        return sum(result.seconds for result in self.measured) / len(self.measured) / self.reference_seconds
+        return sum(spent) / len(spent) / self.reference_seconds
+
+    @property
+    def cached(self) -> list[OpResult]:
+        """Ops whose scores came from the cache alone."""
+        return [
+            result
+            for op, result in self.results.items()
+            if op != TOTAL and op not in self.spent and op not in self.lost
+        ]
 
     def add(self, payload: Payload, *, passed: bool) -> None:
         """Take one result; the same op may be reported by several tests."""
@@ -167,6 +182,8 @@ class Run:
         if result.op in self.lost:
             return
         self.results[result.op] = _joined(self.results.get(result.op), result)
+        if payload["spent"] is not None:
+            self.spent[result.op] = self.spent.get(result.op, 0.0) + payload["spent"]
         if payload["verdict"]:
             verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
             known = self.verdicts.get(result.op)
@@ -218,6 +235,8 @@ class Controller:
         """What went wrong after measuring, for the summary."""
         self.written: dict[Path, str] = {}
         """Files, and how much in them is new."""
+        self.warnings: dict[str, None] = {}
+        """What was told about the cache, each once."""
         self.wall_seconds = 0.0
         self._abort: str | None = None
         self._unusable = False
@@ -398,6 +417,7 @@ class Controller:
                     return
             for told in payload["profiles"]:
                 self._run(told["model"], told["scheme"]).profiles[told["process"]] = told["profile"]
+            self.warnings |= dict.fromkeys(payload["warnings"])
             for record in payload["records"]:
                 self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
         elif report.when not in ("setup", "call", "teardown") and report.failed:
@@ -459,8 +479,17 @@ class Controller:
             self._guarded(partial(self._write_results, self._reported))
         if active and not any(result.status == "measured" for run in active for result in run.results.values()):
             self.problems.append("nothing was measured")
+        self._trim_cache()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _trim_cache(self) -> None:
+        """Keep the cache within its size, by what was not used for the longest time."""
+        options = base_options(self.config)
+        cache_dir = options.cache_dir()
+        used = {Path(path) for run in self.runs.values() for facts in run.facts for path in facts["used"]}
+        if cache_dir is not None and used:
+            trim(cache_dir, parse_memory(options.cache_size, "cache_size"), used)
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
@@ -550,6 +579,7 @@ class Controller:
             reference=run.reference,
             checkpoint=run.checkpoint,
             shard=options.shard,
+            cached=len(run.cached),
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""

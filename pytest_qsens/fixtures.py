@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
-from pytest_qsens.collect import Model, catalogue, planned
+from pytest_qsens.collect import SPEC, Model, catalogue, planned
 from pytest_qsens.errors import QsensError
 from pytest_qsens.measure import RunAborted, accept_command, bench
 from pytest_qsens.ops import TOTAL
@@ -16,9 +16,10 @@ from pytest_qsens.workers import place
 
 if TYPE_CHECKING:
     from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
-    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.results import Payload
     from pytest_qsens.syrupy_extension import Score
     from pytest_qsens.thresholds import Threshold
 
@@ -32,10 +33,11 @@ class OpFailed(pytest.fail.Exception):  # type: ignore[name-defined,misc]  # an 
 class _Record:
     """One result that a test looked at, and the score it was given for it."""
 
-    def __init__(self, options: Options, model: Model, result: OpResult) -> None:
+    def __init__(self, options: Options, model: Model, measured: Measured) -> None:
         self.options = options
         self.model = model
-        self.result = result
+        self.result = measured.result
+        self.spent = measured.spent
         self.score: Score | None = None
 
     def payload(self) -> Payload:
@@ -45,21 +47,24 @@ class _Record:
             "model": self.model.label,
             "scheme": self.options.scheme,
             "result": to_payload(self.result),
+            "spent": None if self.spent is None else float(self.spent),
             "verdict": verdict.kind if verdict else None,
             "lines": list(verdict.lines) if verdict else [],
             "entry": entry.to_payload() if entry else None,
         }
 
 
+@pytest.fixture(scope="session", name=SPEC)
+def qsens_spec(request: pytest.FixtureRequest) -> RunSpec:
+    """Tell which model a test is about; nothing is loaded for that."""
+    return cast("RunSpec", _parameter(request, "qsens_model"))
+
+
 @pytest.fixture(scope="session")
-def qsens_model(request: pytest.FixtureRequest) -> CalibratedModel:
+def qsens_model(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> CalibratedModel:
     """Calibrated model that all ops share (`pytest_qsens.calibrated.CalibratedModel`)."""
-    spec = cast("RunSpec", _parameter(request, "qsens_model"))
-    try:
-        # The session-scoped request knows no test, and the catalogue has every model that was collected.
-        return bench(request.config).calibrated(spec, catalogue(request.config).known(spec.request))
-    except QsensError as error:
-        raise RunAborted(str(error)) from error
+    # The session-scoped request knows no test, and the catalogue has every model that was collected.
+    return bench(request.config).calibrated(_qsens_spec, catalogue(request.config).known(_qsens_spec.request))
 
 
 @pytest.fixture
@@ -69,27 +74,27 @@ def qsens_op(request: pytest.FixtureRequest) -> Op:
 
 
 @pytest.fixture
-def qsens_score(request: pytest.FixtureRequest, qsens_model: CalibratedModel, qsens_op: Op) -> Score:  # noqa: ARG001  # holds the model
+def qsens_score(request: pytest.FixtureRequest, _qsens_spec: RunSpec, qsens_op: Op) -> Score:
     """Score of ``qsens_op``, for ``assert qsens_score == snapshot``; its numbers are in ``qsens_score.result``.
 
     A test of an op without a score is skipped with the reason, or fails: see `_without_score`.
     """
     options = _options(request)
     model = catalogue(request.config).model(options)
-    result = bench(request.config).score(options.run_spec, model, qsens_op, options.modes)
-    return _score(request, options, model, result, options.thresholds_for(qsens_op.name))
+    measured = bench(request.config).score(_qsens_spec, model, qsens_op, options.modes)
+    return _score(request, options, model, measured, options.thresholds_for(qsens_op.name))
 
 
 @pytest.fixture
-def qsens_total(request: pytest.FixtureRequest, qsens_model: CalibratedModel) -> Score:  # noqa: ARG001  # holds the model
+def qsens_total(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> Score:
     """Score of the whole model, everything that can be quantized quantized at once."""
     options = _options(request)
     model = catalogue(request.config).model(options)
-    result = bench(request.config).total(options.run_spec, model)
-    known = {metric for scores in result.modes.values() for metric in scores}
+    measured = bench(request.config).total(_qsens_spec, model)
+    known = {metric for scores in measured.result.modes.values() for metric in scores}
     # `gain` is of single ops only. What is left gates the whole model, or the default if that is nothing.
     thresholds = tuple(t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric != "gain")
-    return _score(request, options, model, result, thresholds or parse_fail(DEFAULT_FAIL))
+    return _score(request, options, model, measured, thresholds or parse_fail(DEFAULT_FAIL))
 
 
 def _options(request: pytest.FixtureRequest) -> Options:
@@ -110,9 +115,14 @@ def _parameter(request: pytest.FixtureRequest, name: str) -> object:
 
 
 def _score(
-    request: pytest.FixtureRequest, options: Options, model: Model, result: OpResult, thresholds: tuple[Threshold, ...]
+    request: pytest.FixtureRequest,
+    options: Options,
+    model: Model,
+    measured: Measured,
+    thresholds: tuple[Threshold, ...],
 ) -> Score:
-    record = _Record(options, model, result)
+    record = _Record(options, model, measured)
+    result = record.result
     node: pytest.Item = request.node
     node.stash.setdefault(_RECORDS, []).append(record)
     node.user_properties.append(("status", result.status))
@@ -171,8 +181,8 @@ def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     decisive = call.when == "call" or (call.when == "setup" and not report.passed)
     records = item.stash.get(_RECORDS, []) if decisive else []
     described = [bench(item.config).describe(record.options, record.model) for record in records]
-    profiles = bench(item.config).profiles()
-    if not records and not profiles:
+    profiles, warnings = bench(item.config).profiles(), bench(item.config).warnings()
+    if not records and not profiles and not warnings:
         return
     if records and isinstance(error, OpFailed):
         report.when = "call"  # an op that cannot be quantized is a failed test, not an error in its set-up
@@ -180,4 +190,5 @@ def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
         "records": [record.payload() for record in records],
         "facts": [facts for facts in described if facts is not None],
         "profiles": profiles,
+        "warnings": warnings,
     }

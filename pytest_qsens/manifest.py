@@ -8,6 +8,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from pytest_qsens.cache import MANIFESTS
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.ops import TOTAL, Op
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
     from pytest_qsens.models.source import ModelSource
 
 SCHEMA = 1
-
-
-def default_cache_dir() -> Path:
-    """Directory for caches of this user on this machine."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("pytest-qsens")
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
@@ -41,7 +35,7 @@ def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]
     fingerprint = source.fingerprint()
     if cache_dir is None or fingerprint is None:
         return _list(source)
-    path = cache_dir / "manifests" / f"{_key(fingerprint)}.json"
+    path = cache_dir / MANIFESTS / f"{_key(fingerprint)}.json"
     ops = _read(path)
     if ops is None:
         ops = _list(source)

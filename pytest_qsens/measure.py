@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import platform
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +15,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens import profile
+from pytest_qsens.artifact import Artifact
+from pytest_qsens.cache import default_cache_dir
 from pytest_qsens.collect import base_options, expected
+from pytest_qsens.engines.availability import KERNEL_ENGINES
 from pytest_qsens.errors import QsensError
+from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
-from pytest_qsens.ops import TOTAL
+from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
-from pytest_qsens.results import to_payload
+from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.result_cache import ResultCache
+from pytest_qsens.results import joined, to_payload
+from pytest_qsens.surroundings import surroundings
 from pytest_qsens.workers import limit_threads, workers_here
 
 if TYPE_CHECKING:
@@ -26,9 +35,9 @@ if TYPE_CHECKING:
 
     from pytest_qsens.calibrated import CalibratedModel
     from pytest_qsens.collect import Model
-    from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
-    from pytest_qsens.results import Mode, OpResult, Payload
+    from pytest_qsens.result_cache import Part
+    from pytest_qsens.results import Mode, Payload
 
 _BENCH = pytest.StashKey["Bench"]()
 
@@ -38,20 +47,25 @@ class RunAborted(Exception):  # noqa: N818  # not an error of the test that meet
 
 
 class Bench:
-    """Keeps the most recently used calibrated model alive, and no other: one may fill the memory.
+    """What this process measures; what an earlier run has measured, and kept in the cache, is taken from there.
 
-    A model that failed to load or calibrate is not tried again.
+    Unless all that the collected tests need is there, the model is loaded before the first score is given, so that
+    what the cache says is known to be of that very model. The most recently used calibrated model is kept alive, and
+    no other: one may fill the memory. A model that failed to load or calibrate is not tried again.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._spec: RunSpec | None = None
         self._calibrated: CalibratedModel | None = None
-        self._results: dict[tuple[str, tuple[Mode, ...]], OpResult] = {}
+        self._artifact: Path | None = None
+        self._facts: Payload = {}
+        self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str, str, str]] = set()
+        self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
+        self._warnings: list[str] = []
 
     def calibrated(self, spec: RunSpec, model: Model) -> CalibratedModel:
         """Load and calibrate, or return what is there.
@@ -63,35 +77,67 @@ class Bench:
         if spec in self._aborted:
             raise RunAborted(self._aborted[spec])
         if self._calibrated is None or spec != self._spec:
+            scores = self._known(spec, model)
             self._spec, self._calibrated = spec, None
-            self._results.clear()
             gc.collect()  # the old model holds reference cycles (hooks, graphs); two models may not fit
             try:
                 with profile.running(self._profiler(spec, model)), profile.phase("load"):
                     limit_threads(self._config)
-                    self._calibrated = _calibrate(
-                        spec, model, expected(self._config, model.label, spec.scheme), workers_here(self._config)
-                    )
+                    artifact = _artifact(base_options(self._config), spec, model, scores.seen)
+                    self._artifact = None if artifact is None else artifact.entry
+                    calibrated = _calibrate(spec, model, scores.missing(), workers_here(self._config), artifact)
+                    self._facts = _facts(spec, calibrated)
             except Exception as error:  # whatever it is, the next op would meet it again
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
+            self._calibrated = calibrated
+            told = scores.loaded(calibrated.reference_digest)
+            self._warnings += [] if told is None else [f"{model.label}: {told}"]
         return self._calibrated
 
-    def score(self, spec: RunSpec, model: Model, op: Op, modes: tuple[Mode, ...]) -> OpResult:
-        """Measure one op, once however many tests ask for it."""
-        key = op.name, modes
-        calibrated = self.calibrated(spec, model)
-        if key not in self._results:
-            self._results[key] = calibrated.score(op, modes)
-        return self._results[key]
+    def score(self, spec: RunSpec, model: Model, op: Op, modes: Sequence[Mode]) -> Measured:
+        """Tell what is known of one op, measured once however many tests ask for it."""
+        found = [self._part(spec, model, op, mode) for mode in modes]
+        spent = [part.spent for part in found if part.spent is not None]
+        return Measured(joined([part.result for part in found]), sum(spent) if spent else None)
 
-    def total(self, spec: RunSpec, model: Model) -> OpResult:
-        """Measure the whole model, everything quantized at once."""
-        key = TOTAL, ()
-        calibrated = self.calibrated(spec, model)
-        if key not in self._results:
-            self._results[key] = calibrated.total()
-        return self._results[key]
+    def total(self, spec: RunSpec, model: Model) -> Measured:
+        """Tell what is known of the whole model, everything quantized at once."""
+        return self._part(spec, model, Op(TOTAL, TOTAL), "total")
+
+    def _part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
+        scores = self._known(spec, model)
+        if not scores.sure:
+            self.calibrated(spec, model)
+        found = scores.get(op.name, part)
+        if found is None:
+            calibrated = self.calibrated(spec, model)
+            result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
+            found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+        return found
+
+    def _known(self, spec: RunSpec, model: Model) -> KnownScores:
+        if spec not in self._scores:
+            options = base_options(self._config)
+            self._scores[spec] = KnownScores(
+                (*model.ops, Op(TOTAL, TOTAL)),
+                expected(self._config, model.label, spec.scheme),
+                partial(_look, options, model),
+                partial(_open_cache, options, spec, model),
+            )
+        return self._scores[spec]
+
+    def _facts_of(self, calibrated: CalibratedModel) -> Payload:
+        return self._facts | {"engine": calibrated.engine, "engine_reason": calibrated.engine_reason}
+
+    def warnings(self) -> list[str]:
+        """Return what has to be told about the cache, since this was asked last."""
+        found, self._warnings = self._warnings, []
+        for scores in self._scores.values():
+            if scores.cache is not None and scores.cache.problem is not None:
+                found.append(f"scores could not be cached: {scores.cache.problem}")
+                scores.cache.problem = None
+        return found
 
     def profiles(self) -> list[Payload]:
         """Where the time of this process went so far, for each model that was measured since this was asked last."""
@@ -111,32 +157,85 @@ class Bench:
         return self._profilers.setdefault((model.label, spec.scheme), Profiler())
 
     def describe(self, options: Options, model: Model) -> Payload | None:
-        """Facts about the calibrated model of these options, builtin values only; once for each process.
+        """Facts about the model of these options, builtin values only; once for each process.
 
-        Again where the model comes out different when it is loaded again.
+        Again when it is loaded after scores that were cached, and where it comes out different when loaded again.
         """
-        if self._calibrated is None or self._spec != options.run_spec:
+        spec = options.run_spec
+        scores = self._scores[spec]
+        loaded = self._calibrated is not None and spec == self._spec
+        facts = self._facts_of(self._calibrated) if self._calibrated is not None and loaded else scores.facts
+        if facts is None:
             return None
-        reference = self._calibrated.reference_digest
-        key = options.run_spec, options.mode, reference, self._calibrated.engine
+        key = spec, options.mode, facts["reference"], facts["engine"], loaded
         if key in self._described:
             return None
         self._described.add(key)
         data = model.source.data_fingerprint()
-        return {
+        return facts | {
             "model": model.label,
             "scheme": options.scheme,
             "mode": options.mode,
-            "engine": self._calibrated.engine,
-            "engine_reason": self._calibrated.engine_reason,
-            "reference_seconds": float(self._calibrated.reference_seconds),
-            "reference": reference,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
             "weights": model.source.weights_digest(),
-            "environment": environment(options.device, options.engine) | ({"data": data} if data else {}),
-            "functional": [to_payload(result) for result in self._calibrated.functional_ops],
+            "environment": facts["environment"] | ({"data": data} if data else {}),
+            "loaded": loaded,
+            "used": [str(path) for path in (scores.cache and scores.cache.path, loaded and self._artifact) if path],
         }
+
+
+def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
+    """Tell about a calibrated model what is told beside its scores, in builtin values."""
+    return {
+        "engine": calibrated.engine,
+        "engine_reason": calibrated.engine_reason,
+        "reference_seconds": float(calibrated.reference_seconds),
+        "reference": calibrated.reference_digest,
+        "environment": environment(spec.device, spec.engine),
+        "functional": [to_payload(result) for result in calibrated.functional_ops],
+    }
+
+
+def _look(options: Options, model: Model) -> Look | None:
+    if options.cache_dir() is None:
+        return None
+    try:
+        identity = model.source.identity(hash_weights=False)
+        return None if identity is None else Look(identity, model.source.data_fingerprint())
+    except (QsensError, OSError):  # what is wrong with them is told when they are loaded
+        return None
+
+
+def _basis(options: Options, spec: RunSpec, model: Model, seen: Look) -> dict[str, object]:
+    """Collect what scores depend on but engine, metrics and schemes, in builtin values."""
+    contents = model.source.identity(hash_weights=True) if options.hash_weights else None
+    facts: dict[str, object] = {
+        "model": contents or seen.identity,
+        "data": seen.data,
+        "device": spec.device,
+        "surroundings": surroundings(),
+    }
+    if spec.device != "cpu" or spec.engine in KERNEL_ENGINES:  # what they are can be told by torch alone
+        with suppress(Exception):  # a device that cannot be used says so when the model is loaded
+            facts["environment"] = environment(spec.device, spec.engine)
+    return facts
+
+
+def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> ResultCache:
+    """Find the cached scores of a model on all that they depend on."""
+    facts = _basis(options, spec, model, seen) | {"engine": spec.engine, "divergence": spec.divergence}
+    schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
+    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
+
+
+def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) -> Artifact | None:
+    """Find the place of what the first process finds out for all; ``None`` if nothing is to be cached."""
+    cache_dir = options.cache_dir()
+    if cache_dir is None or seen is None:
+        return None
+    facts = _basis(options, spec, model, seen) | {"scheme": asdict(SCHEMES[spec.scheme])}
+    return Artifact.of(cache_dir, model.label, facts)
 
 
 def _described(error: Exception) -> str:
@@ -182,7 +281,9 @@ def environment(device: str, engine: str) -> dict[str, str]:
     }
 
 
-def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None, workers: int) -> CalibratedModel:
+def _calibrate(
+    spec: RunSpec, model: Model, ops: Collection[str], workers: int, artifact: Artifact | None
+) -> CalibratedModel:
     import torch
 
     from pytest_qsens.calibrated import calibrate
@@ -201,6 +302,7 @@ def _calibrate(spec: RunSpec, model: Model, ops: Collection[str] | None, workers
         expected=ops,
         memory=None if spec.memory is None else parse_memory(spec.memory, "memory"),
         workers=max(1, workers),
+        artifact=artifact,
     )
 
 

@@ -243,6 +243,7 @@ def _merged(parts: Sequence[Part]) -> RunResult:
         profile=_profile(runs),
         reference="+".join(sorted(references)) or None,
         shard=None,
+        cached=sum(run.cached for run in runs),
     )
     return RunResult(info, ops, found.get(TOTAL))
 

@@ -112,8 +112,12 @@ _DECLARATIONS = (
     ),
     _Declaration("json", "path", "write every score to FILE", "FILE"),
     _Declaration("profile", "flag", "tell where the time went, in the summary and in the file of --qsens-json"),
-    _Declaration("cache", "path", "where op lists are cached (default: the user's cache directory)", "DIR"),
-    _Declaration("no_cache", "flag", "neither read nor write the cache"),
+    _Declaration("cache", "path", "where scores and op lists are cached (default: the user's cache directory)", "DIR"),
+    _Declaration("no_cache", "flag", "measure anew: neither read nor write the cache"),
+    _Declaration("cache_size", "text", "how large the cache may grow, such as 20GB (default)", "SIZE"),
+    _Declaration(
+        "hash_weights", "flag", "know weights by their contents, not by file sizes and times, when scores are cached"
+    ),
     _Declaration("allow_pickle", "flag", "load pickled weights (*.bin), which can run code", marker=True),
     _Declaration("snapshot_dir", "path", "where snapshots live (default: qsens_snapshots)", "DIR"),
     _Declaration("allow_ci_update", "flag", "let --snapshot-update write sensitivity snapshots although CI is set"),
@@ -181,6 +185,8 @@ class Options:
     profile: bool
     cache: Path | None
     no_cache: bool
+    cache_size: str
+    hash_weights: bool
     allow_pickle: bool
     snapshot_dir: Path
     allow_ci_update: bool
@@ -218,6 +224,7 @@ class Options:
             "engine": "auto",
             "fail": "nmse:5%",
             "device": "cpu",
+            "cache_size": "20GB",
             "ops": (),
             "snapshot_dir": config.rootpath / "qsens_snapshots",
         }
@@ -297,12 +304,12 @@ class Options:
         return self.selective or self.shard is not None
 
     def cache_dir(self) -> Path | None:
-        """Directory of cached op lists, or ``None`` if nothing may be cached."""
+        """Directory of cached scores and op lists, or ``None`` if nothing may be cached."""
         if self.no_cache:
             return None
         if self.cache is not None:
             return self.cache
-        from pytest_qsens.manifest import default_cache_dir
+        from pytest_qsens.cache import default_cache_dir
 
         return default_cache_dir()
 
@@ -490,4 +497,5 @@ _CHECKS: dict[str, Callable[[str, str], None]] = {
     "fail": _check_fail,
     "device": _check_device,
     "memory": _check_memory,
+    "cache_size": _check_memory,
 }

@@ -9,12 +9,12 @@ import pytest
 
 from pytest_qsens import collect, options, workers
 from pytest_qsens.controller import CHANNEL, Controller
-from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_total
+from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-__all__ = ["qsens_model", "qsens_op", "qsens_score", "qsens_total"]
+__all__ = ["qsens_model", "qsens_op", "qsens_score", "qsens_spec", "qsens_total"]
 
 # An editable install does not tell pytest which modules belong to a plugin, so assertions there stay plain.
 pytest.register_assert_rewrite("pytest_qsens.builtin_suite")

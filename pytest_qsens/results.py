@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pytest_qsens.errors import QsensError
@@ -20,7 +20,7 @@ from pytest_qsens.profile import Profile
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 SCHEMA = 1
@@ -30,6 +30,9 @@ Status = Literal["measured", "estimated", "unexercised", "unquantizable", "faile
 
 Mode = Literal["isolated", "fallback"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+IDENTICAL = "identical to the reference"
+"""Reason of a measured op whose quantized output is the reference bit by bit."""
 
 ABOUT_SCORES = frozenset({"distinguishable", "inc_sse", "noise"})
 """What results hold beside metrics, and snapshots leave out."""
@@ -101,6 +104,7 @@ class RunInfo:
     comes from a factory; ``engine_reason`` says why another engine than the usual one was used; ``profile`` is there if
     it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
     where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
+    ``cached`` is how many of the ops were measured by an earlier run and taken from the cache.
     """
 
     model: str
@@ -115,6 +119,7 @@ class RunInfo:
     reference: str | None = None
     checkpoint: str | None = None
     shard: Shard | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,24 @@ class RunResult:
     run: RunInfo
     ops: tuple[OpResult, ...]
     total: OpResult | None = None
+
+
+def joined(results: Sequence[OpResult]) -> OpResult:
+    """Join the results of one op that were measured mode by mode."""
+    if len(results) == 1:
+        return results[0]
+    failed = [result for result in results if result.status == "failed"]
+    told = [result.reason for result in failed or results]
+    reasons = list(dict.fromkeys(reason for reason in told if reason not in (None, IDENTICAL)))
+    if not reasons and all(reason == IDENTICAL for reason in told):
+        reasons = [IDENTICAL]
+    return replace(
+        (failed or results)[0],
+        reason="; ".join(reasons) or None,
+        isolated=next((result.isolated for result in results if result.isolated is not None), None),
+        fallback=next((result.fallback for result in results if result.fallback is not None), None),
+        seconds=sum(result.seconds for result in results),
+    )
 
 
 def lost_in_noise(scores: Scores | None) -> bool:
@@ -281,6 +304,7 @@ def _read_run(fields: Fields) -> RunInfo:
         reference=fields.optional_text("reference"),
         checkpoint=fields.optional_text("checkpoint"),
         shard=_optional_shard(fields),
+        cached=int(fields.optional_number("cached") or 0),
     )
     cost.end()
     fields.end()

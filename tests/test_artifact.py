@@ -30,7 +30,7 @@ SCHEMES = ("w8a8", "w8a8_static")
 
 def artifact(directory: Path, key: str = "k") -> Artifact:
     """Return the artifact of a test."""
-    return Artifact(directory / "artifacts" / "one.safetensors", key)
+    return Artifact(directory / "artifacts" / "one", key, "tiny")
 
 
 def measured(model: CalibratedModel, every: int = 3) -> list[OpResult]:
@@ -166,14 +166,14 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib\n"
         "from pytest_qsens.artifact import Artifact\n"
-        "found = Artifact(pathlib.Path(sys.argv[1]), 'k')\n"
+        "found = Artifact(pathlib.Path(sys.argv[1]), 'k', 'tiny')\n"
         "with found.locked():\n"
         "    found.path.with_name(f'.{found.path.name}.1.tmp').write_bytes(b'begun')\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(600)\n"
     )
     found = artifact(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", code, str(found.path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", code, str(found.entry)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         process.send_signal(signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     with found.locked():
         found.write(Content({"a": 1}, {"t": torch.ones(3)}))
     assert time.monotonic() - start < 30
-    assert [path.name for path in found.path.parent.iterdir()] == ["one.safetensors"]
+    assert {path.name for path in found.entry.iterdir()} == {"calibrated.safetensors", "entry.json"}
     content = found.read()
     assert content is not None
     assert content.facts == {"a": 1}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pytest_qsens import ModelSpec, QsensError
-from pytest_qsens.manifest import default_cache_dir, load_manifest
+from pytest_qsens.cache import default_cache_dir
+from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import Op
@@ -37,6 +38,10 @@ class Source:
     def fingerprint(self) -> str | None:
         """Return the given key."""
         return self.key
+
+    def identity(self, *, hash_weights: bool) -> str | None:
+        """Return the given key."""
+        return None if hash_weights else self.key
 
     def data_fingerprint(self) -> str | None:
         """Return nothing."""

@@ -147,6 +147,7 @@ def test_layout_of_the_file(path: Path) -> None:
         "mode": "isolated",
         "environment": {"torch": "2.13.0"},
         "data": None,
+        "cached": 0,
         "cost": {"wall_seconds": 12.5, "reference_seconds": 0.5, "forwards_per_op": 0.75},
     }
     assert [op["op"] for op in document["ops"]] == ["encoder.1", "encoder.0", "encoder.2"]

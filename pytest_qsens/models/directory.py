@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_qsens.models.batches import make_batches, select_samples
+from pytest_qsens.models.identity import checkpoint_identity
 from pytest_qsens.models.processors import explained
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
@@ -48,6 +49,11 @@ class DirectorySource:
         """Hash of the config: it decides the modules."""
         content = json.dumps(self.checkpoint.config, sort_keys=True)
         return "transformers:" + hashlib.sha256(content.encode()).hexdigest()
+
+    def identity(self, *, hash_weights: bool) -> str | None:
+        """Hash of the files."""
+        found = checkpoint_identity(self.checkpoint.directory, hash_weights=hash_weights)
+        return None if found is None else f"transformers:{found}"
 
     def data_fingerprint(self) -> str:
         """Short hash of the data."""

@@ -41,6 +41,9 @@ class FactorySource:
     def fingerprint(self) -> None:
         """Return ``None``."""
 
+    def identity(self, *, hash_weights: bool) -> None:
+        """Return ``None``."""
+
     def data_fingerprint(self) -> None:
         """Return ``None``."""
 

@@ -94,6 +94,10 @@ class HubSource:
         """Hash of the config."""
         return (self._cached or self._remote_config).fingerprint()
 
+    def identity(self, *, hash_weights: bool) -> str | None:
+        """Hash of the files in the cache; ``None`` before they are downloaded."""
+        return None if self._cached is None else self._cached.identity(hash_weights=hash_weights)
+
     def data_fingerprint(self) -> str:
         """Short hash of the data."""
         return self.data.fingerprint()
@@ -114,4 +118,5 @@ class HubSource:
         from huggingface_hub import snapshot_download
 
         patterns = [*FILES, "*.bin"] if self.allow_pickle else list(FILES)
-        return self._source(snapshot_download(self.repository, allow_patterns=patterns)).load()
+        self._cached = self._source(snapshot_download(self.repository, allow_patterns=patterns))
+        return self._cached.load()

@@ -46,6 +46,14 @@ class ModelSource(Protocol):
     def fingerprint(self) -> str | None:
         """Key of everything ``skeleton`` depends on, or ``None`` if that cannot be told."""
 
+    def identity(self, *, hash_weights: bool) -> str | None:
+        """Key of everything that the loaded model depends on, weights included, or ``None`` if that cannot be told.
+
+        Args:
+            hash_weights: Whether weights count with their contents, in place of file sizes and times.
+
+        """
+
     def data_fingerprint(self) -> str | None:
         """Short hash of the calibration and evaluation data, or ``None`` if that cannot be told."""
 

@@ -87,6 +87,10 @@ class TinyQwen25VL:
         """Hash of the config and the seed."""
         return self.label + ":" + hashlib.sha256(json.dumps([CONFIG, SEED], sort_keys=True).encode()).hexdigest()
 
+    def identity(self, *, hash_weights: bool) -> str:  # noqa: ARG002  # the protocol's
+        """Hash of the config and the seed: the weights are drawn from these."""
+        return self.fingerprint()
+
     def data_fingerprint(self) -> str:
         """Short hash of the data."""
         return self.data.fingerprint()

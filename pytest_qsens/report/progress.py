@@ -63,11 +63,12 @@ class Tally:
     def add(self, op: Op, report: pytest.TestReport) -> None:
         """Take one phase of the test of an op."""
         payload = getattr(report, "qsens", {})
-        measured = sum(record["result"]["seconds"] for record in payload.get("records", ()))
+        seconds = [record["spent"] for record in payload.get("records", ()) if record["spent"] is not None]
+        measured = sum(seconds)  # without what came from the cache
         spent = self._running.get(report.nodeid, 0.0) + report.duration
         for facts in payload.get("facts", ()):  # the first test of its process, whose set-up has calibrated the model
             spent = measured
-            if measured < _FREE * facts["reference_seconds"]:
+            if seconds and measured < _FREE * facts["reference_seconds"]:
                 self._free.add(op.block)
         self._running[report.nodeid] = spent
         # An op that the data never reached takes no time either, and says nothing of the others.

@@ -38,6 +38,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
         terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{engine}{shard}")
         terminal.write_line(_counts(run))
+        if run.cached:
+            terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
             for line in worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal)):  # noqa: SLF001  # its width
                 terminal.write_line(line)
@@ -47,6 +49,12 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(line)
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
+    _end(terminal, controller)
+
+
+def _end(terminal: pytest.TerminalReporter, controller: Controller) -> None:
+    for warning in controller.warnings:
+        terminal.write_line(f"qsens: {warning}", yellow=True)
     for path, news in controller.written.items():
         terminal.write_line(f"qsens: wrote {path}{news}")
     for problem in controller.problems:
@@ -65,6 +73,12 @@ def _counts(run: Run) -> str:
     if run.functional:
         found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
     return f"{len(run.ops)} ops: {', '.join(found)}{_compared(run)}"
+
+
+def _sources(run: Run) -> str:
+    cached = {result.op for result in run.cached}
+    measured = sum(result.op not in cached for result in run.measured)
+    return f"scores: {len(cached)} op{'s' * (len(cached) != 1)} from the cache, {measured} measured in this run"
 
 
 def _compared(run: Run) -> str:

@@ -24,14 +24,16 @@ DRAWN = re.compile("\x1bD\x1b\\[A\x1b7\r\n(.*?)\x1b8")
 ERASED = "\x1b[J"
 
 
-def run_test(tally: Tally, op: str, seconds: float, *, calibrating: float = 0.0, unexercised: bool = False) -> None:
-    """Let one test start, and end unless a test of that name is started already."""
+def run_test(
+    tally: Tally, op: str, seconds: float | None, *, calibrating: float = 0.0, unexercised: bool = False
+) -> None:
+    """Let one test start, and end unless a test of that name is started already; no seconds: its op is cached."""
     if op not in tally._running:
         tally.start(op)
-    result = {"seconds": 0.0 if unexercised else seconds}
+    spent = 0.0 if unexercised else seconds
     facts = [{"reference_seconds": 1.0}] if calibrating else []
-    carried = {"records": [{"result": result}], "facts": facts}
-    phases = (("setup", calibrating + seconds, {}), ("call", 0.0, {"qsens": carried}), ("teardown", 0.0, {}))
+    carried = {"records": [{"spent": spent}], "facts": facts}
+    phases = (("setup", calibrating + (seconds or 0.0), {}), ("call", 0.0, {"qsens": carried}), ("teardown", 0.0, {}))
     for when, spent, extra in phases:
         report = pytest.TestReport(op, ("", None, ""), {}, "passed", None, when, duration=spent, **extra)  # type: ignore[arg-type]
         tally.add(Op(op, ""), report)
@@ -71,6 +73,17 @@ def test_ops_that_take_nothing_promise_nothing() -> None:
     assert str(tally) == "m: 12/31 ops"
     run_test(tally, "slow.0.op", 2.0)
     assert str(tally) == "m: 13/31 ops, 0.5 ops/s, 0:36 left"
+
+
+def test_cached_ops_promise_nothing() -> None:
+    """What comes from the cache is done, and says nothing of how long the others take."""
+    tally = tally_of(10)
+    run_test(tally, "layers.0.op0", None, calibrating=300.0)
+    for n in range(1, 5):
+        run_test(tally, f"layers.0.op{n}", None)
+    assert str(tally) == "m: 5/10 ops"
+    run_test(tally, "layers.0.op5", 2.0)
+    assert str(tally) == "m: 6/10 ops, 0.5 ops/s, 0:08 left"
 
 
 def test_tests_side_by_side() -> None:

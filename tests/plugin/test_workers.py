@@ -111,7 +111,9 @@ def test_a_crash_outweighs_other_tests_of_the_op(*, crash_first: bool) -> None:
     result = OpResult("head", "linear", "", "measured", isolated={"nmse": 0.1})
     entry = {"type": "linear", "isolated": {"nmse": 0.1}}
     reports = [
-        lambda: run.add({"result": to_payload(result), "verdict": "new", "lines": [], "entry": entry}, passed=True),
+        lambda: run.add(
+            {"result": to_payload(result), "spent": 0.1, "verdict": "new", "lines": [], "entry": entry}, passed=True
+        ),
         lambda: run.crashed("head", "worker crashed"),
     ]
     for report in reversed(reports) if crash_first else reports:
