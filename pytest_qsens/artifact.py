@@ -1,8 +1,8 @@
 """What is known of a model before any op is scored, kept on disk: one process finds it out, the others read it.
 
-An entry of the cache (`pytest_qsens.cache`) with one safetensors file: the content as JSON in its metadata, with a checksum, and the tensors, which are mapped. The
-model's weights are not in it; they are mapped from the checkpoint. A file that is damaged, or was made for something
-else, is never believed.
+An entry of the cache (`pytest_qsens.cache`) with one safetensors file: the content as JSON in its metadata, with a
+checksum, and the tensors, which are mapped. The model's weights are not in it; they are mapped from the checkpoint. A
+file that is damaged, or was made for something else, is never believed.
 """
 
 from __future__ import annotations
