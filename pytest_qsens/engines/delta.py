@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
 
-TOLERANCE = 2e-3
-"""How far an error may be from that of an exact replay, relative: bf16 has 8 bits, and rounding is random."""
+TOLERANCE = 1e-2
+"""How far an error may be from that of an exact replay, relative.
+
+bf16 has 8 bits, and rounding is random; but what a layer amplifies of an error it amplifies of that rounding, too. Found
+were up to 4e-4 in 24 layers and up to 4e-3 in 68 layers of random weights, where errors grow a hundredfold on the way.
+"""
 
 _WAVE_SHARE = 4
 """The part of the memory for changes that go side by side: one in so many."""
