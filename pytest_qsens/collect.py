@@ -13,10 +13,11 @@ import pytest
 
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.errors import QsensError
+from pytest_qsens.memory import free_memory
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
 from pytest_qsens.shards import predicted_costs, split
-from pytest_qsens.workers import SNAPSHOTS, place
+from pytest_qsens.workers import SNAPSHOTS, cores, fitting, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -271,6 +272,22 @@ def catalogue(config: pytest.Config) -> Catalogue:
             apart=apart,
         )
     return config.stash[_CATALOGUE]
+
+
+def automatic_workers(config: pytest.Config) -> int | None:
+    """How many workers ``-n auto`` means; ``None`` if no model is measured, or the environment says it."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    from pytest_qsens.models.resolve import resolve
+
+    try:
+        options = base_options(config)
+        if options.model is None:
+            return None
+        weights = resolve(options.request).weight_bytes()
+    except QsensError:  # it is told when the session starts
+        return None
+    return fitting(cores(), free_memory(), weights, quantized=options.mode != "isolated")
 
 
 def updating(config: pytest.Config) -> bool:

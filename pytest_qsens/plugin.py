@@ -86,6 +86,12 @@ def pytest_assertrepr_compare(
     return explained
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Choose the number of workers for ``-n auto`` by cores and memory."""
+    return collect.automatic_workers(config)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Share the cores among the workers about to be started, and spell options so that other machines get them."""

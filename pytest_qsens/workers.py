@@ -16,6 +16,9 @@ SNAPSHOTS = "qsens_snapshots"
 """Key of ``workerinput``, for workers that are `apart`: the controller's snapshots."""
 
 _THREADS = "OMP_NUM_THREADS"
+WORKER_BYTES = 2 * 10**9
+"""Memory of a worker beside the weights: libraries, and values of a run (docs/scale.md)."""
+
 _UNFIT = {
     "loadscope": "puts a whole model on one worker",
     "loadfile": "puts a whole model on one worker",
@@ -61,6 +64,22 @@ def set_threads(specs: Sequence[Any]) -> Callable[[], None]:
         os.environ.pop(_THREADS, None)
 
     return restore
+
+
+def fitting(available: int, free: float, weights: int | None, *, quantized: bool) -> int:
+    """How many workers a machine has cores and memory for.
+
+    Args:
+        available: Cores.
+        free: Bytes of memory.
+        weights: Bytes of the checkpoint, which all workers map; ``None`` if that is not known.
+        quantized: Whether every worker keeps all weights as int8, as it does in mode ``fallback``.
+
+    """
+    if weights is None:
+        return available
+    each = WORKER_BYTES + (weights // 2 if quantized else 0)  # from bf16
+    return max(1, min(available, int((free - weights) // each)))
 
 
 def workers_beside(spec: Any, specs: Sequence[Any]) -> int:  # noqa: ANN401  # execnet has no types

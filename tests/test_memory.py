@@ -9,7 +9,7 @@ import pytest
 
 from pytest_qsens import memory
 from pytest_qsens.errors import QsensError
-from pytest_qsens.memory import default_memory, parse_memory
+from pytest_qsens.memory import default_memory, free_memory, parse_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,3 +47,22 @@ def test_a_container_can_leave_less_than_the_machine(monkeypatch: pytest.MonkeyP
     assert default_memory(1) == 10**6
     (tmp_path / "memory.max").write_text("max\n")
     assert default_memory(1) > 10**7
+
+
+@pytest.mark.parametrize("line", ["0::/jobs/one", "9:memory:/jobs/one"])
+def test_a_control_group_can_leave_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
+    """Its own limit or that of a group around it, in either version of control groups."""
+    version_1 = ":memory:" in line
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"3:cpu:/other\n{line}\n")
+    names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+    group = tmp_path / "memory" / "jobs" if version_1 else tmp_path / "jobs"
+    (group / "one").mkdir(parents=True)
+    for name, value in zip(
+        (*names, "stat"), ("3000000", "1500000", "total_inactive_file 0\ninactive_file 0"), strict=True
+    ):
+        (group / f"memory.{name}").write_text(f"{value}\n")
+    assert free_memory() == 1_500_000
+    assert default_memory(1, reserved=500_000) == 500_000
+    assert default_memory(1, reserved=10**9) == 0

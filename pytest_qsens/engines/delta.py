@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-2
 """How far an error may be from that of an exact replay, relative.
 
-bf16 has 8 bits, and rounding is random; but what a layer amplifies of an error it amplifies of that rounding, too. Found
-were up to 4e-4 in 24 layers and up to 4e-3 in 68 layers of random weights, where errors grow a hundredfold on the way.
+bf16 has 8 bits, and rounding is random; but what a layer amplifies of an error it amplifies of that rounding, too.
+Found were up to 4e-4 in 24 layers, and 4e-3 in 68 of random weights, where errors grow a hundredfold on the way.
 """
 
 _WAVE_SHARE = 4

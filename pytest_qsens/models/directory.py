@@ -13,7 +13,7 @@ from pytest_qsens.models.processors import explained
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
 from pytest_qsens.models.transformers_model import load_class, load_model, on_meta
-from pytest_qsens.models.weights import checkpoint_digest
+from pytest_qsens.models.weights import checkpoint_digest, weight_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +62,10 @@ class DirectorySource:
     def weights_digest(self) -> str | None:
         """Short hash of config and weights."""
         return checkpoint_digest(self.checkpoint.directory)
+
+    def weight_bytes(self) -> int:
+        """Size of the weights' files."""
+        return weight_bytes(self.checkpoint.directory)
 
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device; refuses models that batches cannot be made for."""

@@ -50,6 +50,9 @@ class FactorySource:
     def weights_digest(self) -> None:
         """Return ``None``."""
 
+    def weight_bytes(self) -> None:
+        """Nothing: only calling the factory tells."""
+
     def skeleton(self) -> nn.Module:
         """Return the factory's module; a callable is called on the meta device."""
         model = self._spec.model

@@ -106,6 +106,10 @@ class HubSource:
         """Short hash of config and weights in the local cache; ``None`` if they are yet to be downloaded."""
         return None if self._cached is None else self._cached.weights_digest()
 
+    def weight_bytes(self) -> int | None:
+        """Size of the weights' files, once they are in the cache."""
+        return None if self._cached is None else self._cached.weight_bytes()
+
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device."""
         return (self._cached or self._remote_config).skeleton()

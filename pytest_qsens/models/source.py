@@ -60,6 +60,9 @@ class ModelSource(Protocol):
     def weights_digest(self) -> str | None:
         """Short hash of the checkpoint, equal for a copy of it, or ``None`` if that cannot be told."""
 
+    def weight_bytes(self) -> int | None:
+        """Size of the weights, or ``None`` if that cannot be told without loading them."""
+
     def skeleton(self) -> torch.nn.Module:
         """Build the module on the meta device where the source allows it; no weights are loaded."""
 

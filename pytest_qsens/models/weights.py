@@ -40,6 +40,14 @@ def checkpoint_digest(directory: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def weight_bytes(directory: Path) -> int:
+    """Size of the files with weights in a directory; 0 if it is unreadable."""
+    try:
+        return sum(path.stat().st_size for path in directory.iterdir() if path.name.endswith(_WEIGHTS))
+    except OSError:
+        return 0
+
+
 def _samples(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     yield str(size).encode()

@@ -13,7 +13,7 @@ from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
 from pytest_qsens.report.terminal import attention
 from pytest_qsens.results import OpResult, to_payload
-from pytest_qsens.workers import cores
+from pytest_qsens.workers import cores, fitting
 from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
 
 COUNT = len(OPS) + 1
@@ -364,3 +364,37 @@ def test_the_users_thread_count_is_respected(pytester: pytest.Pytester, monkeypa
     pytester.runpytest_inprocess(*run)
     assert (pytester.path / "threads.txt").read_text().split() == ["1", "1"]
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("available", "free", "weights", "quantized", "expected"),
+    [
+        (8, 64e9, 7_500_000_000, False, 8),  # cores
+        (8, 16e9, 7_500_000_000, False, 4),  # memory beside the weights, which all share
+        (8, 24e9, 7_500_000_000, True, 2),  # int8 weights that each keeps
+        (8, 6e9, 7_500_000_000, False, 1),  # streamed
+        (8, 6e9, None, False, 8),  # nobody knows before it is loaded
+    ],
+)
+def test_workers_that_fit(available: int, free: float, weights: int | None, expected: int, *, quantized: bool) -> None:
+    """As many as there are cores, and memory."""
+    assert fitting(available, free, weights, quantized=quantized) == expected
+
+
+def test_auto_goes_by_memory(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``-n auto`` means as many workers as fit; other suites, and a number in the environment, are left alone."""
+    told = []
+
+    def asked(*_: object, **__: object) -> int:
+        told.append(1)
+        return 3
+
+    monkeypatch.setattr("pytest_qsens.collect.fitting", asked)
+    arguments = ("-n", "auto", "-p", "no:randomly", "--collect-only", "-q")
+    config = pytester.parseconfig("--qsens-model", "tiny_qwen2_5_vl", *arguments)
+    assert config.hook.pytest_xdist_auto_num_workers(config=config) == 3
+    other = pytester.parseconfig(*arguments)
+    assert other.hook.pytest_xdist_auto_num_workers(config=other) != 3 or cores() == 3
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "2")
+    assert config.hook.pytest_xdist_auto_num_workers(config=config) == 2
+    assert len(told) == 1
