@@ -59,10 +59,9 @@ def test_a_control_group_can_leave_less(monkeypatch: pytest.MonkeyPatch, tmp_pat
     names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
     group = tmp_path / "memory" / "jobs" if version_1 else tmp_path / "jobs"
     (group / "one").mkdir(parents=True)
-    for name, value in zip(
-        (*names, "stat"), ("3000000", "1500000", "total_inactive_file 0\ninactive_file 0"), strict=True
-    ):
-        (group / f"memory.{name}").write_text(f"{value}\n")
+    (group / f"memory.{names[0]}").write_text("3000000\n")
+    (group / f"memory.{names[1]}").write_text("1500000\n")
+    (group / "memory.stat").write_text("total_inactive_file 0\ninactive_file 0\n")
     assert free_memory() == 1_500_000
     assert default_memory(1, reserved=500_000) == 500_000
     assert default_memory(1, reserved=10**9) == 0
