@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -348,7 +348,12 @@ class _Setup:
         prepared = self._restored(artifact)
         if prepared is not None:
             return prepared, self.build(prepared)
-        with artifact.locked():
+        with ExitStack() as held:
+            try:
+                held.enter_context(artifact.locked())
+            except QsensError:  # a cache that cannot be written costs time only
+                prepared = self.find_out()
+                return prepared, self.build(prepared)
             prepared = self._restored(artifact)  # the process that had the lock may have made it
             if prepared is not None:
                 return prepared, self.build(prepared)

@@ -112,8 +112,13 @@ def names(pytester: pytest.Pytester) -> list[str]:
 
 def scores() -> list[Path]:
     """Find the files of the scores in the cache."""
-    [entry] = cache.entries(cache.default_cache_dir())
+    [entry] = kept()
     return sorted(entry.path.glob("*.*.*.json"))
+
+
+def kept() -> list[cache.Entry]:
+    """Entries of scores in the cache; beside them are the artifacts of calibrated models."""
+    return [entry for entry in cache.entries(cache.default_cache_dir()) if entry.kind == "results"]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -331,7 +336,7 @@ def test_weights_that_change_while_they_are_loaded(pytester: pytest.Pytester) ->
     )
     result = run(pytester)
     result.stdout.fnmatch_lines(["qsens: checkpoint: model or data have changed since the run began: *"])
-    assert cache.entries(cache.default_cache_dir()) == []
+    assert kept() == []
     assert len(names(pytester)) == 17
 
 
@@ -482,9 +487,10 @@ def test_the_size_is_limited(pytester: pytest.Pytester) -> None:
     (old / "entry.json").write_text('{"by": "pytest-qsens", "model": "old"}')
     (old / f"{1:032x}.scheme.json").write_bytes(bytes(1_000_000))
     run(pytester, "--qsens-cache-size", "2MB")
-    assert [entry.model for entry in cache.entries(cache.default_cache_dir())] == ["old", LABEL]
+    assert [entry.model for entry in kept()] == ["old", LABEL]
     run(pytester, "--qsens-cache-size", "1MB")
-    assert [entry.model for entry in cache.entries(cache.default_cache_dir())] == [LABEL]
+    assert [entry.model for entry in kept()] == [LABEL]
+    assert {entry.kind for entry in cache.entries(cache.default_cache_dir())} == {"results", "artifacts"}
     result = run(pytester, "--qsens-cache-size", "big")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: qsens: --qsens-cache-size takes a size such as 4GB*'big'"])
@@ -515,4 +521,5 @@ def test_the_script_lists_what_a_run_has_kept(pytester: pytest.Pytester, checkpo
     command = [sys.executable, "-c", code, "cache", "list"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert re.match(rf"{checkpoint.name} +results +w8a8_static +1 +[\d.]+ KB +\d{{4}}-", output[1])
-    assert output[2].startswith(f"{cache.default_cache_dir()}: 1 entry, ")
+    assert re.match(rf"{checkpoint.name} +artifacts +- +- +[\d.]+ KB +\d{{4}}-", output[2])
+    assert output[3].startswith(f"{cache.default_cache_dir()}: 2 entries, ")
