@@ -125,5 +125,6 @@ def _share(available: int, workers: int) -> int:
 
 def machine(spec: Any) -> str:  # noqa: ANN401  # execnet has no types
     """Name the machine a spec runs on; the empty string is this one."""
-    socket = str(spec.socket or "").rpartition(":")[0]  # a machine may serve several sockets
-    return str(spec.via or spec.ssh or socket)
+    socket = str(spec.socket or "")
+    host = socket.rpartition(":")[0] or socket  # a machine may serve several sockets
+    return str(spec.via or spec.ssh or host)
