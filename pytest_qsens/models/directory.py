@@ -75,7 +75,7 @@ class DirectorySource:
             return on_meta(lambda: model_class(config))
 
     def load(self) -> ModelSpec:
-        """Load the weights in fp32 and make the batches."""
+        """Load the weights as they are stored, and make the batches."""
         self.checkpoint.check()
         model = load_model(self.checkpoint)
         task = task_of(type(model), model.config)

@@ -115,7 +115,7 @@ class HubSource:
         return (self._cached or self._remote_config).skeleton()
 
     def load(self) -> ModelSpec:
-        """Download what is missing, load the weights in fp32 and make the batches."""
+        """Download what is missing, load the weights and make the batches."""
         if self._cached is not None:
             return self._cached.load()
         _ = self._remote_config  # says clearly what is wrong before a long download

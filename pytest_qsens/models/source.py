@@ -67,7 +67,7 @@ class ModelSource(Protocol):
         """Build the module on the meta device where the source allows it; no weights are loaded."""
 
     def load(self) -> ModelSpec:
-        """Load the weights in fp32 and build the batches.
+        """Load the weights as they are stored, and build the batches.
 
         Raises:
             QsensError: If weights are missing, damaged or do not fit.

@@ -287,6 +287,7 @@ def test_any_config_gets_a_stand_in(name: str, snapshots: dict[str, Path], tmp_p
     source.check()
     spec = source.load()
     assert isinstance(spec.model, torch.nn.Module)
+    spec.model.float()
     for batch in spec.evaluation:
         output = spec.output(spec.model(**batch), batch)
         assert output.isfinite().all()
