@@ -258,7 +258,7 @@ def calibrate(
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
             together leaves out the others, unless that are all.
-        memory: Bytes for values that could be computed again; half of what the weights leave free if it is not given.
+        memory: Bytes for values that could be computed again; by default a third of what the weights leave free.
         workers: How many processes share what is free.
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
             capture, for which it takes the threads of all workers, and the others run a graph once.

@@ -36,7 +36,7 @@ def parse_memory(text: str, origin: str) -> int:
 
 
 def default_memory(workers: int, device: str = "cpu", reserved: int = 0) -> int:
-    """Half of the memory that is free on a torch device, shared by the workers of this machine; bytes.
+    """Return a third of the memory that is free on a torch device, shared by the workers of this machine; bytes.
 
     Args:
         workers: How many.
@@ -50,7 +50,7 @@ def default_memory(workers: int, device: str = "cpu", reserved: int = 0) -> int:
         free: float = torch.cuda.mem_get_info(device)[0]
     else:
         free = free_memory()
-    return int(max(0.0, free - reserved) // 2 // workers)
+    return int(max(0.0, free - reserved) // 3 // workers)
 
 
 def free_memory() -> float:

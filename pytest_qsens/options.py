@@ -98,8 +98,8 @@ _DECLARATIONS = (
     _Declaration(
         "memory",
         "text",
-        "memory for values that could be computed again, such as 4GB: less is slower (default: half of what is free, "
-        "shared by the workers)",
+        "memory for values that could be computed again, such as 4GB: less is slower (default: a third of what the "
+        "weights leave free, shared by the workers)",
         "SIZE",
         marker=True,
     ),

@@ -32,7 +32,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_the_default_is_shared() -> None:
-    """Half of what is free for one process, a part of that for each of several."""
+    """A third of what is free for one process, a part of that for each of several."""
     free = psutil.virtual_memory().available
     assert default_memory(1) < free
     assert default_memory(4) == pytest.approx(default_memory(1) / 4, rel=0.2)
@@ -42,7 +42,7 @@ def test_a_container_can_leave_less_than_the_machine(monkeypatch: pytest.MonkeyP
     """What limits the container of this process is what counts."""
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1500000\n")
+    (tmp_path / "memory.current").write_text("500000\n")
     (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 500000\n")
     assert default_memory(1) == 10**6
     (tmp_path / "memory.max").write_text("max\n")
@@ -63,5 +63,5 @@ def test_a_control_group_can_leave_less(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (group / f"memory.{names[1]}").write_text("1500000\n")
     (group / "memory.stat").write_text("total_inactive_file 0\ninactive_file 0\n")
     assert free_memory() == 1_500_000
-    assert default_memory(1, reserved=500_000) == 500_000
+    assert default_memory(1, reserved=300_000) == 400_000
     assert default_memory(1, reserved=10**9) == 0
