@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,8 @@ def prepare(
         QsensError: If the model cannot be run, or its reference output is not finite or all zero.
 
     """
-    with profile.phase("calibration"), one_thread():
+    # ranges are to have the same bits on any number of threads
+    with profile.phase("calibration"), one_thread() if calibration.ranges else nullcontext():
         for number, batch in enumerate(calibrating, 1):
             observe(model, batch, number, spec, calibration)
     references = References(model, batches, spec)

@@ -95,7 +95,7 @@ _VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _FORM = frozenset(
     {
         *("__set__", "detach", "dim", "element_size", "is_complex", "is_contiguous", "is_floating_point", "numel"),
-        *("requires_grad_", "size", "stride"),
+        *("requires_grad_", "size", "stride", "_has_compatible_shallow_copy_type"),
         *(
             "data",
             "device",

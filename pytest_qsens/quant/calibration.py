@@ -70,13 +70,17 @@ class Calibration:
 
     Args:
         scheme: What needs ranges.
-        ranges: Whether to observe them; otherwise only what is reached is noted.
+        ranges: Whether to observe those it needs; otherwise only what is reached is noted.
+
+    Attributes:
+        ranges: Whether any are observed.
+        reached: Ops that computed something.
 
     """
 
     def __init__(self, scheme: Scheme, *, ranges: bool = True) -> None:
         self._scheme = scheme
-        self._ranges = ranges
+        self.ranges = ranges and scheme.activation != "dynamic"
         self._inputs: dict[str, _Range] = {}
         self._outputs: dict[str, _Range] = {}
         self.reached: set[str] = set()
@@ -93,7 +97,7 @@ class Calibration:
         if not output.numel():
             return
         self.reached.add(op)
-        if call.kind == "embedding" or self._scheme.activation == "dynamic" or not self._ranges:
+        if call.kind == "embedding" or not self.ranges:
             return
         self._inputs.setdefault(op, _Range()).observe(_finite(call.x, call.kind, f"input of {op}"))
         if self._scheme.requantize_output:

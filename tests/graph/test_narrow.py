@@ -86,6 +86,21 @@ def test_it_looks_like_fp32() -> None:
     assert isinstance(nn.Parameter(narrow, requires_grad=False), NarrowWeight)
 
 
+def test_moving_a_model_to_where_it_is_widens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read all of a mapped checkpoint, and take the memory of its largest weight in fp32."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8)).bfloat16()
+    keep_narrow(model)
+
+    def widened(value: object) -> object:
+        assert not isinstance(value, NarrowWeight)
+        return value
+
+    monkeypatch.setattr("pytest_qsens.graph.narrow._widened", widened)
+    model.to("cpu").eval().requires_grad_(False).to(torch.float32)
+    monkeypatch.undo()
+    assert all(isinstance(layer.weight, NarrowWeight) for layer in model)
+
+
 class Net(nn.Module):
     """An embedding tied to the head, a norm, a convolution, a buffer."""
 
