@@ -3,6 +3,7 @@
 Runs pytest on a checkpoint of Qwen2.5-VL-3B (`qsens standin qwen2_5_vl_3b CHECKPOINT` makes one), with 1 and 2 workers
 and without, and prints wall time and memory. Memory is the proportional set size, in which a page that several
 processes map counts for each with its share, summed over all processes of a run, twice a second, its peak reported.
+With --limit, the runs are in a control group of that much memory, page cache included (as root).
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from PIL import Image
 
+from pytest_qsens.memory import parse_memory
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PRESET = "qwen2_5_vl_3b"
 SIDE = 224
@@ -49,14 +56,32 @@ def proportional(process: psutil.Process) -> dict[str, int]:
     return {"all": sizes["Pss"], "files": sizes["Pss_File"]}
 
 
-def run(arguments: list[str], threads: int | None) -> dict[str, Any]:
-    """Run pytest and watch its memory."""
+@contextmanager
+def limited(size: int | None) -> Iterator[Path | None]:
+    """Make a control group that leaves its processes so many bytes; returns the file that takes their ids."""
+    if size is None:
+        yield None
+        return
+    root = Path("/sys/fs/cgroup")
+    version2 = (root / "cgroup.controllers").exists()
+    group = (root if version2 else root / "memory") / f"qsens-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.max" if version2 else "memory.limit_in_bytes")).write_text(str(size))
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def run(arguments: list[str], threads: int | None, group: Path | None) -> dict[str, Any]:
+    """Run pytest, in a control group if one is given, and watch its memory."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
+    enter = [] if group is None else ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [*enter, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -86,10 +111,19 @@ def run(arguments: list[str], threads: int | None) -> dict[str, Any]:
     }
 
 
+def told(result: Path) -> dict[str, Any]:
+    """Read what a run says of itself."""
+    if not result.exists():
+        return {}
+    document = json.loads(result.read_text())
+    found = {key: document["run"][key] for key in ("engine", "cost", "profile")}
+    return {"run": found, "measured": sum(op["status"] == "measured" for op in document["ops"])}
+
+
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure every kind of run."""
     found: dict[str, Any] = {"cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, limited(options.limit) as group:
         directory = Path(name)
         files = write_data(directory)
         request = ModelRequest(PRESET, str(checkpoint), str(files["calib"]), str(files["eval"]))
@@ -107,13 +141,10 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
                 *(f"--qsens-snapshot-dir={directory / f'snapshots{workers}'}", "--snapshot-update"),
                 str(directory),
             ]
-            kind = run(arguments, threads)
-            if result.exists():
-                document = json.loads(result.read_text())
-                kind["run"] = {key: document["run"][key] for key in ("engine", "cost", "profile")}
-                kind["measured"] = sum(op["status"] == "measured" for op in document["ops"])
-            # again, with what is known of the model and no score: what a worker does before its first op
-            kind["again"] = run([*arguments, "--qsens-ops=lm_head"], threads) if options.again else None
+            kind = run(arguments, threads, group) | told(result)
+            if options.again:  # with what is known of the model and no score: what a worker does before its first op
+                shutil.rmtree(directory / f"cache{workers}" / "results")
+                kind["again"] = run([*arguments, f"--qsens-ops={options.again}"], threads, group) | told(result)
             found[title] = kind
             print(title, json.dumps(kind, indent=1), flush=True)
             if options.json:
@@ -128,7 +159,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="*", metavar="KIND")
     parser.add_argument("--ops", nargs="*", default=[], metavar="GLOB", help="only these")
-    parser.add_argument("--again", action="store_true", help="also the start of a worker that finds an artifact")
+    parser.add_argument("--again", metavar="GLOB", help="then run these ops once more, with the artifact but no scores")
+    parser.add_argument(
+        "--limit", type=lambda text: parse_memory(text, "--limit"), metavar="SIZE", help="of a control group"
+    )
     options = parser.parse_args()
     measure(options.checkpoint.resolve(), options)
 

@@ -120,6 +120,10 @@ class CalibratedModel:
         note = self._engine.note if "fallback" in measured else None
         return _measured(op, measured, failures, note, time.perf_counter() - start)
 
+    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
+        """Names of other ops that were measured together with one just scored in this mode: they take no time now."""
+        return self._engine.measured_with(op, mode)
+
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
         start = time.perf_counter()
@@ -350,7 +354,8 @@ class _Setup:
             return prepared, self.build(prepared)
         with ExitStack() as held:
             try:
-                held.enter_context(artifact.locked())
+                with profile.phase("waiting"):
+                    held.enter_context(artifact.locked())
             except QsensError:  # a cache that cannot be written costs time only
                 prepared = self.find_out()
                 return prepared, self.build(prepared)

@@ -114,7 +114,17 @@ class Bench:
             calibrated = self.calibrated(spec, model)
             result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
             found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+            if part != "total":
+                self._keep_others(spec, model, calibrated.measured_with(op.name, part), part)
         return found
+
+    def _keep_others(self, spec: RunSpec, model: Model, others: Collection[str], mode: Mode) -> None:
+        """Keep what was measured together with an op at once: this process may not live to be asked for it."""
+        scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
+        for op in model.ops:
+            if op.name in others and scores.get(op.name, mode) is None:
+                result = calibrated.score(op, (mode,))
+                scores.add(op.name, mode, result, self._facts_of(calibrated), spec.scheme)
 
     def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.metrics import Score
     from pytest_qsens.profile import Phase
+    from pytest_qsens.results import Mode
 
 
 class Engine(Protocol):
@@ -55,6 +56,9 @@ class Engine(Protocol):
 
     def together(self, op: str) -> Score | None:
         """Score with only this op quantized, if the engine measures several ops at once."""
+
+    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
+        """Other ops whose scores in this mode came together with that of this op."""
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
+    from pytest_qsens.results import Mode
 
 TOLERANCE = 1e-2
 """How far an error may be from that of an exact replay, relative.
@@ -88,6 +89,11 @@ class _Waves:
                 self._waves += [[other] for other in wave]
                 return self.score(op)
         return self._scores[op]
+
+    def measured_with(self, op: str) -> Collection[str]:
+        """Others of its wave that have a score."""
+        wave = next((wave for wave in self._waves if op in wave), [])
+        return [other for other in wave if other != op and other in self._scores]
 
 
 class DeltaEngine(ReplayEngine):
@@ -148,6 +154,11 @@ class DeltaEngine(ReplayEngine):
         """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
         self.check()
         return self._alone.score(op) if self.distrusted is None else None
+
+    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
+        """Others of its block."""
+        waves = self._alone if mode == "isolated" else self._others.get(None)
+        return () if waves is None or self.distrusted is not None else waves.measured_with(op)
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:
         """Score with everything but this op quantized, measured with the others of its block."""

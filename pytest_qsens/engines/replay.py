@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.profile import Phase
     from pytest_qsens.quant.simulate import Simulator
+    from pytest_qsens.results import Mode
 
 
 _ALIGNMENT = 64
@@ -93,6 +94,10 @@ class ReplayEngine:
     def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing: this engine takes one op after the other."""
         return None
+
+    def measured_with(self, op: str, mode: Mode) -> Collection[str]:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine takes one op after the other."""
+        return ()
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing: this engine takes one op after the other."""
