@@ -2,7 +2,7 @@
 
 Runs pytest on a checkpoint of Qwen2.5-VL-3B (`qsens standin qwen2_5_vl_3b CHECKPOINT` makes one), with 1 and 2 workers
 and without, and prints wall time and memory. Memory is the proportional set size, in which a page that several
-processes map counts for each with its share, summed over all processes of a run, twice a second, its peak reported.
+processes map counts for each with its share, summed over all processes of a run, every other second, its peak reported.
 With --limit, the runs are in a control group of that much memory, page cache included (as root).
 """
 
@@ -99,7 +99,7 @@ def run(arguments: list[str], threads: int | None, group: Path | None) -> dict[s
                 peak = sum(sizes["all"] for sizes in found)
                 files = sum(sizes["files"] for sizes in found)
             largest = max([largest, *(sizes["all"] - sizes["files"] for sizes in found)])
-            time.sleep(0.5)
+            time.sleep(2)  # the system takes up to 0.1 s to tell, for which it stops the process
         output = process.stdout.read() if process.stdout else ""
     return {
         "seconds": time.perf_counter() - start,
@@ -134,6 +134,7 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
                 continue
             result = directory / f"{workers}.json"
             chosen = [f"--qsens-ops={glob}" for glob in options.ops]
+            chosen += [f"--qsens-memory={options.memory}"] * bool(options.memory)
             arguments = [
                 *(f"--rootdir={directory}", f"--qsens-model={PRESET}", f"--qsens-checkpoint={checkpoint}"),
                 *(f"--qsens-calib={files['calib']}", f"--qsens-eval={files['eval']}", f"--qsens-json={result}"),
@@ -144,7 +145,8 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
             kind = run(arguments, threads, group) | told(result)
             if options.again:  # with what is known of the model and no score: what a worker does before its first op
                 shutil.rmtree(directory / f"cache{workers}" / "results")
-                kind["again"] = run([*arguments, f"--qsens-ops={options.again}"], threads, group) | told(result)
+                again = [argument for argument in arguments if not argument.startswith("--qsens-ops=")]
+                kind["again"] = run([*again, f"--qsens-ops={options.again}"], threads, group) | told(result)
             found[title] = kind
             print(title, json.dumps(kind, indent=1), flush=True)
             if options.json:
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="KIND")
     parser.add_argument("--ops", nargs="*", default=[], metavar="GLOB", help="only these")
     parser.add_argument("--again", metavar="GLOB", help="then run these ops once more, with the artifact but no scores")
+    parser.add_argument("--memory", metavar="SIZE", help="for values, of each worker (--qsens-memory)")
     parser.add_argument(
         "--limit", type=lambda text: parse_memory(text, "--limit"), metavar="SIZE", help="of a control group"
     )
