@@ -12,6 +12,7 @@ from pytest_qsens.cache import MANIFESTS
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.result_cache import digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,8 @@ def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]
     ops = _read(path)
     if ops is None:
         ops = _list(source)
-        content = {"schema": SCHEMA, "ops": [[op.name, op.type] for op in ops]}
+        listed = [[op.name, op.type] for op in ops]
+        content = {"schema": SCHEMA, "sum": digest(listed), "ops": listed}
         with suppress(OSError, QsensError):  # a cache that cannot be written only costs time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(content))
@@ -70,10 +72,7 @@ def _read(path: Path) -> tuple[Op, ...] | None:
     """Read a cached list; ``None`` if there is none or it is damaged."""
     try:
         content = json.loads(path.read_bytes())
-        if content["schema"] != SCHEMA:
-            return None
-        ops = tuple(Op(name, kind) for name, kind in content["ops"])
-    except (OSError, ValueError, TypeError, KeyError):
+        whole = content["sum"] == digest(content["ops"])
+        return tuple(Op(name, kind) for name, kind in content["ops"]) if whole and content["schema"] == SCHEMA else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    valid = all(isinstance(op.name, str) and isinstance(op.type, str) and op.name != TOTAL for op in ops)
-    return ops if ops and valid else None

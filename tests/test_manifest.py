@@ -17,6 +17,7 @@ from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import Op
+from pytest_qsens.result_cache import digest
 
 if TYPE_CHECKING:
     from pytest_qsens.models.source import ModelSource
@@ -108,16 +109,15 @@ def test_another_version_is_another_list(tmp_path: Path, monkeypatch: pytest.Mon
         "null",
         "[]",
         "{}",
-        '{"schema": 1, "ops": []}',
-        '{"schema": 1, "ops": 3}',
-        '{"schema": 1, "ops": [["a"]]}',
-        '{"schema": 1, "ops": [[3, "linear"]]}',
-        '{"schema": 1, "ops": [["total", "linear"]]}',
-        '{"schema": 2, "ops": [["a", "linear"]]}',
+        '{"schema": 1, "ops": [["a", "linear"]]}',
+        f'{{"schema": 1, "sum": "{digest([["a"]])}", "ops": [["a"]]}}',
+        f'{{"schema": 1, "sum": "{digest(3)}", "ops": 3}}',
+        f'{{"schema": 1, "sum": "{digest([["a", "linear"]])}", "ops": [["b", "linear"]]}}',
+        f'{{"schema": 2, "sum": "{digest([["a", "linear"]])}", "ops": [["a", "linear"]]}}',
     ],
 )
 def test_a_damaged_file_is_replaced(content: str, tmp_path: Path) -> None:
-    """A half-written or foreign file never decides what is tested."""
+    """A file that is half-written, foreign, or has one letter changed never decides what is tested."""
     load_manifest(small(), tmp_path)
     [file] = (tmp_path / "manifests").iterdir()
     good = file.read_text()
@@ -136,7 +136,8 @@ def test_nothing_but_the_list_is_left_behind(tmp_path: Path) -> None:
     """The file appears under its name only when it is whole."""
     load_manifest(small(), tmp_path)
     [file] = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert json.loads(file.read_text()) == {"schema": 1, "ops": [["0", "conv2d"], ["2", "linear"]]}
+    ops = [["0", "conv2d"], ["2", "linear"]]
+    assert json.loads(file.read_text()) == {"schema": 1, "sum": digest(ops), "ops": ops}
 
 
 @pytest.mark.parametrize(
