@@ -364,6 +364,8 @@ def check_overwritable(path: Path) -> None:
     if not path.parent.is_dir():
         raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
     if path.exists():
+        if not path.is_file():  # reading a device or a pipe may have no end
+            raise QsensError(f"cannot write {path}: it is not a file. Choose another name.")
         try:
             load(path)
         except QsensError as error:

@@ -256,11 +256,12 @@ def test_an_older_result_may_be_overwritten(path: Path) -> None:
 
 
 def test_places_where_no_result_can_go_are_named(tmp_path: Path) -> None:
-    """A missing directory, a directory as file and a read-only place are found before anything is measured."""
+    """A missing directory, what is no file, and a read-only place are found before anything is measured."""
     with pytest.raises(QsensError, match=r"there is no directory .*/missing\. Create it first"):
         check_overwritable(tmp_path / "missing" / "result.json")
-    with pytest.raises(QsensError, match="cannot be read: Is a directory"):
-        check_overwritable(tmp_path)
+    for place in (tmp_path, Path("/dev/full"), Path("/dev/null")):
+        with pytest.raises(QsensError, match=rf"cannot write {place}: it is not a file"):
+            check_overwritable(place)
     with pytest.raises(QsensError, match="/sys/kernel is not writable"):
         check_overwritable(Path("/sys/kernel/result.json"))
 
