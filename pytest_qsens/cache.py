@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -96,6 +97,8 @@ def remove(entry: Entry) -> None:
 def trim(cache_dir: Path, limit: int, keep: Collection[Path]) -> list[Entry]:
     """Remove the least recently used entries until the others have at most ``limit`` bytes.
 
+    An entry that was used in the future, by a clock that was wrong, counts as used now, and ages from now on.
+
     Args:
         cache_dir: The cache.
         limit: Bytes.
@@ -113,6 +116,8 @@ def trim(cache_dir: Path, limit: int, keep: Collection[Path]) -> list[Entry]:
             remove(entry)
             removed.append(entry)
             size -= entry.size
+        elif entry.used > time.time():
+            touch(entry.path)
     return removed
 
 

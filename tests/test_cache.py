@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import TYPE_CHECKING
 
 from pytest_qsens import cache
@@ -54,6 +55,16 @@ def test_trimming_takes_what_was_not_used_for_long(tmp_path: Path) -> None:
     assert [found.path for found in cache.trim(tmp_path, 2500, {paths[0]})] == [paths[1], paths[2]]
     assert [path.exists() for path in paths] == [True, False, False, True]
     assert [found.path for found in cache.trim(tmp_path, 0, {paths[0]})] == [paths[3]]
+
+
+def test_a_use_in_the_future_does_not_last(tmp_path: Path) -> None:
+    """What was used while the clock was wrong is not kept for ever at the cost of all that is used since."""
+    ahead, used = entry(tmp_path, 2**32), entry(tmp_path, 1)
+    cache.trim(tmp_path, 2000, ())
+    assert ahead.stat().st_mtime <= time.time()
+    os.utime(ahead, (time.time() - 60, time.time() - 60))
+    cache.touch(used)
+    assert [found.path for found in cache.trim(tmp_path, 1000, ())] == [ahead]
 
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
