@@ -1,8 +1,8 @@
 """What is known of a model before any op is scored, kept on disk: one process finds it out, the others read it.
 
 An entry of the cache (`pytest_qsens.cache`) with one safetensors file: the content as JSON in its metadata, with a
-checksum, and the tensors, which are mapped. The model's weights are not in it; they are mapped from the checkpoint. A
-file that is damaged, or was made for something else, is never believed.
+checksum, and the tensors. The model's weights are not in it. A file that is damaged, or was made for something else, is
+never believed; it is read at once and not mapped, so that nothing that happens to it later reaches those who have it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens import cache
-from pytest_qsens.files import locked, temporary_prefix
+from pytest_qsens.files import locked, temporary_prefix, write_atomically
 from pytest_qsens.result_cache import digest
 
 if TYPE_CHECKING:
@@ -90,12 +90,14 @@ class Artifact:
 
     def read(self) -> Content | None:
         """Read the file; ``None`` if there is none that can be believed."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            content = self.path.read_bytes()
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = header["__metadata__"]
             facts = json.loads(metadata["facts"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
@@ -110,9 +112,10 @@ class Artifact:
 
         Raises:
             OSError: If it cannot be written; nothing of it is left.
+            QsensError: If the entry cannot be described, likewise.
 
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         facts = json.dumps(content.facts)
         tensors = dict(content.tensors)
@@ -122,8 +125,8 @@ class Artifact:
             left.unlink(missing_ok=True)
         temporary = self.path.with_name(f"{prefix}{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
-            (self.entry / cache.ABOUT).write_text(json.dumps({"by": cache.OWNER, "model": self.model}))
+            temporary.write_bytes(save(tensors, metadata))
+            write_atomically(self.entry / cache.ABOUT, json.dumps({"by": cache.OWNER, "model": self.model}))
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)

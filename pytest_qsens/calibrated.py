@@ -369,7 +369,7 @@ class _Setup:
                     built.engine.check()
             content = taken_apart(prepared, self._model, built.engine.distrusted)
             if content is not None:
-                with suppress(OSError):  # a full disk costs the others time
+                with suppress(OSError, QsensError):  # a full disk costs the others time
                     artifact.write(content)
             return prepared, built
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,8 +21,6 @@ from pytest_qsens.graph.modules import list_ops
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pytest_qsens.calibrated import CalibratedModel
     from pytest_qsens.results import OpResult
 
@@ -151,12 +150,13 @@ def test_a_model_without_a_graph_leaves_no_artifact(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores come, and nothing half-written stays."""
+    true = Path.write_bytes
 
-    def full(_tensors: object, filename: Path, _metadata: object) -> None:
-        filename.write_bytes(b"half")
+    def full(path: Path, content: bytes) -> None:
+        true(path, content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert made(tmp_path).score(list_ops(ARCHITECTURES["qwen2_5_vl"].build())[5], ["isolated"]).status == "measured"
     assert list(artifact(tmp_path).path.parent.iterdir()) == []
 
