@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from pytest_qsens import ModelSpec
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.modules import list_ops
+
+if TYPE_CHECKING:
+    from tests.plugin.faults import Undisturbed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +30,11 @@ def _warm() -> None:
     spec = ModelSpec(model, batches, batches, output=lambda out, _: out)
     for engine in ("replay", "eager"):
         calibrate(spec, list_ops(model), "w8a8", engine=engine).total()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """See what a run comes to when nothing happens to it."""
+    from tests.plugin.faults import Undisturbed
+
+    return Undisturbed.made(tmp_path_factory.mktemp("undisturbed"))
