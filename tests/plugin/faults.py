@@ -346,6 +346,13 @@ class Group:
         [text] = [(self.path / name).read_text() for name in names if (self.path / name).exists()]
         return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
+    def reclaimed(self) -> bool:
+        """Whether the system had to take memory back to keep the limit."""
+        version1, version2 = self.path / "memory.failcnt", self.path / "memory.events"
+        if version1.exists():
+            return int(version1.read_text()) > 0
+        return int(dict(line.split() for line in version2.read_text().splitlines())["max"]) > 0
+
 
 @contextmanager
 def little_memory(limit: int) -> Iterator[Group]:
