@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
+from pytest_qsens.ops import Op
 from pytest_qsens.snapshot import dumps, load
 from tests.conftest import OUTSIDE
 from tests.plugin.fault_net import BLOCKS
@@ -237,6 +238,16 @@ class Undisturbed:
     def ops(self) -> list[str]:
         """All ops, and the whole model."""
         return list(self.scores)
+
+    @property
+    def firsts(self) -> list[str]:
+        """The first op of every block, when the others are measured as well, and the whole model."""
+        return list({Op(op, "").block or op: op for op in reversed(self.ops)}.values())[::-1]
+
+    def mates(self, op: str) -> set[str]:
+        """Other ops of its block."""
+        block = Op(op, "").block
+        return {other for other in self.ops if block and other != op and Op(other, "").block == block}
 
     def copy(self, directory: Path, *cached: str, prefix: tuple[str, ...] = ()) -> Site:
         """Make a site with the old snapshot, and some folders of the cache: what is there need not be found out."""

@@ -42,10 +42,10 @@ KEPT = ("it has its name", "the score was reported")
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_worker_is_killed(undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
-    """At any op and moment: it costs that op at most. The run says so, and the next one measures what is missing."""
+    """At any block and moment: it costs that block at most. The run says so, and the next measures what is missing."""
     chosen = random.Random(seed)
     moment = [*MOMENTS][seed % len(MOMENTS)]
-    op = chosen.choice(undisturbed.ops)
+    op = chosen.choice(undisturbed.firsts)
     goes_on = chosen.random() < 0.3
     site = undisturbed.copy(tmp_path / "site", *(["artifacts"] if moment not in ONCE else []))
     fault = {"role": "worker", "act": "kill"} | MOMENTS[moment] | ({} if moment in ONCE else {"op": op})
@@ -73,7 +73,9 @@ def test_a_worker_is_killed(undisturbed: Undisturbed, tmp_path: Path, seed: int)
     undisturbed.check(site)
     again = site.measured()
     assert not again & reported
-    assert (lost in again) == (moment not in KEPT)
+    if not undisturbed.mates(lost) & measured:  # the rest of the block went to another worker, with the lost op
+        assert (lost in again) == (moment not in KEPT)
+    assert moment not in KEPT or lost not in again
     assert again <= {*undisturbed.ops} - others.keys()
     assert site.result()["run"]["cached"] == COUNT - 1 - len(again - {"total"})
 
@@ -81,7 +83,7 @@ def test_a_worker_is_killed(undisturbed: Undisturbed, tmp_path: Path, seed: int)
 def test_the_controller_is_killed_while_workers_measure(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """They end by themselves, in the middle of an op as well, and what they had reported is not measured again."""
     site = undisturbed.copy(tmp_path / "site")
-    op = undisturbed.ops[-4]
+    op = undisturbed.firsts[-3]
     killed = site.run("-n", "2", fault={"role": "worker", "moment": "measure", "act": "orphan", "op": op})
     assert killed.code == -signal.SIGKILL
     processes = site.processes()
@@ -175,7 +177,7 @@ def test_two_runs_update_one_snapshot(undisturbed: Undisturbed, tmp_path: Path, 
 def test_a_worker_is_killed_for_its_memory(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """By the system, as any other kill: it costs the op."""
     site = undisturbed.copy(tmp_path / "site")
-    op = undisturbed.ops[-3]
+    op = "head"
     try:
         with little_memory(32 * 2**20) as group:
             fault = {"role": "worker", "moment": "measure", "act": "exhaust", "op": op, "group": str(group.path)}
