@@ -122,8 +122,8 @@ def test_the_controller_is_killed_while_it_writes_the_snapshot(
 ) -> None:
     """The file is the old one or the new one, and what lies beside it is gone after the next run."""
     site = undisturbed.copy(tmp_path / "site", "results")
-    path = _LOCK if moment in ("lock", "unlock") else "/qsens_snapshots/"
-    fault: dict[str, object] = {"role": "controller", "moment": moment, "act": "kill", "path": path}
+    place = _LOCK if moment in ("lock", "unlock") else "/qsens_snapshots/"
+    fault: dict[str, object] = {"role": "controller", "moment": moment, "act": "kill", "path": place}
     if moment == "write":
         fault |= {"moment": "create", "act": "let the system kill", "size": 1000}
     elif moment == "half":
