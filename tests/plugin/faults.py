@@ -37,7 +37,7 @@ GONE = "gone"
 QUIET = ("-p", "no:hypothesispytest", "-p", "no:cacheprovider")
 """Plugins that take time and nobody needs."""
 
-SECONDS = 120
+SECONDS = 300
 """After this a run hangs."""
 
 
@@ -165,7 +165,7 @@ class Site:
         return {int(line.split()[0]) for line in self.log("started")}
 
 
-def wait_for_the_end(processes: set[int], seconds: float = 60) -> None:
+def wait_for_the_end(processes: set[int], seconds: float = SECONDS) -> None:
     """Wait for processes to end by themselves."""
     deadline = time.monotonic() + seconds
     while alive := [pid for pid in processes if _alive(pid)]:
