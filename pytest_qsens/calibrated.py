@@ -367,7 +367,8 @@ class _Setup:
                 built = self.build(prepared)
                 if isinstance(built.engine, DeltaEngine):
                     built.engine.check()
-            content = taken_apart(prepared, self._model, built.engine.distrusted)
+            verdict = built.engine.verdict if isinstance(built.engine, DeltaEngine) else None
+            content = taken_apart(prepared, self._model, self._calibrating, verdict)
             if content is not None:
                 with suppress(OSError, QsensError):  # a full disk costs the others time
                     artifact.write(content)
@@ -378,7 +379,7 @@ class _Setup:
         if content is None:
             return None
         with profile.phase("capture"):
-            return put_together(content, self._model, self._batches, self.scheme, self._share)
+            return put_together(content, self._model, self._batches, self._calibrating, self.scheme, self._share)
 
     def build(self, prepared: Prepared) -> _Built:
         """Make the engine.

@@ -59,6 +59,8 @@ class Bench:
         self._spec: RunSpec | None = None
         self._calibrated: CalibratedModel | None = None
         self._artifact: Path | None = None
+        self._loaded: str | None = None
+        """What the checkpoint of the calibrated model looked like."""
         self._facts: Payload = {}
         self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
@@ -91,6 +93,7 @@ class Bench:
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
             self._calibrated = calibrated
+            self._loaded = _identity(model)
             told = scores.loaded(calibrated.reference_digest)
             self._warnings += [] if told is None else [f"{model.label}: {told}"]
         return self._calibrated
@@ -113,10 +116,26 @@ class Bench:
         if found is None:
             calibrated = self.calibrated(spec, model)
             result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
+            self._check_unchanged(spec, model)
             found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
             if part != "total":
                 self._keep_others(spec, model, calibrated.measured_with(op.name, part), part)
         return found
+
+    def _check_unchanged(self, spec: RunSpec, model: Model) -> None:
+        """See that the checkpoint is the one that was loaded: its weights may lie in mapped files.
+
+        Raises:
+            RunAborted: If it has been written to, or is gone.
+
+        """
+        if _identity(model) != self._loaded:
+            self._calibrated = None
+            self._aborted[spec] = (
+                f"the files of model {model.label} have changed while it was measured: scores may be of a mixture. "
+                "Measure again when they are complete."
+            )
+            raise RunAborted(self._aborted[spec])
 
     def _keep_others(self, spec: RunSpec, model: Model, others: Collection[str], mode: Mode) -> None:
         """Keep what was measured together with an op at once: this process may not live to be asked for it."""
@@ -207,13 +226,20 @@ def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
     }
 
 
+def _identity(model: Model) -> str | None:
+    try:
+        return model.source.identity(hash_weights=False)
+    except (QsensError, OSError):  # what is wrong is told when it is loaded
+        return None
+
+
 def _look(options: Options, model: Model) -> Look | None:
     if options.cache_dir() is None:
         return None
+    identity = _identity(model)
     try:
-        identity = model.source.identity(hash_weights=False)
         return None if identity is None else Look(identity, model.source.data_fingerprint())
-    except (QsensError, OSError):  # what is wrong with them is told when they are loaded
+    except (QsensError, OSError):  # what is wrong is told when it is loaded
         return None
 
 
@@ -240,9 +266,12 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
 
 
 def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) -> Artifact | None:
-    """Find the place of what the first process finds out for all; ``None`` if nothing is to be cached."""
+    """Find the place of what the first process finds out for all; ``None`` if nothing is to be cached.
+
+    Or nothing can be: engines without a graph find out nothing of it, and graphs on a GPU hold tensors there.
+    """
     cache_dir = options.cache_dir()
-    if cache_dir is None or seen is None:
+    if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
     facts = _basis(options, spec, model, seen) | {"scheme": asdict(SCHEMES[spec.scheme])}
     return Artifact.of(cache_dir, model.label, facts)
@@ -297,7 +326,9 @@ def _calibrate(
     import torch
 
     from pytest_qsens.calibrated import calibrate
+    from pytest_qsens.threads import reproducible_sums
 
+    reproducible_sums()  # before what the model computes while it is made
     try:
         torch.empty(0, device=spec.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts for a backend it was built without

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pytest_qsens import profile
 from pytest_qsens.artifact import Content
@@ -102,11 +102,15 @@ def prepare(
     return Prepared(calibration, captured, refusal, references.seconds)
 
 
-def taken_apart(prepared: Prepared, model: nn.Module, distrusted: str | None) -> Content | None:
-    """Collect what another process needs to know all of it; ``None`` if a graph cannot be told."""
+def taken_apart(
+    prepared: Prepared, model: nn.Module, calibrating: Sequence[Batch], verdict: Verdict | None
+) -> Content | None:
+    """Collect what another process needs to know all of it; ``None`` if there is no graph, or one cannot be told."""
+    if prepared.captured is None:
+        return None
     tensors = dict(prepared.calibration.state())
     graphs = []
-    for i, captured in enumerate(prepared.captured or ()):
+    for i, captured in enumerate(prepared.captured):
         try:
             graph, constants = to_builtin(captured.run.graph, model)
         except NotSerializable:
@@ -116,24 +120,31 @@ def taken_apart(prepared: Prepared, model: nn.Module, distrusted: str | None) ->
     facts = {
         "reached": sorted(prepared.calibration.reached),
         "graphs": graphs,
-        "groups": [_told_groups(captured.run) for captured in prepared.captured or ()],
-        "anywhere": [captured.anywhere for captured in prepared.captured or ()],
-        "references": [digest([captured.run.output]) for captured in prepared.captured or ()],
+        "groups": [_told_groups(captured.run) for captured in prepared.captured],
+        "anywhere": [captured.anywhere for captured in prepared.captured],
+        "references": [digest([captured.run.output]) for captured in prepared.captured],
+        "calibrated_on": _contents(calibrating),
         "reference_seconds": prepared.reference_seconds,
-        "distrusted": distrusted,
+        "verdict": None if verdict is None else verdict._asdict(),
     }
     return Content(facts, tensors)
 
 
 def put_together(
-    content: Content, model: nn.Module, batches: Sequence[Batch], scheme: Scheme, memory: int
+    content: Content,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    calibrating: Sequence[Batch],
+    scheme: Scheme,
+    memory: int,
 ) -> Prepared | None:
-    """Run the graphs of another process; ``None`` if the outputs are not what it saw, or a graph is not of this model.
+    """Run the graphs of another process; ``None`` if data, outputs or model are not what it saw.
 
     Args:
         content: From `taken_apart`.
         model: On its device, in evaluation mode.
         batches: For evaluation, on the device.
+        calibrating: For calibration, likewise.
         scheme: What the activations were observed for.
         memory: Bytes of values that are kept of every run.
 
@@ -141,6 +152,8 @@ def put_together(
     facts, tensors = content.facts, content.tensors
     captured = []
     try:
+        if facts["calibrated_on"] != _contents(calibrating):
+            return None
         for i, (batch, told_graph) in enumerate(zip(batches, facts["graphs"], strict=True)):
             prefix = f"graph/{i}/"
             constants = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -151,9 +164,15 @@ def put_together(
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
         calibration = Calibration.from_state(scheme, facts["reached"], tensors)
+        verdict = None if facts["verdict"] is None else Verdict(**facts["verdict"])
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    return Prepared(calibration, captured, None, facts["reference_seconds"], Verdict(facts["distrusted"]))
+    return Prepared(calibration, captured, None, facts["reference_seconds"], verdict)
+
+
+def _contents(batches: Sequence[Batch]) -> str:
+    """Hash of the tensors in batches."""
+    return digest(leaf for leaf in tree_leaves(list(map(dict, batches))) if isinstance(leaf, torch.Tensor))
 
 
 def _told_groups(run: Run) -> list[list[int]]:
@@ -175,7 +194,7 @@ def digest(outputs: Iterable[Tensor]) -> str:
     """Hash of the bits of outputs: equal for the same model and data on the same machine."""
     found = hashlib.sha256()
     for output in outputs:
-        found.update(output.detach().cpu().contiguous().numpy().tobytes())
+        found.update(output.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -11,27 +11,33 @@ import os
 import platform
 import re
 import sys
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pillow", "neural-compressor"),
     # transformers uses these where they are installed
-    *("accelerate", "causal-conv1d", "flash-attn", "flash-linear-attention", "kernels", "mamba-ssm", "peft"),
-    *("sentencepiece", "tiktoken", "torchaudio", "torchvision", "triton"),
+    *("accelerate", "causal-conv1d", "flash-attn", "flash-linear-attention", "jinja2", "kernels", "mamba-ssm"),
+    *("mistral-common", "peft", "sentencepiece", "tiktoken", "timm", "torchaudio", "torchvision", "triton"),
 )
 """Whose code makes models, batches and numbers."""
 
 _SWITCHES = re.compile(
-    r"ATEN_CPU_CAPABILITY|(DNNL|ONEDNN)_(MAX_CPU_ISA|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE)"
-    r"|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+    r"ATEN_CPU_CAPABILITY|(DNNL|ONEDNN)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE)"
+    r"|OPENBLAS_CORETYPE|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
     r"|USE_HUB_KERNELS|TRANSFORMERS_(SDPA|DISABLE)\w*"
 )
 """Environment variables that choose kernels."""
 
 _OURS = {"MKL_CBWR": "AUTO,STRICT"}
 """What is set before measuring, where the user has not set it (`pytest_qsens.threads.reproducible_sums`)."""
+
+_PRECISIONS = {
+    **dict.fromkeys(("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul"), "none"),
+    **dict.fromkeys(("cudnn.conv", "cudnn.rnn"), "tf32"),
+}
+"""What fp32 products may be computed in, and what that is by default; torch before 2.9 has no such attributes."""
 
 _PROCESSOR = re.compile(
     r"(vendor_id|cpu family|model|stepping|flags|Features|CPU implementer|CPU variant|CPU part)\s*:"
@@ -86,11 +92,19 @@ def _settings() -> dict[str, object]:
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
-    usual = {"dtype": "torch.float32", "precision": "highest", "mkldnn": True, "deterministic": False}
-    found = {
+    usual = {"dtype": "torch.float32", "mkldnn": True, "deterministic": False, "denormals": True}
+    found: dict[str, object] = {
         "dtype": str(torch.get_default_dtype()),
-        "precision": torch.get_float32_matmul_precision(),
         "mkldnn": bool(torch.backends.mkldnn.enabled),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "denormals": bool(torch.tensor([1e-40], dtype=torch.float32).mul(1).item()),
     }
+    for name in ("flash", "mem_efficient", "math", "cudnn"):
+        usual[name] = True
+        enabled = getattr(torch.backends.cuda, f"{name}_sdp_enabled", None)
+        found[name] = True if enabled is None else bool(enabled())
+    for name, default in _PRECISIONS.items():
+        usual[name] = default
+        owner = reduce(lambda value, part: getattr(value, part, None), name.split("."), torch.backends)
+        found[name] = str(getattr(owner, "fp32_precision", default))
     return {name: value for name, value in found.items() if value != usual[name]}

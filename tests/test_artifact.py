@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pytest_qsens import calibrated as calibrated_module
 from pytest_qsens import preparation
 from pytest_qsens.artifact import Artifact, Content
 from pytest_qsens.calibrated import calibrate
+from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.graph.modules import list_ops
 from tests.architectures import ARCHITECTURES
 
@@ -64,7 +66,7 @@ def test_others_run_a_graph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = made(tmp_path, scheme)
     monkeypatch.setattr(calibrated_module, "prepare", refuse)
     monkeypatch.setattr(preparation, "run_model", refuse)
-    monkeypatch.setattr("pytest_qsens.engines.delta.DeltaEngine._find_fault", refuse)
+    monkeypatch.setattr("pytest_qsens.engines.delta.DeltaEngine._find_verdict", refuse)
     second = made(tmp_path, scheme)
     assert scores(measured(first)) == scores(measured(second)) == expected
     assert second.reference_digest == alone.reference_digest
@@ -83,6 +85,61 @@ def test_a_verdict_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "exact replay" in (second.engine_reason or "")
 
 
+def test_what_was_not_compared_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that had no use for differences, or made logits of them, says nothing about their errors."""
+    made(tmp_path / "replay", engine="replay")
+    made(tmp_path / "logits", divergence=True)
+    made(tmp_path / "few", divergence=False, expected=["lm_head"])
+    monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
+    for name, engine in (("replay", "replay"), ("logits", "replay"), ("few", "delta")):
+        model = made(tmp_path / name, divergence=False)
+        measured(model, 20)
+        assert model.engine == engine, name
+
+
+def test_a_few_ops_are_not_checked_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of the model are compared, whatever is going to be scored: others believe it."""
+    compared: list[str] = []
+    true = DeltaEngine._compared
+
+    def logged(engine: DeltaEngine, op: str) -> Any:  # noqa: ANN401 - the verdict
+        compared.append(op)
+        return true(engine, op)
+
+    monkeypatch.setattr(DeltaEngine, "_compared", logged)
+    made(tmp_path, expected=["lm_head"])
+    assert len(compared) == 2
+    assert compared[0].startswith("model.visual.")
+    assert compared[1] != "lm_head"
+
+
+def test_a_passing_failure_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the process that met it replays."""
+
+    def fail(*_: object) -> Any:  # noqa: ANN401 - never returns
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("pytest_qsens.engines.delta._Waves.score", fail)
+    first = made(tmp_path)
+    assert first.engine == "replay"
+    assert "no memory" in (first.engine_reason or "")
+    monkeypatch.undo()
+    second = made(tmp_path)
+    measured(second, 20)
+    assert second.engine == "delta"
+
+
+def test_other_calibration_data_is_noticed(tmp_path: Path) -> None:
+    """Ranges are those of the batches that are there, whatever the key says."""
+    spec = ARCHITECTURES["qwen2_5_vl"].spec()
+    ops = list_ops(spec.model)  # type: ignore[arg-type] # a module
+    calibrate(spec, ops, "w8a8", artifact=artifact(tmp_path))
+    before = artifact(tmp_path).path.read_bytes()
+    other = dataclasses.replace(ARCHITECTURES["qwen2_5_vl"].spec(), calibration=spec.evaluation)
+    calibrate(other, ops, "w8a8", artifact=artifact(tmp_path))
+    assert artifact(tmp_path).path.read_bytes() != before
+
+
 def damage_end(path: Path) -> None:
     """Cut a file short."""
     os.truncate(path, path.stat().st_size - 100)
@@ -98,8 +155,8 @@ def damage_tensor(path: Path) -> None:
 def damage_facts(path: Path) -> None:
     """Change a number in the metadata, and not its length."""
     content = path.read_bytes()
-    assert content.count(rb"\"distrusted\": null") == 1
-    path.write_bytes(content.replace(rb"\"distrusted\": null", rb"\"distrusted\": true"))
+    assert content.count(rb"\"fault\": null") == 1
+    path.write_bytes(content.replace(rb"\"fault\": null", rb"\"fault\": true"))
 
 
 def damage_all(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
     from pytest_qsens.results import Mode
+
+_TRIES = 3
+"""Ops at either end of the model that are tried until one can be compared with its replay."""
 
 TOLERANCE = 1e-2
 """How far an error may be from that of an exact replay, relative.
@@ -60,6 +63,9 @@ class Verdict(NamedTuple):
 
     fault: str | None
     """Why they are not to be trusted, if they are not."""
+
+    logits: bool
+    """Whether that was found out with all logits made, and not by way of their errors alone."""
 
 
 class _Waves:
@@ -135,20 +141,30 @@ class DeltaEngine(ReplayEngine):
         self._alone = _Waves(self._waves, self._measure_alone)
         self._others: dict[int | None, _Waves] = {}
         self._checked = False
-        if verdict is not None:
+        self.verdict: Verdict | None = None
+        """What others can take over: it was found out by comparing, here or by another process."""
+        if verdict is not None and verdict.logits == logits:
             self._settle(verdict)
 
     def check(self) -> None:
         """See whether differences are to be trusted, by replays of two ops, unless that is known."""
         if not self._checked:
-            self._settle(Verdict(self._find_fault()))
+            try:
+                self._settle(self._find_verdict())
+            except _CannotFollow as error:  # maybe for once only: no verdict for others
+                self._distrust(str(error))
 
-    def _settle(self, verdict: Verdict) -> None:
+    def _settle(self, verdict: Verdict | None) -> None:
         self._checked = True
-        self.distrusted = verdict.fault
-        if verdict.fault is not None:
-            self.name = "replay"
-            self._deltas.clear()
+        self.verdict = verdict
+        if verdict is not None and verdict.fault is not None:
+            self._distrust(verdict.fault)
+
+    def _distrust(self, why: str) -> None:
+        self._checked = True
+        self.distrusted = why
+        self.name = "replay"
+        self._deltas.clear()
 
     def together(self, op: str) -> Score | None:
         """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
@@ -216,13 +232,16 @@ class DeltaEngine(ReplayEngine):
         return found
 
     @profile.phase("replay")
-    def _find_fault(self) -> str | None:
-        """Compare with a replay, for the first op and the last but one."""
-        candidates = list(chain.from_iterable(self._waves))
-        faults = (self._fault(op) for op in dict.fromkeys([*candidates[:1], *candidates[-2:-1]]))
-        return next(filter(None, faults), None)
+    def _find_verdict(self) -> Verdict | None:
+        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be."""
+        candidates = [op for op in self._quantizable if op in self.exercised]
+        ends = (candidates, candidates[:-1][::-1])
+        compared = [next(filter(None, map(self._compared, end[:_TRIES])), None) for end in ends]
+        found = [verdict for verdict in compared if verdict is not None]
+        return next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
 
-    def _fault(self, op: str) -> str | None:
+    def _compared(self, op: str) -> Verdict | None:
+        """Compare with a replay; ``None`` if its output cannot be scored."""
         exact = Score(logits=False)
         try:
             for reference, output in zip(self.references, self.isolated(op), strict=True):
@@ -233,13 +252,17 @@ class DeltaEngine(ReplayEngine):
             return None
         try:
             found = self._alone.score(op)
-        except Exception as error:  # noqa: BLE001 - a replay raises nothing
-            return f"differences cannot be followed ({first_line(error)})"
+        except Exception as error:
+            raise _CannotFollow(f"differences cannot be followed ({first_line(error)})") from error
         size = sum(map(energy, self.references))
         nmse, expected = found.sse / size, exact.sse / size
-        if abs(nmse - expected) <= tolerance(expected):  # false for NaN
-            return None
-        return f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
+        fault = f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
+        agrees = abs(nmse - expected) <= tolerance(expected)  # false for NaN
+        return Verdict(None if agrees else fault, self._logits)
+
+
+class _CannotFollow(Exception):  # noqa: N818 - no fault of the model: a replay raises nothing
+    """Following differences raises what a replay does not."""
 
 
 def _has_fast_bf16(device: torch.device) -> bool:

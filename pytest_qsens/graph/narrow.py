@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,7 +73,7 @@ class NarrowWeight(Tensor):
                 return _call_linear(*args, **kwargs)
             if func is functional.embedding and _looks_up_only(*args, **kwargs):
                 return _call_embedding(*args, **kwargs)
-        return func(*tree_map(_widened, tuple(args)), **tree_map(_widened, kwargs))
+        return _call_widened(func, tuple(args), kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch leaves it to subclasses
@@ -87,7 +87,7 @@ class NarrowWeight(Tensor):
         kwargs = dict(kwargs or {})
         if func in _VIEWS:
             return cls(args[0].stored)
-        return func(*tree_map(_widened, tuple(args)), **tree_map(_widened, kwargs))
+        return _call_widened(func, tuple(args), kwargs)
 
 
 _VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -131,6 +131,31 @@ def _is_as_told(weight: Tensor, *args: Any, **kwargs: Any) -> bool:  # noqa: ANN
 
 def _widened(value: object) -> object:
     return value.stored.float() if isinstance(value, NarrowWeight) else value
+
+
+_RENORMALIZING = (functional.embedding, functional.embedding_bag)
+"""With ``max_norm`` these write into the rows they look up, and into a copy as well as into the weight."""
+
+
+def _call_widened(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 - whatever func returns
+    """Call a function with wide copies.
+
+    Raises:
+        RuntimeError: If it writes into one, which would be lost.
+
+    """
+    wide_args, wide_kwargs = tree_map(_widened, (args, kwargs))
+    found = func(*wide_args, **wide_kwargs)
+    pairs = zip(tree_leaves((args, kwargs)), tree_leaves((wide_args, wide_kwargs)), strict=True)
+    for narrow, wide in pairs:
+        if not isinstance(narrow, NarrowWeight) or func in _RENORMALIZING or wide.is_inference():
+            continue
+        if wide._version:  # noqa: SLF001 - torch has no public name
+            raise RuntimeError(
+                f"{_name(func)} writes into a weight of shape {tuple(narrow.shape)}, which is kept as it is stored, in "
+                f"{narrow.stored.dtype}. A model whose weights change while it runs cannot be measured."
+            )
+    return found
 
 
 def stored(weight: Any) -> Any:  # noqa: ANN401 - what a call has for a weight, which may be none of ours
@@ -258,8 +283,8 @@ EMBEDDING = torch.ops.qsens.embedding.default
 """Rows of a narrow weight in fp32: weight, indices."""
 
 
-def _call_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cast("Tensor", LINEAR(x, stored(weight), bias))
+def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
+    return cast("Tensor", LINEAR(input, stored(weight), bias))
 
 
 def _call_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:

@@ -73,7 +73,7 @@ class Run:
         found = self._find_groups()
         if groups and not _same_groups(groups, found):  # a kernel that copied in the other run, or did not
             self.groups = {}
-            del self._fixed_segments
+            self.__dict__.pop("_fixed_segments", None)  # known only if something was dropped
             self._dropped.clear()
             self._overwritten.clear()
             self._execute(memory, while_running=False)
@@ -107,9 +107,9 @@ class Run:
         """Compute dropped values again; returns the positions of all that are not kept for good."""
         wanted = self._dropped.keys() & segments
         for i in sorted(wanted - self._restored):
-            self._restored.add(i)
             for position in self._dropped[i]:
                 self._compute(position)
+            self._restored.add(i)
         return [position for i in wanted for position in self._dropped[i]]
 
     def release(self, segments: Iterable[int]) -> list[int]:

@@ -75,6 +75,32 @@ def test_any_other_use_gets_fp32(use: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(use(NarrowWeight(narrow)), use(narrow.float()))
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.zero_(),
+        lambda w: w.data.mul_(2),
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: torch.add(w, 1, out=w),
+        nn.init.normal_,
+    ],
+)
+def test_a_write_is_refused(write: Callable[[Tensor], Tensor]) -> None:
+    """It would reach a copy, and be lost."""
+    narrow = NarrowWeight(weight(50, 16))
+    before = narrow.stored.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="writes into a weight"):
+        write(narrow)
+    assert torch.equal(narrow.stored, before)
+
+
+def test_functions_take_their_arguments_by_name() -> None:
+    """As torch's own."""
+    narrow, x = weight(50, 16), torch.ones(2, 16)
+    found = functional.linear(input=x, weight=NarrowWeight(narrow), bias=None)
+    assert torch.equal(found, functional.linear(x, narrow.float()))
+
+
 def test_it_looks_like_fp32() -> None:
     """Models ask a weight for its dtype, and cast what they compute to that."""
     narrow = NarrowWeight(weight(50, 16))

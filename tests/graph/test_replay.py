@@ -144,7 +144,8 @@ def test_module_called_twice_sees_its_own_change() -> None:
         assert torch.equal(doubled, 2 * model.shared((2 * model.shared(x)).tanh()))
 
 
-def test_other_aliases_than_expected_are_noticed() -> None:
+@pytest.mark.parametrize("memory", [None, 0, 10**9])
+def test_other_aliases_than_expected_are_noticed(memory: int | None) -> None:
     """A run that is told the aliases of another one drops nothing too early if its own are others."""
 
     class Net(nn.Module):
@@ -171,6 +172,6 @@ def test_other_aliases_than_expected_are_noticed() -> None:
     expected = Run(graph, {node: turned})
     assert {n.name for n in expected.groups} != {n.name for n in clean.groups}
     for groups in (clean.groups, expected.groups):
-        found = Run(graph, {node: turned}, 0, groups)
+        found = Run(graph, {node: turned}, memory, groups)
         assert same(found.output, expected.output)
         assert found.groups.keys() == expected.groups.keys()

@@ -342,6 +342,27 @@ def test_weights_that_change_while_they_are_loaded(pytester: pytest.Pytester) ->
 
 
 @pytest.mark.usefixtures("checkpoint")
+def test_weights_that_change_while_they_are_measured(pytester: pytest.Pytester) -> None:
+    """They lie in mapped files: what is written into these reaches a model that was loaded long ago."""
+    pytester.makeconftest(
+        LOGGING
+        + """
+def pytest_runtest_teardown(item):
+    if "-encoder.layer.0.output.dense]" in item.nodeid:
+        with (HERE / "checkpoint" / "model.safetensors").open("r+b") as file:
+            file.seek(-4096, os.SEEK_END)
+            content = file.read()
+            file.seek(-4096, os.SEEK_END)
+            file.write(content[::-1])
+"""
+    )
+    result = run(pytester, "--snapshot-update", alone=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*the files of model checkpoint have changed while it was measured*"])
+    assert not list(pytester.path.rglob("w8a8.json"))
+
+
+@pytest.mark.usefixtures("checkpoint")
 def test_contents_of_weights(pytester: pytest.Pytester, checkpoint: Path) -> None:
     """``--qsens-hash-weights`` finds the scores of a copy with other times, and of none with other contents."""
     run(pytester, "--qsens-hash-weights")
