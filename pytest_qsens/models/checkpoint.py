@@ -100,7 +100,7 @@ class Checkpoint:
         return not names & {SAFE_WEIGHTS, SAFE_INDEX} and bool(names & {PICKLED_WEIGHTS, PICKLED_INDEX})
 
     def check_config(self) -> None:
-        """Check that the config is of a known architecture, and not quantized already.
+        """Check that the config is of a known architecture, not quantized already, and without an adapter.
 
         Raises:
             QsensError: Naming the file and what to do.
@@ -112,6 +112,11 @@ class Checkpoint:
             raise QsensError(
                 f"{self.directory} is already quantized ({name}). Sensitivity is measured from full-precision "
                 f"weights: give the checkpoint it was made from."
+            )
+        if (adapter := self.directory / "adapter_config.json").exists():
+            raise QsensError(
+                f"{adapter}: an adapter lies beside the weights, and it would not be measured. Merge it into them "
+                "(peft: `merge_and_unload`), or take the file away to measure the model without it."
             )
 
     def check(self) -> None:

@@ -181,6 +181,13 @@ def test_a_quantized_checkpoint(broken: Path) -> None:
         check(broken)
 
 
+def test_an_adapter(broken: Path) -> None:
+    """Its weights are added by peft, to a model that is loaded elsewhere."""
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(QsensError, match=r"adapter_config\.json: an adapter lies beside the weights.*merge_and_unload"):
+        check(broken)
+
+
 def test_no_weights(broken: Path) -> None:
     """A config alone is an unfinished download."""
     (broken / "model.safetensors").unlink()
