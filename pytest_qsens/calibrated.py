@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,7 @@ from pytest_qsens import profile
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
+from pytest_qsens.engines.probe import ProbeEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
 from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
@@ -28,7 +30,7 @@ from pytest_qsens.results import IDENTICAL, OpResult
 from pytest_qsens.threads import reproducible_sums, threads_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from pytest_qsens.engines import Engine
     from pytest_qsens.engines.fx import FxEngine
     from pytest_qsens.engines.inc import IncEngine
+    from pytest_qsens.estimate import Estimate
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.preparation import Prepared
     from pytest_qsens.profile import Phase
@@ -111,14 +114,23 @@ class CalibratedModel:
             return _result(op, "unexercised", reason="the calibration data never reached it, so it has no scales")
         start = time.perf_counter()
         with self._profiled(self._engine.phase), torch.no_grad():
-            measured = {mode: self._measure(op.name, mode) for mode in modes}
+            estimates = {mode: found for mode in modes if (found := self._engine.estimate(op.name, mode)) is not None}
+            measured = {
+                mode: self._estimated(estimates[mode], mode) if mode in estimates else self._measure(op.name, mode)
+                for mode in modes
+            }
+            notes = [self._engine.why_measured(op.name, mode) for mode in modes]
         failures = [
             f"{values} when {_QUANTIZED[mode]} quantized"
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        note = self._engine.note if "fallback" in measured else None
-        return _measured(op, measured, failures, note, time.perf_counter() - start)
+        notes += [self._engine.note] if "fallback" in measured else []
+        note = "; ".join(dict.fromkeys(filter(None, notes))) or None
+        result = _measured(op, measured, failures, note, time.perf_counter() - start)
+        size, _ = self._reference_size
+        intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
+        return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
 
     def measured_with(self, op: str, mode: Mode) -> Collection[str]:
         """Names of other ops that were measured together with one just scored in this mode: they take no time now."""
@@ -154,6 +166,18 @@ class CalibratedModel:
             result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
             if self._engine.perturbs:
                 self._add_noise(op, result)
+        return result
+
+    def _estimated(self, estimate: Mapping[str, Estimate], mode: Mode) -> Scores | str:
+        score = Score(logits=False)
+        score.add_error(estimate["sse"].value)
+        result = self._related(score)
+        if not isinstance(result, str):
+            if "kl" in estimate:
+                result["kl"] = estimate["kl"].value
+            joint = self._joint_scores() if mode == "fallback" else None
+            if joint is not None and not isinstance(joint, str):
+                result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
         return result
 
     def _all_but(self, op: str, seed: int | None) -> Scores | str:
@@ -257,7 +281,7 @@ def calibrate(
         ops: The ops of the model, as listed at collection.
         scheme: Name in `SCHEMES`.
         engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
-            ``fx`` or ``inc`` for int8 kernels.
+            ``probe`` estimates; ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
         expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
@@ -270,7 +294,7 @@ def calibrate(
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
             is not deterministic, its reference output is not finite or all zero, no finite value calibrates an op, or
-            ``delta`` or ``replay`` is asked for and refused.
+            ``delta``, ``probe`` or ``replay`` is asked for and refused.
 
     """
     check_engine(engine, scheme, device)
@@ -399,7 +423,7 @@ class _Setup:
                 made = _kernel_engine(self._engine)
                 return made(self._model, self._batches, self._spec.output, quantizable, self._calibrating)
         if prepared.captured is None:
-            if self._engine in ("delta", "replay"):
+            if self._engine in ("delta", "probe", "replay"):
                 raise QsensError(
                     f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
                 )
@@ -409,7 +433,8 @@ class _Setup:
             if self._engine == "replay":
                 return ReplayEngine(prepared.captured, simulator, quantizable, self._memory)
             expected = [op for op in quantizable if self._expected is None or op in self._expected] or quantizable
-            return DeltaEngine(
+            delta = ProbeEngine if self._engine == "probe" else DeltaEngine
+            return delta(
                 prepared.captured,
                 simulator,
                 quantizable,

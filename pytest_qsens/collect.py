@@ -148,6 +148,11 @@ class Catalogue:
 
         key = options.snapshot_path(model.label), model.label, options.scheme
         if key not in self._snapshots:
+            if self._updating and options.estimating:
+                raise QsensError(
+                    f"engine {options.engine} estimates, and snapshots hold what was measured: {key[0]} is left as it "
+                    "is. Update it with another engine, such as delta, or leave --snapshot-update out"
+                )
             if self._updating and os.environ.get("CI") and not options.allow_ci_update:
                 raise QsensError(
                     f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {key[0]} "

@@ -150,6 +150,11 @@ class Run:
         return [result for op, result in self.results.items() if op != TOTAL and result.status == "measured"]
 
     @property
+    def estimated(self) -> list[OpResult]:
+        """Ops of which there are estimates, in the order in which they came in."""
+        return [result for op, result in self.results.items() if op != TOTAL and result.status == "estimated"]
+
+    @property
     def reference_seconds(self) -> float | None:
         """Seconds of one unquantized forward, the fastest of all workers; of an earlier run, if this one made none."""
         fresh = [facts for facts in self.facts if facts["loaded"]]
@@ -157,11 +162,17 @@ class Run:
 
     @property
     def forwards_per_op(self) -> float | None:
-        """Mean time of an op that this run has measured, in units of a reference forward."""
-        spent = [self.spent[result.op] for result in self.measured if result.op in self.spent]
+        """Mean time of an op that this run has measured or estimated, in units of a reference forward."""
+        spent = [self.spent[result.op] for result in (*self.measured, *self.estimated) if result.op in self.spent]
         if not spent or not self.reference_seconds:
             return None
         return sum(spent) / len(spent) / self.reference_seconds
+
+    @property
+    def forwards(self) -> float | None:
+        """Time of all ops that this run has measured or estimated, in units of a reference forward."""
+        spent = [seconds for op, seconds in self.spent.items() if op != TOTAL]
+        return sum(spent) / self.reference_seconds if spent and self.reference_seconds else None
 
     @property
     def cached(self) -> list[OpResult]:
@@ -220,7 +231,7 @@ def _without_score(op: Op, status: str, reason: str) -> OpResult:
 
 def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     """Join two reports of one op: a measurement counts more than none, and modes add up."""
-    if old is None or old.status != "measured":
+    if old is None or old.status != "measured" or new.status == "estimated":
         return new
     return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
 
@@ -477,7 +488,9 @@ class Controller:
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
             self._guarded(partial(self._write_results, self._reported))
-        if active and not any(result.status == "measured" for run in active for result in run.results.values()):
+        if active and not any(
+            result.status in ("measured", "estimated") for run in active for result in run.results.values()
+        ):
             self.problems.append("nothing was measured")
         self._trim_cache()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:

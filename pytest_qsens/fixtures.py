@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
-    from pytest_qsens.results import Payload
+    from pytest_qsens.results import OpResult, Payload
     from pytest_qsens.syrupy_extension import Score
     from pytest_qsens.thresholds import Threshold
 
@@ -128,11 +128,19 @@ def _score(
     node.user_properties.append(("status", result.status))
     for scores in list(result.modes.values())[:1]:
         node.user_properties += [(metric, scores[metric]) for metric in ("nmse", "sqnr_db") if metric in scores]
+    if result.status == "estimated":
+        pytest.skip(_told(result))
     if result.status != "measured":
         _without_score(request.config, record)
 
     from pytest_qsens.syrupy_extension import Score
 
+    recorded = catalogue(request.config).snapshot(options, model).ops.get(result.op)
+    if options.estimating and recorded is None:
+        pytest.skip(
+            f"{result.op} is measured, to correct the estimates of others, but {options.snapshot_path(model.label)} has "
+            f"no line of it, and engine {options.engine} writes none"
+        )
     record.score = Score(
         result,
         thresholds=thresholds,
@@ -147,6 +155,15 @@ def _score(
     except QsensError as error:
         raise RunAborted(str(error)) from error
     return record.score
+
+
+def _told(result: OpResult) -> str:
+    """Say what is estimated of an op, and that this gates nothing."""
+    parts = [
+        f"{mode} nmse {result.modes[mode]['nmse']:.3g}, 90 % interval {low:.3g} to {high:.3g}"
+        for mode, (low, high) in result.intervals.items()
+    ]
+    return f"{result.op} is estimated, which gates nothing: {'; '.join(parts)}"
 
 
 def _without_score(config: pytest.Config, record: _Record) -> NoReturn:

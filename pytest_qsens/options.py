@@ -29,7 +29,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "fallback": ("fallback",),
     "both": ("isolated", "fallback"),
 }
-ENGINES = ("auto", "replay", "delta", "eager", "fx", "inc")
+ENGINES = ("auto", "replay", "delta", "eager", "probe", "fx", "inc")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ _DECLARATIONS = (
     _Declaration(
         "engine",
         "text",
-        f"{', '.join(ENGINES)} (default: auto); fx: torch's int8 kernels; inc: Intel Neural Compressor",
+        f"{', '.join(ENGINES)} (default: auto); probe: estimates; fx: torch's int8 kernels; inc: Intel Neural "
+        "Compressor",
         "ENGINE",
         marker=True,
     ),
@@ -286,12 +287,17 @@ class Options:
 
     @property
     def _divergence(self) -> bool:
-        """Whether logits are to be compared as distributions: the fast engine, which needs none, only if that gates."""
+        """Whether logits are to be compared as distributions: engines that need none, only if that gates."""
         from pytest_qsens.thresholds import parse_fail
 
         gated = {threshold.metric for threshold in parse_fail(self.fail)}
         gated |= {threshold.metric for _, thresholds in self.overrides().rules for threshold in thresholds}
-        return self.engine not in ("auto", "delta") or not gated.isdisjoint(("kl", "top1"))
+        return self.engine not in ("auto", "delta", "probe") or not gated.isdisjoint(("kl", "top1"))
+
+    @property
+    def estimating(self) -> bool:
+        """Whether most scores are going to be estimates: nothing new is recorded then."""
+        return self.engine == "probe"
 
     @property
     def selective(self) -> bool:

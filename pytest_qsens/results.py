@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pytest_qsens.errors import QsensError
@@ -34,6 +34,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 IDENTICAL = "identical to the reference"
 """Reason of a measured op whose quantized output is the reference bit by bit."""
 
+CANNOT = "measured, as it cannot be estimated: "
+"""Reason of an op that was measured by an engine that estimates, before why."""
+
 ABOUT_SCORES = frozenset({"distinguishable", "inc_sse", "noise"})
 """What results hold beside metrics, and snapshots leave out."""
 
@@ -46,6 +49,12 @@ Scores = dict[str, float | None]
 NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", "noise", "inc_sse"})
 """Metrics that no measurement makes negative."""
 
+Interval = tuple[float, float]
+"""Bounds that an estimated ``nmse`` comes with, the lower one first."""
+
+INTERVAL = "interval"
+"""Key of the interval beside the metrics of a mode."""
+
 Payload = dict[str, Any]
 """Values of builtin types only: what a test report and JSON can carry."""
 
@@ -54,9 +63,10 @@ Payload = dict[str, Any]
 class OpResult:
     """What is known about one op after a run.
 
-    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured``, or ``failed`` for the other mode
-    alone; ``reason`` explains every status but ``measured``, and notes an output identical to the reference, or what
-    was left unquantized in a fully quantized model.
+    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured`` or ``estimated``, or ``failed`` for
+    the other mode alone; ``intervals`` holds that of the ``nmse`` of every mode that is estimated. ``reason`` explains
+    every status but ``measured``, and notes an output identical to the reference, what was left unquantized in a fully
+    quantized model, or why an op was measured that would be estimated.
     """
 
     op: str
@@ -67,6 +77,7 @@ class OpResult:
     isolated: Scores | None = None
     fallback: Scores | None = None
     seconds: float = 0.0
+    intervals: Mapping[Mode, Interval] = field(default_factory=dict)
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -136,16 +147,18 @@ def joined(results: Sequence[OpResult]) -> OpResult:
     if len(results) == 1:
         return results[0]
     failed = [result for result in results if result.status == "failed"]
-    told = [result.reason for result in failed or results]
+    estimated = [result for result in results if result.status == "estimated"]
+    told = [result.reason for result in failed or estimated or results]
     reasons = list(dict.fromkeys(reason for reason in told if reason not in (None, IDENTICAL)))
     if not reasons and all(reason == IDENTICAL for reason in told):
         reasons = [IDENTICAL]
     return replace(
-        (failed or results)[0],
+        (failed or estimated or results)[0],
         reason="; ".join(reasons) or None,
         isolated=next((result.isolated for result in results if result.isolated is not None), None),
         fallback=next((result.fallback for result in results if result.fallback is not None), None),
         seconds=sum(result.seconds for result in results),
+        intervals={mode: bounds for result in results for mode, bounds in result.intervals.items()},
     )
 
 
@@ -167,6 +180,7 @@ def to_payload(result: OpResult) -> Payload:
 
     """
     payload = asdict(result)
+    del payload["intervals"]
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
         payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}
@@ -174,6 +188,8 @@ def to_payload(result: OpResult) -> Payload:
             read_scores(payload[mode], mode)
         except QsensError as error:
             raise ValueError(f"{result.op}: {error}") from error
+        if mode in result.intervals:
+            payload[mode][INTERVAL] = [float(bound) for bound in result.intervals[mode]]
     return payload
 
 
@@ -193,23 +209,38 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
     if op:
         fields.where = f"{where} {op!r}"
     status = cast("Status", fields.choice("status", get_args(Status)))
+    intervals: dict[Mode, Interval] = {}
     result = OpResult(
         op=op,
         type=fields.text("type"),
         block=fields.text("block"),
         status=status,
         reason=fields.optional_text("reason"),
-        isolated=_optional_scores(fields, "isolated"),
-        fallback=_optional_scores(fields, "fallback"),
+        isolated=_optional_scores(fields, "isolated", intervals),
+        fallback=_optional_scores(fields, "fallback", intervals),
         seconds=fields.number("seconds"),
+        intervals=intervals,
     )
     fields.end()
     return result
 
 
-def _optional_scores(fields: Fields, mode: Mode) -> Scores | None:
-    value = fields.take(mode)
-    return None if value is None else read_scores(value, fields.at(mode))
+def _optional_scores(fields: Fields, mode: Mode, intervals: dict[Mode, Interval]) -> Scores | None:
+    """Scores of a mode; their interval, if there is one, is put where it belongs."""
+    value, where = fields.take(mode), fields.at(mode)
+    if value is None:
+        return None
+    scores = dict(typed(value, dict, where))
+    if INTERVAL in scores:
+        intervals[mode] = _read_interval(scores.pop(INTERVAL), f"{where}, {INTERVAL!r}")
+    return read_scores(scores, where)
+
+
+def _read_interval(value: object, where: str) -> Interval:
+    bounds = [finite(bound, where) for bound in typed(value, list, where)]
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
+        raise QsensError(f"{where}: {value!r} is no interval, which is [low, high]")
+    return bounds[0], bounds[1]
 
 
 def read_scores(value: object, where: str) -> Scores:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pytest_qsens.estimate import Estimate
     from pytest_qsens.metrics import Score
     from pytest_qsens.profile import Phase
     from pytest_qsens.results import Mode
@@ -68,6 +69,12 @@ class Engine(Protocol):
 
     def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
         """Everything but this op is quantized; the seed as in `joint`."""
+
+    def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
+        """Estimate an op's score by metric, ``sse`` and maybe ``kl``; ``None`` if it is to be measured."""
+
+    def why_measured(self, op: str, mode: Mode) -> str | None:
+        """Why an op is measured by an engine that estimates, if that has to be said."""
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:
         """Score with everything but this op quantized, if the engine measures several at once; the seed as above."""

@@ -68,7 +68,7 @@ class Verdict(NamedTuple):
     """Whether that was found out with all logits made, and not by way of their errors alone."""
 
 
-class _Waves:
+class Waves:
     """Scores of ops that are measured a wave at a time, and kept.
 
     Args:
@@ -81,6 +81,11 @@ class _Waves:
         self._waves = list(waves)
         self._measure = measure
         self._scores: dict[str, Score] = {}
+
+    def add(self, scores: Mapping[str, Score], waves: Iterable[Sequence[str]]) -> None:
+        """Take scores that were measured otherwise; what is left to be measured comes in these waves."""
+        self._scores |= scores
+        self._waves = list(waves)
 
     def score(self, op: str) -> Score:
         """Measure an op with those of its wave, unless it has been."""
@@ -134,12 +139,12 @@ class DeltaEngine(ReplayEngine):
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory)
         self._logits = logits
-        weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
-        self._deltas = [DeltaRun(run, weights) for run in self._clean]
+        self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
+        self._deltas = [DeltaRun(run, self._weights) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
-        self._alone = _Waves(self._waves, self._measure_alone)
-        self._others: dict[int | None, _Waves] = {}
+        self._alone = Waves(self._waves, self._measure_alone)
+        self._others: dict[int | None, Waves] = {}
         self._checked = False
         self.verdict: Verdict | None = None
         """What others can take over: it was found out by comparing, here or by another process."""
@@ -180,9 +185,12 @@ class DeltaEngine(ReplayEngine):
         """Score with everything but this op quantized, measured with the others of its block."""
         if self.distrusted is not None:
             return None
+        return self._with_others(seed).score(op)
+
+    def _with_others(self, seed: int | None) -> Waves:
         if seed not in self._others:
-            self._others[seed] = _Waves(self._waves, self._measure_others(seed))
-        return self._others[seed].score(op)
+            self._others[seed] = Waves(self._waves, self._measure_others(seed))
+        return self._others[seed]
 
     def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
         """Group the expected ops of each block, at most so many together."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from pytest_qsens.estimate import Estimate
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
     from pytest_qsens.metrics import Score
@@ -73,6 +74,14 @@ class ForwardEngine(ABC):
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing: this engine takes one op after the other."""
+        return None
+
+    def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
+        """Nothing: this engine measures."""
+        return None
+
+    def why_measured(self, op: str, mode: Mode) -> str | None:  # noqa: ARG002 - the protocol's
+        """Nothing: it measures every op."""
         return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR, stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 aten = torch.ops.aten
+
+CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
+    "conv1d": functional.conv1d,
+    "conv2d": functional.conv2d,
+    "conv3d": functional.conv3d,
+}
+"""Kind of call → function."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,16 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
         return finite.all(-1)
     batched = values.dim() == int(kind[4]) + 2
     return finite.flatten(1).all(1) if batched else finite.all()
+
+
+def unquantized(call: Call) -> Tensor:
+    """Compute what a call gives in the model, fp32."""
+    if call.kind == "embedding":
+        return functional.embedding(call.x, call.weight).float()
+    if call.kind == "linear":
+        found: Tensor = LINEAR(call.x, call.weight, call.bias)
+        return found
+    return CONVOLUTIONS[call.kind](call.x, call.weight, call.bias, **(call.conv or {}))
 
 
 def is_op_call(target: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pytest_qsens import profile
-from pytest_qsens.graph.narrow import LINEAR
+from pytest_qsens.graph.narrow import LINEAR, narrow_transposed
 from pytest_qsens.graph.together import Head, Together, settled_calls
 
 if TYPE_CHECKING:
@@ -82,6 +82,20 @@ class Weights:
         """Return the dtype in which differences are multiplied by a weight."""
         narrow = self._fast_bf16 and weight.dtype == torch.bfloat16 and weight.numel() >= _WORTH_BF16
         return torch.bfloat16 if narrow else torch.float32
+
+    def product(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Multiply ``(*, in)`` by a weight ``(out, in)``, in the dtype for differences; fp32 comes out."""
+        dtype = self.dtype(weight)
+        multiply = functional.linear if weight.dtype == dtype else LINEAR
+        found: Tensor = multiply(values.to(dtype), weight)
+        return found.float()
+
+    def transposed(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Multiply ``(*, out)`` by the transpose of a weight ``(out, in)``; as `product`."""
+        dtype = self.dtype(weight)
+        if weight.dtype == dtype:
+            return torch.matmul(values.to(dtype), weight).float()
+        return narrow_transposed(values, weight)
 
     def gram(self, weight: Tensor) -> Tensor:
         """WᵀW, float64: the squared length of W·δ is δᵀ(WᵀW)δ."""

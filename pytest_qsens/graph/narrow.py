@@ -267,6 +267,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
+def narrow_transposed(values: Tensor, weight: Tensor) -> Tensor:
+    """Multiply ``(*, out)`` by the transpose of a narrow weight ``(out, in)``, part by part, in the dtype of ``values``."""
+    channels = max(1, _PART // max(1, weight.shape[1]))
+    found = values.new_zeros((*values.shape[:-1], weight.shape[1]))
+    for part, rows in zip(torch.split(values, channels, -1), torch.split(weight, channels), strict=True):
+        found += torch.matmul(part, _buffer.widened(rows, values.dtype))
+    return found
+
+
 def _embedding(weight: Tensor, indices: Tensor) -> Tensor:
     """Look up rows of a narrow weight ``(rows, dim)``, fp32, ``(*, dim)``."""
     return torch.embedding(weight, indices).float()

@@ -121,6 +121,16 @@ class Run:
         """Drop all that was computed again."""
         self.release(tuple(self._restored))
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Positions of the last nodes of all segments, in order."""
+        return tuple(segment.end for segment in self._segments)
+
+    def call(self, node: Node) -> Override:
+        """Return what a node computes in this run."""
+        found: Override = self._calls[self.order[node]]
+        return found
+
     def is_original(self, node: Node) -> bool:
         """Whether a node computes what it did in the model."""
         return self._calls[self.order[node]] is node.target

@@ -66,7 +66,7 @@ class Together(ABC):
         live = most = 0
         for level in self._schedule.levels:
             for step in (*level.steps, *chain.from_iterable(level.together)):
-                live += _size(step.node) - sum(_size(self.run.graph.nodes[position]) for position in step.dead)
+                live += size(step.node) - sum(size(self.run.graph.nodes[position]) for position in step.dead)
             if level.together:
                 most = max(most, live)
         return most
@@ -194,8 +194,8 @@ def _are_constant(nodes: Collection[Node], run: Run) -> bool:
     return all(node in run.graph.constants and node not in run.groups for node in nodes)
 
 
-def _size(node: Node) -> int:
-    """Bytes of a node's value; a view has none of its own."""
+def size(node: Node) -> int:
+    """Bytes of a node's value, if it is a tensor or holds some; a view has none of its own."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or any(value.alias_info is not None for value in schema.returns):
         return 0

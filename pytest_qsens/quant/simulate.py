@@ -18,22 +18,16 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.nn import functional
 
 from pytest_qsens import profile
-from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.calls import CONVOLUTIONS, finite_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.quant.calibration import Calibration, QParams
     from pytest_qsens.quant.schemes import Scheme
-
-_CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
-    "conv1d": functional.conv1d,
-    "conv2d": functional.conv2d,
-    "conv3d": functional.conv3d,
-}
 
 
 @dataclass(frozen=True)
@@ -198,8 +192,10 @@ class Simulator:
         self._keeps = True
 
     @profile.phase("local quantization")
-    def output(self, op: str, call: Call) -> Tensor:
+    def output(self, op: str, call: Call, convolved: torch.dtype = torch.float64) -> Tensor:
         """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
+
+        A convolution's integers are exact if they are multiplied in float64; fp32 is faster, and can be one off.
 
         A row (or sample) of the input with NaN or infinite values gives NaN, where a kernel would turn them into some
         integer.
@@ -212,8 +208,18 @@ class Simulator:
         else:
             x = self._calibration.input_qparams(op)
             scale = torch.tensor(x.scale, device=call.x.device)
-            output = self._real(op, call.kind, _convolution(call, weight, x), scale, weight.scale, call.bias)
+            output = self._real(op, call.kind, _convolution(call, weight, x, convolved), scale, weight.scale, call.bias)
         return _without_infinities(output, finite_rows(call.x, call.kind))
+
+    @profile.phase("local quantization")
+    def input_error(self, op: str, call: Call) -> Tensor:
+        """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape."""
+        if self._scheme.activation == "static":
+            qparams = self._calibration.input_qparams(op)
+            integers = quantize_activation(call.x, qparams)
+            return integers.sub_(qparams.zero_point).mul_(qparams.scale).sub_(call.x)
+        rows = self._quantized_rows(op, call.x)
+        return rows.integers.float().mul_(rows.scale).sub_(call.x)
 
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
@@ -312,10 +318,10 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def _convolution(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
-    """Sum (x - zero_point) * weight over integers, exactly, as float64."""
+def _convolution(call: Call, weight: QuantizedWeight, x: QParams, dtype: torch.dtype) -> Tensor:
+    """Sum (x - zero_point) * weight over integers; exactly, as float64."""
     # padding is with real zeros, which is integer zero once the zero point is taken off
     integers = quantize_activation(call.x, x).sub_(x.zero_point)
-    centred = torch.empty_like(call.x, dtype=torch.float64).copy_(integers)  # keeps the layout
+    centred = torch.empty_like(call.x, dtype=dtype).copy_(integers)  # keeps the layout
     with profile.phase("local quantization", product=True):
-        return _CONVOLUTIONS[call.kind](centred, weight.values.double(), None, **(call.conv or {}))
+        return CONVOLUTIONS[call.kind](centred, weight.values.to(dtype), None, **(call.conv or {}))

@@ -11,15 +11,15 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
-from pytest_qsens.results import lost_in_noise
+from pytest_qsens.results import CANNOT, lost_in_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import pytest
 
     from pytest_qsens.controller import Controller, Run
-    from pytest_qsens.results import OpResult, Scores
+    from pytest_qsens.results import Interval, Mode, OpResult, Scores
 
 WORST = 10
 LISTED = 5
@@ -97,18 +97,22 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
 
     """
     total = run.total
-    for mode, metric, direction in (
+    modes: tuple[tuple[Mode, str, str], ...] = (
         ("isolated", "nmse", "only this op quantized; higher nmse is worse"),
         (
             "fallback",
             "gain",
             "all but this op quantized; gain: total nmse minus its nmse, high: keep it in fp32",
         ),
-    ):
-        scores = {result.op: result.modes[mode] for result in run.measured if mode in result.modes}
+    )
+    for mode, metric, direction in modes:
+        known = {result.op: result for result in (*run.measured, *run.estimated) if mode in result.modes}
+        scores = {op: result.modes[mode] for op, result in known.items()}
+        intervals = {op: result.intervals[mode] for op, result in known.items() if mode in result.intervals}
         if scores:
-            yield f"worst ops, {mode} ({direction})"
-            yield from _table(scores, metric, width, bar)
+            estimates = f"; {len(intervals)} of {len(scores)} are estimates" if intervals else ""
+            yield f"worst ops, {mode} ({direction}{estimates})"
+            yield from _table(scores, metric, width, bar, intervals)
         noisy = sum(map(lost_in_noise, scores.values()))
         if noisy:
             yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
@@ -116,7 +120,9 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
 
 
-def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iterator[str]:
+def _table(
+    scores: dict[str, Scores], metric: str, width: int, bar: str, intervals: Mapping[str, Interval]
+) -> Iterator[str]:
     ranked = sorted(scores, key=lambda op: (-(scores[op][metric] or 0.0), op))[:WORST]
     values = [scores[op][metric] or 0.0 for op in ranked]
     longest = max(map(len, ranked))
@@ -125,6 +131,9 @@ def _table(scores: dict[str, Scores], metric: str, width: int, bar: str) -> Iter
     bar_width = min(_BAR, width - numbers - name_width - 3)
     for op, value in zip(ranked, values, strict=True):
         drawn = f"  {bar * _length(value, values, bar_width)}" if bar_width > 3 else ""
+        if op in intervals:  # that of the nmse takes the place of the bar
+            low, high = intervals[op]
+            drawn = f"  estimated, nmse {low:.3g} to {high:.3g}"
         sqnr = scores[op]["sqnr_db"]
         decibels = "identical" if sqnr is None else f"{sqnr:6.1f} dB"
         mark = "~" if lost_in_noise(scores[op]) else " "
@@ -171,6 +180,7 @@ def attention(run: Run) -> Iterator[str]:
     for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
+    yield from _estimates(run)
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
     if run.mismatch:
@@ -188,6 +198,22 @@ def attention(run: Run) -> Iterator[str]:
         )
 
 
+def _estimates(run: Run) -> Iterator[str]:
+    """Say which ops are estimated, and which could not be."""
+    if run.estimated:
+        yield (
+            f"ESTIMATES: {len(run.estimated)} of {len(run.ops)} ops are estimated, not measured. They gate nothing, "
+            "and nothing is recorded. Intervals are to hold the exact nmse of 9 in 10 ops"
+        )
+    refused = [result for result in run.measured if (result.reason or "").startswith(CANNOT)]
+    for reason in sorted({result.reason or "" for result in refused}):
+        yield f"{_shown([result.op for result in refused if result.reason == reason])}: {reason}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED} more' * (len(names) > LISTED)}"
+
+
 def _grouped(results: Iterable[OpResult]) -> str:
     """Count ops by block, with the layer number left out: ``visual.blocks.* (12)``."""
     blocks = Counter(_INDEX.sub(".*", result.block) or result.op for result in results)
@@ -203,6 +229,8 @@ def _costs(run: Run, controller: Controller) -> Iterator[str]:
 
 def _cost(run: Run, wall_seconds: float) -> str:
     cost = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
+    if run.estimated and run.forwards is not None:
+        return f"{cost}; {run.forwards:.1f} forwards for all ops"
     return cost if run.forwards_per_op is None else f"{cost}; {run.forwards_per_op:.2f} forwards per op"
 
 

@@ -1,0 +1,183 @@
+"""From what probes say to estimates with an interval, corrected by ops that were measured. Knows nothing of torch.
+
+The constants were chosen by benchmarks/estimates.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import TYPE_CHECKING
+
+from scipy.special import stdtrit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+LEVEL = 0.90
+"""Share of ops whose exact value an interval is to hold."""
+
+MEASURED = 5
+"""Ops that are measured to correct the estimates of the others."""
+
+_BIAS = 0.05
+"""Standard deviation, over models, of the mean logarithm of estimate over exact value."""
+
+_SPREAD = 0.08
+"""Standard deviation, over ops, of that logarithm where rounding errors are taken for independent, with many passes."""
+
+_SCATTER = 2.0
+"""How much more passes of one op differ from the exact value than their scatter says: it is that of few."""
+
+_PRIOR = 10
+"""How many measured ops the expectations above count as much as."""
+
+_FALLBACK = 0.2
+"""As `_SPREAD`, of estimates with everything else quantized, relative to their scale."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate, and the bounds of the interval that holds the exact value for `LEVEL` of ops."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What probes tell of an op.
+
+    Attributes:
+        passes: By batch: an estimate of its part by each of at least two backward passes, all by the same assumption.
+        squares: Squares of random numbers whose mean over passes, added up, is an estimate without it.
+
+    """
+
+    passes: Sequence[Sequence[float]]
+    squares: Sequence[float]
+
+    @property
+    def total(self) -> float:
+        """Sum over batches of the mean over passes."""
+        return math.fsum(map(fmean, self.passes))
+
+    @property
+    def scatter(self) -> float:
+        """Variance of `total`, relative to its square."""
+        return math.fsum(variance(batch) / len(batch) for batch in self.passes) / self.total**2
+
+    @property
+    def free(self) -> float:
+        """Estimate without assumption."""
+        return math.fsum(self.squares) / len(self.passes[0])
+
+    @property
+    def free_scatter(self) -> float:
+        """Variance of `free`, relative to its square.
+
+        The square of a normal number has a variance of two thirds of its mean square.
+        """
+        total = math.fsum(self.squares)
+        return max(2 / 3 * math.fsum(square**2 for square in self.squares) / total**2, 2 / len(self.squares))
+
+
+def spread_over(values: Mapping[str, float], count: int) -> list[str]:
+    """Choose ops in the middle of so many parts of the range, each with as many ops; all if there are no more.
+
+    Args:
+        values: Op → its estimate.
+        count: How many to choose, at least 1.
+
+    """
+    ranked = sorted(values, key=lambda op: (values[op], op))
+    if len(ranked) <= count:
+        return ranked
+    return [ranked[int((part + 0.5) * len(ranked) / count)] for part in range(count)]
+
+
+class Estimator:
+    """Puts together what probes tell of the ops of a model.
+
+    The two estimates of an op are averaged, as logarithms, by their variances: where the inputs hold many samples, the
+    one without assumptions decides, where they hold one, it says nothing.
+
+    Args:
+        evidence: Op → what probes tell; positive numbers.
+
+    Attributes:
+        values: Op → estimate.
+
+    """
+
+    def __init__(self, evidence: Mapping[str, Evidence]) -> None:
+        common = fmean(found.scatter for found in evidence.values()) if evidence else 0.0
+        logarithms = {op: _averaged(found, common) for op, found in evidence.items()}
+        self._variances = {op: spread for op, (_, spread) in logarithms.items()}
+        self.values = {op: math.exp(mean) for op, (mean, _) in logarithms.items()}
+
+    def corrected(self, exact: Mapping[str, float]) -> dict[str, Estimate]:
+        """Correct by the ratio at the ops that were measured, and tell how far the others may be off.
+
+        The logarithm of the ratio is taken for normal with a mean, common to all ops, and a factor to its variance that
+        are unknown, but of which a little is known before: few measured ops shrink the mean towards zero, and the
+        factor towards one, which gives a t distribution (Gelman et al., Bayesian Data Analysis, section 3.3).
+
+        Args:
+            exact: Op → exact value, for some of the ops; those of zero say nothing.
+
+        """
+        errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
+        weight = sum(1 / self._variances[op] for op in errors)
+        bias = sum(error / self._variances[op] for op, error in errors.items()) / (weight + _BIAS**-2)
+        freedom = _PRIOR + len(errors)
+        squares = sum((error - bias) ** 2 / self._variances[op] for op, error in errors.items())
+        reach = quantile(freedom) * math.sqrt((_PRIOR + squares) / freedom)
+        found = {}
+        for op, value in self.values.items():
+            factor = math.exp(reach * math.sqrt(self._variances[op]))
+            middle = value * math.exp(-bias)
+            found[op] = Estimate(middle, middle / factor, middle * factor)
+        return found
+
+
+def _averaged(found: Evidence, common: float) -> tuple[float, float]:
+    """Average the logarithms of the two estimates of an op; returns the mean and its variance.
+
+    Args:
+        found: What probes tell of it.
+        common: Mean `Evidence.scatter` of all ops: the scatter of few passes is known badly.
+
+    """
+    assuming, free = _SPREAD**2 + _SCATTER * (found.scatter + common) / 2, found.free_scatter
+    share = free / (assuming + free)
+    return share * math.log(found.total) + (1 - share) * math.log(found.free), assuming * share
+
+
+def shifted(raw: Mapping[str, float], scale: Mapping[str, float], exact: Mapping[str, float]) -> dict[str, Estimate]:
+    """Tell how far estimates may be off that are sums with terms of either sign.
+
+    Args:
+        raw: Op → estimate.
+        scale: Op → what the size of its error goes by, positive.
+        exact: Op → exact value, for some of the ops.
+
+    Returns:
+        Of all ops in ``raw``; no bound is below zero.
+
+    """
+    errors = [(raw[op] - value) / scale[op] for op, value in exact.items()]
+    freedom = _PRIOR + len(errors)
+    spread = math.sqrt((_PRIOR * _FALLBACK**2 + sum(error**2 for error in errors)) / freedom)
+    reach = quantile(freedom) * spread
+    return {
+        op: Estimate(max(value, 0.0), max(value - reach * scale[op], 0.0), max(value, 0.0) + reach * scale[op])
+        for op, value in raw.items()
+    }
+
+
+def quantile(freedom: int) -> float:
+    """Quantile of Student's t distribution that so much of it lies within."""
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
