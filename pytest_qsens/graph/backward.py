@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from pytest_qsens import profile
@@ -28,6 +27,8 @@ from pytest_qsens.graph.together import size
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from torch.fx import Node
 
     from pytest_qsens.graph.delta import Weights
     from pytest_qsens.graph.replay import Run
@@ -98,6 +99,10 @@ class Backward:
         for node in run.graph.nodes:
             if node.target in _FLAT and node in self._dependent & self._wanted and _is_real(node):
                 self._block([node], f"the derivative of {node.target} is zero")
+
+    def matters(self, node: Node) -> bool:
+        """Whether the output depends on a node."""
+        return node in self._wanted
 
     def passes(self, probes: Sequence[Probe], watch: Callable[[Gradient], None]) -> None:
         """Run one backward pass for each probe, all of them together.

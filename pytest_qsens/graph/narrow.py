@@ -268,7 +268,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def narrow_transposed(values: Tensor, weight: Tensor) -> Tensor:
-    """Multiply ``(*, out)`` by the transpose of a narrow weight ``(out, in)``, part by part, in the dtype of ``values``."""
+    """Multiply ``(*, out)`` by the transpose of a narrow weight ``(out, in)``, part by part, in the values' dtype."""
     channels = max(1, _PART // max(1, weight.shape[1]))
     found = values.new_zeros((*values.shape[:-1], weight.shape[1]))
     for part, rows in zip(torch.split(values, channels, -1), torch.split(weight, channels), strict=True):

@@ -90,7 +90,7 @@ class ProbedErrors:
         self._by_value[op][probe] += float((gradient.input * error.input).square_().sum())
         channel = -1 if call.kind == "linear" else -1 - int(call.kind[4])
         of_weight = self._apart(product.sub_(gradient.output * error.by_input).movedim(channel, -1))
-        self._by_channel[op, probe].append(of_weight.unflatten(1, (-1, product.shape[channel])).sum(1))
+        self._by_channel[op, probe].append(of_weight.view(len(of_weight), -1, product.shape[channel]).sum(1))
 
     def squares(self) -> dict[str, Tensor]:
         """By op: an estimate of δᵀJᵀMJδ for each pass, with rounding errors taken for independent; ``(probes,)``."""
@@ -118,7 +118,7 @@ def _by_row(product: Tensor, indices: Tensor) -> float:
 
     """
     flat = product.reshape(-1, product.shape[-1]).double()
-    rows, place = indices.reshape(-1).unique(return_inverse=True)
+    rows, place = torch.unique(indices.reshape(-1), return_inverse=True)
     return float(flat.new_zeros((len(rows), flat.shape[1])).index_add_(0, place, flat).square_().sum())
 
 

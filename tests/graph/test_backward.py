@@ -1,0 +1,174 @@
+"""Gradients by segments are those of autograd through the eager model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pytest_qsens.calibrated import calibrate
+from pytest_qsens.graph.backward import Backward, Gradient
+from pytest_qsens.graph.capture import run_model
+from pytest_qsens.graph.delta import Weights
+from pytest_qsens.graph.intercept import OpInterceptor
+from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.graph.narrow import LINEAR, narrow_transposed
+from pytest_qsens.graph.replay import Run
+from pytest_qsens.models.spec import ModelSpec
+from tests.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_qsens.graph.calls import Call
+
+
+def clean_run(spec: ModelSpec, memory: int | None = None) -> Run:
+    """Run the graph of the only evaluation batch."""
+    assert isinstance(spec.model, nn.Module)
+    engine: Any = calibrate(spec, list_ops(spec.model), "w8a8_static", engine="replay", memory=memory)._engine
+    (run,) = engine._clean
+    found: Run = run
+    return found
+
+
+def by_segments(run: Run, start: Tensor, memory: int) -> tuple[dict[str, list[Gradient]], Backward]:
+    """Gradients at the calls of every op, the last call first; of the second pass, which starts from twice as much."""
+    names = {node: op for op, nodes in run.graph.calls.items() for node in nodes}
+    found: dict[str, list[Gradient]] = {}
+
+    def watch(gradient: Gradient) -> None:
+        if gradient.probe == 1:
+            found.setdefault(names[gradient.node], []).append(gradient)
+
+    backward = Backward(run, Weights(fast_bf16=False), memory)
+    backward.passes([lambda: start, lambda: 2 * start], watch)
+    return found, backward
+
+
+def by_autograd(spec: ModelSpec, start: Tensor) -> dict[str, list[Tensor]]:
+    """Gradients at the calls of every op of the eager model."""
+    assert isinstance(spec.model, nn.Module)
+    taps: list[tuple[str, Tensor]] = []
+
+    def handler(op: str, _: Call, call: Callable[[], Tensor]) -> Tensor:
+        output = call()
+        taps.append((op, torch.zeros_like(output, requires_grad=True)))
+        return output + taps[-1][1]
+
+    with torch.enable_grad(), OpInterceptor(spec.model, handler):
+        output = run_model(spec.model, spec.evaluation[0], spec.output)
+    gradients = torch.autograd.grad(output, [tap for _, tap in taps], start, allow_unused=True)
+    found: dict[str, list[Tensor]] = {}
+    for (op, _), gradient in zip(taps, gradients, strict=True):
+        if gradient is not None:
+            found.setdefault(op, []).append(gradient)
+    return found
+
+
+@pytest.mark.parametrize("memory", [0, 10**9], ids=["every segment", "all at once"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore")  # of transformers, about these configurations
+def test_they_are_those_of_autograd(name: str, memory: int) -> None:
+    """At every call of every op, whatever the graph writes in place, with values dropped or kept."""
+    spec = ARCHITECTURES[name].spec()
+    run = clean_run(spec, 100_000 if memory == 0 else None)
+    start = torch.randn(run.output.shape, generator=torch.Generator().manual_seed(0))
+    found, backward = by_segments(run, start, memory)
+    expected = by_autograd(spec, start)
+    assert not backward.blocked
+    assert found.keys() == {op for op in expected if op in run.graph.calls}
+    for op, gradients in found.items():
+        for gradient, autograd in zip(reversed(gradients), expected[op], strict=True):
+            assert (gradient.output - 2 * autograd).norm() <= 1e-5 * (2 * autograd).norm()
+
+
+def test_the_gradient_of_an_input_is_its_own() -> None:
+    """What an op brings to its input holds nothing of others that read the same."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 4), nn.Conv1d(3, 3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x).sum() + self.other(x).square().sum() + x.sum()
+
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(2, 3, 8)}
+    spec = ModelSpec(Two().requires_grad_(requires_grad=False), [batch], [batch], lambda out, _: out[None])
+    run = clean_run(spec)
+    found, _ = by_segments(run, torch.ones(1), 0)
+    x = batch["x"].clone().requires_grad_()
+    model: Any = spec.model
+    for op, value in (("one", model.one(x).sum()), ("other", model.other(x).square().sum())):
+        expected = torch.autograd.grad(2 * value, x)[0]
+        gradient = found[op][0].input
+        assert gradient is not None
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_narrow_weights(dtype: torch.dtype) -> None:
+    """The product with a narrow weight's transpose is the derivative of the product with it, part by part."""
+    torch.manual_seed(0)
+    weight = torch.randn(3000, 700).bfloat16()
+    x, gradient = torch.randn(5, 700, dtype=dtype, requires_grad=True), torch.randn(5, 3000, dtype=dtype)
+    (expected,) = torch.autograd.grad(functional.linear(x, weight.to(dtype)), x, gradient)
+    torch.testing.assert_close(narrow_transposed(gradient, weight), expected)
+    torch.testing.assert_close(LINEAR(x.detach(), weight, None), functional.linear(x, weight.to(dtype)).detach())
+
+
+class _Odd(nn.Module):
+    """A layer before what cannot be differentiated, one beside it, one after it."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.beside, self.after = (nn.Linear(8, 8) for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.between(self.before(x)) + self.beside(x))
+
+
+@torch.library.custom_op("qsens_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """Triple a tensor without telling autograd."""
+    return x * 3
+
+
+@opaque.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"), [(torch.round, "derivative of aten.round"), (opaque, "cannot be differentiated")]
+)
+def test_what_cannot_be_differentiated_is_told(between: Callable[[Tensor], Tensor], reason: str) -> None:
+    """Ops whose change goes through it are named, with what it is; others are not, if the pass can go on."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 8)}
+    spec = ModelSpec(_Odd(between).requires_grad_(requires_grad=False), [batch], [batch], lambda out, _: out)
+    run = clean_run(spec)
+    _, backward = by_segments(run, torch.ones_like(run.output), 0)
+    names = {node: op for op, nodes in run.graph.calls.items() for node in nodes}
+    blocked = {names[node]: why for node, why in backward.blocked.items()}
+    assert "before" in blocked
+    assert "after" not in blocked
+    assert reason in blocked["before"]
+
+
+def test_detached_values_pass_gradients() -> None:
+    """A model that detaches computes the same function, whose derivative is wanted."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 8)}
+    spec = ModelSpec(
+        _Odd(torch.Tensor.detach).requires_grad_(requires_grad=False), [batch], [batch], lambda out, _: out
+    )
+    run = clean_run(spec)
+    found, _ = by_segments(run, torch.ones_like(run.output), 0)
+    torch.testing.assert_close(found["before"][0].output, found["beside"][0].output)
