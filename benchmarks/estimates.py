@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,7 @@ def evaluate(name: str, mode: str) -> dict[str, Any]:
         if mode == "fallback":
             model._joint_scores()
         with torch.no_grad(), forwards.around() as unit:
-            spent = seconds(lambda: engine.estimates(mode))
+            spent = seconds(partial(engine.estimates, mode))
         estimates = {op: found["sse"] for op, found in engine.estimates(mode).found.items() if op in exact}
         values = {op: estimates[op].value if op in estimates else exact[op] for op in exact}
         logarithms = {op: abs(math.log(values[op] / exact[op])) for op in exact if values[op] > 0}
@@ -164,8 +165,7 @@ def evaluate(name: str, mode: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the results as a table."""
     lines = [
-        "| model | mode | ops | forwards | Spearman (worst seed) | median abs. log ratio, estimated ops alone | in the 90 % "
-        "interval | ModelOpt-style: Spearman (forwards) |",
+        "| model | mode | ops | forwards | Spearman (worst seed) | median abs. logarithm | in the 90 % interval | peer |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -138,8 +138,8 @@ def _score(
     recorded = catalogue(request.config).snapshot(options, model).ops.get(result.op)
     if options.estimating and recorded is None:
         pytest.skip(
-            f"{result.op} is measured, but {options.snapshot_path(model.label)} has no line of it, and engine "
-            f"{options.engine} writes none"
+            f"{result.op} is measured, but has no line in the snapshot, and engine {options.engine} writes none: "
+            f"{options.snapshot_path(model.label)}"
         )
     record.score = Score(
         result,

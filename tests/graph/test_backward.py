@@ -15,8 +15,7 @@ from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.delta import Weights
 from pytest_qsens.graph.intercept import OpInterceptor
 from pytest_qsens.graph.modules import list_ops
-from pytest_qsens.graph.narrow import LINEAR, narrow_transposed
-from pytest_qsens.graph.replay import Run
+from pytest_qsens.graph.narrow import narrow_transposed
 from pytest_qsens.models.spec import ModelSpec
 from tests.architectures import ARCHITECTURES
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_qsens.graph.calls import Call
+    from pytest_qsens.graph.replay import Run
 
 
 def clean_run(spec: ModelSpec, memory: int | None = None) -> Run:
@@ -111,15 +111,14 @@ def test_the_gradient_of_an_input_is_its_own() -> None:
         torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_narrow_weights(dtype: torch.dtype) -> None:
+def test_narrow_weights() -> None:
     """The product with a narrow weight's transpose is the derivative of the product with it, part by part."""
     torch.manual_seed(0)
+    dtype = torch.float64
     weight = torch.randn(3000, 700).bfloat16()
     x, gradient = torch.randn(5, 700, dtype=dtype, requires_grad=True), torch.randn(5, 3000, dtype=dtype)
     (expected,) = torch.autograd.grad(functional.linear(x, weight.to(dtype)), x, gradient)
     torch.testing.assert_close(narrow_transposed(gradient, weight), expected)
-    torch.testing.assert_close(LINEAR(x.detach(), weight, None), functional.linear(x, weight.to(dtype)).detach())
 
 
 class _Odd(nn.Module):
