@@ -165,7 +165,7 @@ def evaluate(name: str, mode: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the results as a table."""
     lines = [
-        "| model | mode | ops | forwards | Spearman (worst seed) | median abs. logarithm | in the 90 % interval | peer |",
+        "| model | mode | ops | forwards | Spearman (worst seed) | median log ratio | in the interval | peer |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
