@@ -117,8 +117,8 @@ class ProbeEngine(DeltaEngine):
         why = self.estimates(mode).refused.get(op)
         return None if why is None else f"{CANNOT}{why}"
 
-    def _settle(self, verdict: Verdict) -> None:
-        super()._settle(verdict)
+    def _distrust(self, why: str) -> None:
+        super()._distrust(why)
         self.name = "probe"  # whatever measures those that correct the others
 
     def _isolated_estimates(self) -> Estimates:
