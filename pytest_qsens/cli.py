@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, the cache of scores, and stand-ins for models."""
+"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pytest_qsens.accept import accept
 from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
 from pytest_qsens.errors import QsensError
+from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
 from pytest_qsens.report.cached import listing, summary
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_merge(commands)
     _add_accept(commands)
     _add_cache(commands)
+    _add_proxies(commands)
     arguments = parser.parse_args(argv)
     try:
         lines = arguments.run(arguments)
@@ -181,6 +183,53 @@ def _clear_cache(arguments: argparse.Namespace) -> list[str]:
     if model is not None and model not in known:
         raise QsensError(f"nothing of a model {model!r} in {cache_dir}. There is: {', '.join(known) or 'nothing'}.")
     return [f"removed from {summary(cache_dir, clear(cache_dir, model))}"]
+
+
+def _add_proxies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "proxies",
+        help="tell which proxies rank the ops of a model as exact scores do",
+        description="Compute proxies of sensitivity on a model and its evaluation data, and print how well each ranks "
+        "the ops: the rank correlation with exact scores, and what it costs.",
+    )
+    command.add_argument(
+        "result",
+        type=Path,
+        nargs="?",
+        metavar="RESULT.json",
+        help="exact scores, written by `pytest --qsens-json`; without it they are measured first",
+    )
+    command.add_argument("--model", help="as --qsens-model (default: the preset that the result is of)")
+    command.add_argument("--checkpoint", type=Path, metavar="DIR", help="as --qsens-checkpoint")
+    command.add_argument("--scheme", help="as --qsens-scheme (default: the result's, or w8a8)")
+    command.add_argument("--calib", type=Path, metavar="FILE", help="as --qsens-calib")
+    command.add_argument("--calib-samples", type=_positive, metavar="N", help="as --qsens-calib-samples")
+    command.add_argument("--eval", type=Path, metavar="FILE", help="as --qsens-eval")
+    command.add_argument("--allow-pickle", action="store_true", help="as --qsens-allow-pickle")
+    command.add_argument("--only", action="append", default=[], metavar="PROXY", help="only this one; repeatable")
+    command.add_argument(
+        "--draws", type=_positive, default=2, metavar="N", help="random vectors a batch for gradients, default 2"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all values and correlations to FILE")
+    command.set_defaults(run=_proxies)
+
+
+def _proxies(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.proxies.request import check_names, check_output, find
+
+    check_names(arguments.only)
+    check_output(arguments.json, arguments.result)
+    source, scheme = find(arguments)
+
+    from pytest_qsens.proxies.command import compare_proxies  # torch, once all that is given can be
+    from pytest_qsens.report import proxies
+
+    found = compare_proxies(source, scheme, arguments.result, arguments.only, draws=arguments.draws)
+    lines = list(proxies.report(found))
+    if arguments.json is not None:
+        write_atomically(arguments.json, proxies.as_json(found))
+        lines.append(f"wrote {arguments.json}")
+    return lines
 
 
 def _positive(text: str) -> int:

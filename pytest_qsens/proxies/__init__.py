@@ -1,0 +1,1 @@
+"""Cheap stand-ins for exact scores, and how well each ranks the ops of a model."""

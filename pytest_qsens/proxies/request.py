@@ -1,0 +1,102 @@
+"""What ``qsens proxies`` is asked for, checked before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import check_writable
+from pytest_qsens.models.presets import PRESETS
+from pytest_qsens.models.resolve import resolve
+from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.options import unknown
+from pytest_qsens.proxies.functions import PROXIES
+from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.results import load
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterable
+
+    from pytest_qsens.models.source import ModelSource
+    from pytest_qsens.results import RunInfo
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check names of proxies.
+
+    Raises:
+        QsensError: If there is none of a name.
+
+    """
+    for name in names:
+        if name not in PROXIES:
+            raise QsensError(f"{unknown('proxy', name, PROXIES)}.")
+
+
+def check_output(path: Path | None, result: Path | None) -> None:
+    """Check that a file can be written and destroys nothing but an older one of its kind.
+
+    Raises:
+        QsensError: If it cannot, or would.
+
+    """
+    if path is None:
+        return
+    if result is not None and path.resolve() == result.resolve():
+        raise QsensError(f"--json {path} would overwrite the result that the exact scores come from. Choose another.")
+    if not path.parent.is_dir():
+        raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
+    if path.exists():
+        try:
+            known = "proxies" in json.loads(path.read_bytes())
+        except (OSError, ValueError, TypeError):
+            known = False
+        if not known:
+            raise QsensError(f"{path} exists and was not written by `qsens proxies`. Choose another name or remove it.")
+    check_writable(path.parent)
+
+
+def find(given: Namespace) -> tuple[ModelSource, str]:
+    """Find the model and the scheme; what is not given is that of the result.
+
+    Args:
+        given: Arguments of the command line.
+
+    Raises:
+        QsensError: If there is no such model or scheme, or nothing says which model.
+
+    """
+    run = None if given.result is None else load(given.result).run
+    scheme = given.scheme or ("w8a8" if run is None else run.scheme)
+    if scheme not in SCHEMES:
+        raise QsensError(f"{unknown('scheme', scheme, SCHEMES)}.")
+    request = ModelRequest(
+        model=_model(given.model, run, given.result),
+        checkpoint=_absolute(given.checkpoint),
+        calib=_absolute(given.calib),
+        eval=_absolute(given.eval),
+        calib_samples=given.calib_samples,
+        allow_pickle=given.allow_pickle,
+        root=str(Path.cwd()),
+    )
+    return resolve(request), scheme
+
+
+def _model(given: str | None, run: RunInfo | None, path: Path | None) -> str:
+    if given is not None:
+        return given
+    if run is None:
+        raise QsensError("give a model with --model, a result file of a preset, or both")
+    if run.model not in PRESETS:
+        raise QsensError(
+            f"{path} is a result of {run.model!r}, which is no preset: give with --model what --qsens-model was. "
+            f"Presets: {', '.join(PRESETS)}."
+        )
+    return run.model
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())

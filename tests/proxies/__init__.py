@@ -1,0 +1,1 @@
+"""Tests of the proxies and of the command that compares them."""
