@@ -119,7 +119,7 @@ def test_a_passing_failure_is_no_verdict(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> Any:  # noqa: ANN401 - never returns
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("pytest_qsens.engines.delta._Waves.score", fail)
+    monkeypatch.setattr("pytest_qsens.engines.delta.Waves.score", fail)
     first = made(tmp_path)
     assert first.engine == "replay"
     assert "no memory" in (first.engine_reason or "")
