@@ -77,7 +77,7 @@ class OpResult:
     isolated: Scores | None = None
     fallback: Scores | None = None
     seconds: float = 0.0
-    intervals: Mapping[Mode, Interval] = field(default_factory=dict)
+    intervals: Mapping[Mode, Interval] = field(default_factory=dict, hash=False)
 
     @property
     def modes(self) -> dict[Mode, Scores]:

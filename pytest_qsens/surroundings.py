@@ -106,5 +106,6 @@ def _settings() -> dict[str, object]:
     for name, default in _PRECISIONS.items():
         usual[name] = default
         owner = reduce(lambda value, part: getattr(value, part, None), name.split("."), torch.backends)
-        found[name] = str(getattr(owner, "fp32_precision", default))
+        precision = str(getattr(owner, "fp32_precision", default))
+        found[name] = "none" if precision == "ieee" and default == "none" else precision  # two names for one thing
     return {name: value for name, value in found.items() if value != usual[name]}
