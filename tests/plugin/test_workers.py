@@ -221,7 +221,7 @@ def test_a_model_that_is_another_one_each_time_it_is_loaded(pytester: pytest.Pyt
             def test_a(self, m, qsens_score, snapshot): assert qsens_score == snapshot
             @pytest.mark.qsens(scheme="w8a8_dynamic", ops="0")
             def test_b(self, m, qsens_score, snapshot): assert qsens_score == snapshot
-            @pytest.mark.qsens(ops="1")
+            @pytest.mark.qsens(ops="1", mode="fallback")
             def test_c(self, m, qsens_score, snapshot): assert qsens_score == snapshot
         """,
     )
