@@ -78,3 +78,27 @@ class Engine(Protocol):
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:
         """Score with everything but this op quantized, if the engine measures several at once; the seed as above."""
+
+
+class OneByOne:
+    """What an engine has to say that measures one op after the other."""
+
+    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing."""
+        return None
+
+    def measured_with(self, op: str, mode: Mode) -> Collection[str]:  # noqa: ARG002 - the protocol's
+        """Nothing."""
+        return ()
+
+    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
+        """Nothing."""
+        return None
+
+    def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
+        """Nothing."""
+        return None
+
+    def why_measured(self, op: str, mode: Mode) -> str | None:  # noqa: ARG002 - the protocol's
+        """Nothing."""
+        return None

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from pytest_qsens import profile
+from pytest_qsens.engines import OneByOne
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
@@ -19,16 +20,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from pytest_qsens.estimate import Estimate
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
-    from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.profile import Phase
-    from pytest_qsens.results import Mode
 
 
-class ForwardEngine(ABC):
+class ForwardEngine(OneByOne, ABC):
     """Runs the model for every score, on one thread if kernels round by the number of threads.
 
     Raises:
@@ -63,26 +61,6 @@ class ForwardEngine(ABC):
     def isolated(self, op: str) -> Iterator[Tensor]:
         """Only this op is quantized."""
         return self._outputs({op}, None)
-
-    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return None
-
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return ()
-
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return None
-
-    def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine measures."""
-        return None
-
-    def why_measured(self, op: str, mode: Mode) -> str | None:  # noqa: ARG002 - the protocol's
-        """Nothing: it measures every op."""
-        return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""

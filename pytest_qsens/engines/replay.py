@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from pytest_qsens.engines import OneByOne
 from pytest_qsens.graph.calls import bind
 from pytest_qsens.graph.capture import CaptureRefused, Graph, capture, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
@@ -22,22 +23,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from pytest_qsens.estimate import Estimate
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.capture import Output
     from pytest_qsens.graph.schedule import Groups
-    from pytest_qsens.metrics import Score
     from pytest_qsens.models.spec import Batch
     from pytest_qsens.profile import Phase
     from pytest_qsens.quant.simulate import Simulator
-    from pytest_qsens.results import Mode
 
 
 _ALIGNMENT = 64
 """Bytes of the widest vector register."""
 
 
-class ReplayEngine:
+class ReplayEngine(OneByOne):
     """Bit-identical to running the whole model with the op replaced, at a part of its cost.
 
     The values of the clean run are kept as far as the memory goes; those of the fully quantized run once it is asked
@@ -91,26 +89,6 @@ class ReplayEngine:
                 output = run.replay(self._quantize(run.graph, [op]))
             run.release_all()
             yield output
-
-    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return None
-
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return ()
-
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine takes one op after the other."""
-        return None
-
-    def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
-        """Nothing: this engine measures."""
-        return None
-
-    def why_measured(self, op: str, mode: Mode) -> str | None:  # noqa: ARG002 - the protocol's
-        """Nothing: it measures every op."""
-        return None
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
