@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LOCK_TIMEOUT_SECONDS = 60.0
 """A writer holds a lock for milliseconds; one that does not let go is stuck."""
@@ -268,6 +268,26 @@ def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
 def temporary_prefix(target: Path) -> str:
     """How the names of ``target``'s temporary files begin."""
     return f".{target.name}."
+
+
+def check_replaceable(path: Path, check_own: Callable[[Path], object]) -> None:
+    """Make sure that a file can be written and takes the place of nothing but an older one of its kind.
+
+    Args:
+        path: The file.
+        check_own: Called if there is one; raises unless it is of that kind.
+
+    Raises:
+        QsensError: If the directory is missing or read-only, or what is there is no file.
+
+    """
+    if not path.parent.is_dir():
+        raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
+    if path.exists():
+        if not path.is_file():  # reading a device or a pipe may have no end
+            raise QsensError(f"cannot write {path}: it is not a file. Choose another name.")
+        check_own(path)
+    check_writable(path.parent)
 
 
 def check_writable(directory: Path) -> None:

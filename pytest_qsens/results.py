@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import (
     Fields,
-    check_writable,
+    check_replaceable,
     finite,
     parse_json,
     read_text,
@@ -392,16 +392,14 @@ def check_overwritable(path: Path) -> None:
         QsensError: If something other than a result file of ours is there, or the directory is missing or read-only.
 
     """
-    if not path.parent.is_dir():
-        raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
-    if path.exists():
-        if not path.is_file():  # reading a device or a pipe may have no end
-            raise QsensError(f"cannot write {path}: it is not a file. Choose another name.")
-        try:
-            load(path)
-        except QsensError as error:
-            raise QsensError(
-                f"{path} exists and is not a result file of this version; it is left untouched ({error}). "
-                "Choose another name or remove it."
-            ) from error
-    check_writable(path.parent)
+    check_replaceable(path, _check_result)
+
+
+def _check_result(path: Path) -> None:
+    try:
+        load(path)
+    except QsensError as error:
+        raise QsensError(
+            f"{path} exists and is not a result file of this version; it is left untouched ({error}). "
+            "Choose another name or remove it."
+        ) from error

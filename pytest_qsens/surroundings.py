@@ -92,20 +92,19 @@ def _settings() -> dict[str, object]:
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
-    usual = {"dtype": "torch.float32", "mkldnn": True, "deterministic": False, "denormals": True}
-    found: dict[str, object] = {
-        "dtype": str(torch.get_default_dtype()),
-        "mkldnn": bool(torch.backends.mkldnn.enabled),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "denormals": bool(torch.tensor([1e-40], dtype=torch.float32).mul(1).item()),
+    backends = torch.backends
+    found: dict[str, tuple[object, object]] = {  # as it is, as it comes
+        "dtype": (str(torch.get_default_dtype()), "torch.float32"),
+        "mkldnn": (bool(backends.mkldnn.enabled), True),
+        "deterministic": (torch.are_deterministic_algorithms_enabled(), False),
+        "denormals": (bool(torch.tensor([1e-40], dtype=torch.float32).mul(1).item()), True),
+        "flash": (backends.cuda.flash_sdp_enabled(), True),
+        "mem_efficient": (backends.cuda.mem_efficient_sdp_enabled(), True),
+        "math": (backends.cuda.math_sdp_enabled(), True),
+        "cudnn": (backends.cuda.cudnn_sdp_enabled(), True),
     }
-    for name in ("flash", "mem_efficient", "math", "cudnn"):
-        usual[name] = True
-        enabled = getattr(torch.backends.cuda, f"{name}_sdp_enabled", None)
-        found[name] = True if enabled is None else bool(enabled())
-    for name, default in _PRECISIONS.items():
-        usual[name] = default
-        owner = reduce(lambda value, part: getattr(value, part, None), name.split("."), torch.backends)
-        precision = str(getattr(owner, "fp32_precision", default))
-        found[name] = "none" if precision == "ieee" and default == "none" else precision  # two names for one thing
-    return {name: value for name, value in found.items() if value != usual[name]}
+    for name, usual in _PRECISIONS.items():
+        owner = reduce(lambda value, part: getattr(value, part, None), name.split("."), backends)
+        precision = str(getattr(owner, "fp32_precision", usual))
+        found[name] = "none" if precision == "ieee" and usual == "none" else precision, usual  # two names for one thing
+    return {name: value for name, (value, usual) in found.items() if value != usual}

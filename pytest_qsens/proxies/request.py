@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.files import check_writable
+from pytest_qsens.files import check_replaceable
 from pytest_qsens.models.presets import PRESETS
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
@@ -47,16 +47,16 @@ def check_output(path: Path | None, result: Path | None) -> None:
         return
     if result is not None and path.resolve() == result.resolve():
         raise QsensError(f"--json {path} would overwrite the result that the exact scores come from. Choose another.")
-    if not path.parent.is_dir():
-        raise QsensError(f"cannot write {path}: there is no directory {path.parent}. Create it first.")
-    if path.exists():
-        try:
-            known = "proxies" in json.loads(path.read_bytes())
-        except (OSError, ValueError, TypeError):
-            known = False
-        if not known:
-            raise QsensError(f"{path} exists and was not written by `qsens proxies`. Choose another name or remove it.")
-    check_writable(path.parent)
+    check_replaceable(path, _check_own)
+
+
+def _check_own(path: Path) -> None:
+    try:
+        known = "proxies" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise QsensError(f"{path} exists and was not written by `qsens proxies`. Choose another name or remove it.")
 
 
 def find(given: Namespace) -> tuple[ModelSource, str]:
