@@ -16,19 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
+from tests.control_groups import forget, little_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.control_groups import Group
 
 PRESET = "qwen2_5_vl_3b"
 SIDE = 224
@@ -56,37 +59,12 @@ def proportional(process: psutil.Process) -> dict[str, int]:
     return {"all": sizes["Pss"], "files": sizes["Pss_File"]}
 
 
-def forget(checkpoint: Path) -> None:
-    """Have the system drop what it holds of the weights: it counts for the group that read them first."""
-    for file in checkpoint.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextmanager
-def limited(size: int | None) -> Iterator[Path | None]:
-    """Make a control group that leaves its processes so many bytes; returns the file that takes their ids."""
-    if size is None:
-        yield None
-        return
-    root = Path("/sys/fs/cgroup")
-    version2 = (root / "cgroup.controllers").exists()
-    group = (root if version2 else root / "memory") / f"qsens-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / ("memory.max" if version2 else "memory.limit_in_bytes")).write_text(str(size))
-        yield group / "cgroup.procs"
-    finally:
-        group.rmdir()
-
-
-def run(arguments: list[str], threads: int | None, group: Path | None) -> dict[str, Any]:
+def run(arguments: list[str], threads: int | None, group: Group | None) -> dict[str, Any]:
     """Run pytest, in a control group if one is given, and watch its memory."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    enter = [] if group is None else ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
+    enter = () if group is None else group.entry
     start = time.perf_counter()
     with subprocess.Popen(
         [*enter, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
@@ -131,7 +109,10 @@ def told(result: Path) -> dict[str, Any]:
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure every kind of run."""
     found: dict[str, Any] = {"cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
-    with tempfile.TemporaryDirectory() as name, limited(options.limit) as group:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        little_memory(options.limit) if options.limit else nullcontext() as group,
+    ):
         directory = Path(name)
         files = write_data(directory)
         request = ModelRequest(PRESET, str(checkpoint), str(files["calib"]), str(files["eval"]))

@@ -264,6 +264,13 @@ class Undisturbed:
         assert site.file.read_text() == self.snapshot
         assert [path.name for path in site.file.parent.iterdir()] == [site.file.name]
 
+    def resume(self, site: Site, *args: str) -> set[str]:
+        """Run once more after a fault, see that all comes to the same, and tell which ops were measured."""
+        ended = site.run(*args)
+        assert ended.code == 0, ended.output
+        self.check(site)
+        return site.measured()
+
     def check_file(self, site: Site) -> dict[str, bool]:
         """See that the snapshot file is whole, and each line in it as it was or as it is to be; which of them are."""
         text = site.file.read_text()
@@ -343,52 +350,3 @@ def small_disk(path: Path, options: str) -> Iterator[Disk]:
         command = ("nsenter", "-t", str(holder.pid), "-m", *user)
         yield Disk(Path(f"/proc/{holder.pid}/root{path}"), command)
         holder.stdin.close()
-
-
-@dataclass(frozen=True)
-class Group:
-    """A control group that limits memory."""
-
-    path: Path
-
-    def kills(self) -> int:
-        """How many of its processes the system has killed."""
-        names = ("memory.events", "memory.oom_control")
-        [text] = [(self.path / name).read_text() for name in names if (self.path / name).exists()]
-        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
-
-    def reclaimed(self) -> bool:
-        """Whether the system had to take memory back to keep the limit."""
-        version1, version2 = self.path / "memory.failcnt", self.path / "memory.events"
-        if version1.exists():
-            return int(version1.read_text()) > 0
-        return int(dict(line.split() for line in version2.read_text().splitlines())["max"]) > 0
-
-
-@contextmanager
-def little_memory(limit: int) -> Iterator[Group]:
-    """Make a control group with a limit, of either version, for processes that enter it until the block ends.
-
-    Raises:
-        PermissionError: If that is not possible here.
-
-    """
-    root = Path("/sys/fs/cgroup")
-    name = f"qsens-{os.getpid()}"
-    path = next((version / name for version in (root / "memory", root) if version.is_dir()), root / name)
-    try:
-        path.mkdir()
-    except OSError as error:
-        raise PermissionError(str(error)) from error
-    try:
-        files = [path / name for name in ("memory.max", "memory.limit_in_bytes") if (path / name).exists()]
-        if not files:
-            raise PermissionError(f"{path} has no limit for memory")
-        files[0].write_text(str(limit))
-        for swap, value in (("memory.swap.max", "0"), ("memory.swappiness", "0")):
-            with suppress(OSError):
-                if (path / swap).exists():
-                    (path / swap).write_text(value)
-        yield Group(path)
-    finally:
-        path.rmdir()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.plugin.faults import COUNT, GONE, little_memory, wait_for_the_end
+from tests.control_groups import little_memory
+from tests.plugin.faults import COUNT, GONE, wait_for_the_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,10 +69,7 @@ def test_a_worker_is_killed(undisturbed: Undisturbed, tmp_path: Path, seed: int)
     assert (lost in reported) == (moment == "the score was reported")
     assert measured >= others.keys()
 
-    resumed = site.run("-n", "2" if seed < 2 else "0")
-    assert resumed.code == 0, resumed.output
-    undisturbed.check(site)
-    again = site.measured()
+    again = undisturbed.resume(site, "-n", "2" if seed < 2 else "0")
     assert not again & reported
     if not undisturbed.mates(lost) & measured:  # the rest of the block went to another worker, with the lost op
         assert (lost in again) == (moment not in KEPT)
@@ -95,10 +93,7 @@ def test_the_controller_is_killed_while_workers_measure(undisturbed: Undisturbed
     assert reported
     site.measured()
 
-    resumed = site.run("-n", "2")
-    assert resumed.code == 0, resumed.output
-    undisturbed.check(site)
-    assert op in (again := site.measured())
+    assert op in (again := undisturbed.resume(site, "-n", "2"))
     assert not again & reported
 
 
@@ -140,10 +135,7 @@ def test_the_controller_is_killed_while_it_writes_the_snapshot(
         assert size == {"write": 1000, "half": len(undisturbed.snapshot.encode()) // 2}.get(moment, size)
         assert (path.read_text() == undisturbed.snapshot) == (moment == "rename")
 
-    resumed = site.run()
-    assert resumed.code == 0, resumed.output
-    undisturbed.check(site)
-    assert site.measured() == set()
+    assert undisturbed.resume(site) == set()
 
 
 @pytest.mark.parametrize("parts", [("blocks.0.*", "blocks.1.*"), ("blocks.[01].*", "blocks.[01].*")])
@@ -169,9 +161,7 @@ def test_two_runs_update_one_snapshot(undisturbed: Undisturbed, tmp_path: Path, 
         name: name.startswith(("blocks.0.", "blocks.1.", GONE)) for name in undisturbed.lines
     }
     assert [found.name for found in site.file.parent.iterdir()] == [site.file.name]
-    last = site.run()
-    assert last.code == 0, last.output
-    undisturbed.check(site)
+    undisturbed.resume(site)
 
 
 def test_a_worker_is_killed_for_its_memory(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -194,10 +184,7 @@ def test_a_worker_is_killed_for_its_memory(undisturbed: Undisturbed, tmp_path: P
     assert undisturbed.check_file(site) == dict.fromkeys(undisturbed.lines, True) | {op: False}
     site.measured()
 
-    resumed = site.run()
-    assert resumed.code == 0, resumed.output
-    undisturbed.check(site)
-    assert site.measured() == {op}
+    assert undisturbed.resume(site) == {op}
 
 
 def test_no_memory_is_left_for_an_op(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -214,7 +201,4 @@ def test_no_memory_is_left_for_an_op(undisturbed: Undisturbed, tmp_path: Path) -
     assert undisturbed.check_file(site) == dict.fromkeys(undisturbed.lines, True) | {op: False}
     site.measured()
 
-    resumed = site.run()
-    assert resumed.code == 0, resumed.output
-    undisturbed.check(site)
-    assert site.measured() == {op}
+    assert undisturbed.resume(site) == {op}

@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 
 from pytest_qsens.models import standin
 from tests.checkpoints import VOCABULARY, tokenizer
-from tests.plugin.faults import little_memory
+from tests.control_groups import forget, little_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.plugin.faults import Group
+    from tests.control_groups import Group
 
 LIMIT = 800_000_000
 """Bytes that a run may take; half of them it needs for libraries, values and one layer that is quantized."""
@@ -48,19 +48,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "model"
 
 
-def forget(checkpoint: Path) -> None:
-    """Have the system read the weights anew: what it holds of files counts where they were read first."""
-    for file in checkpoint.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(checkpoint: Path, directory: Path, group: Group | None = None) -> dict[str, Any]:
     """Measure some ops, in a control group if one is given; returns their scores."""
     directory.mkdir()
     data = checkpoint.parent / "data.jsonl"
-    enter = [] if group is None else ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.path / "cgroup.procs")]
+    enter = () if group is None else group.entry
     arguments = [
         *("-q", "-p", "no:cacheprovider", f"--rootdir={directory}", f"--qsens-model={checkpoint}", *OPS),
         *(f"--qsens-calib={data}", f"--qsens-eval={data}", "--qsens-memory=100MB", "--qsens-no-cache"),
