@@ -78,8 +78,8 @@ class Run:
 
     @property
     def engines(self) -> list[str]:
-        """Engines in use: one, unless workers differ."""
-        return sorted({facts["engine"] for facts in self.facts})
+        """Engines in use: one, unless workers or modes differ."""
+        return sorted({name for facts in self.facts for name in facts["engine"].split("+")})
 
     @property
     def engine_reason(self) -> str | None:

@@ -18,6 +18,7 @@ from pytest_qsens.graph.joint import JointRun, RowWise
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.noise import factors
 from pytest_qsens.ops import Op
+from pytest_qsens.results import MODES, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
-    from pytest_qsens.results import Mode
 
 _TRIES = 3
 """Ops at either end of the model that are tried until one can be compared with its replay."""
@@ -40,6 +40,13 @@ TOLERANCE = 1e-2
 
 bf16 has 8 bits, and rounding is random; but what a layer amplifies of an error it amplifies of that rounding, too.
 Found were up to 4e-4 in 24 layers, and 4e-3 in 68 of random weights, where errors grow a hundredfold on the way.
+"""
+
+SUMMATION = 1e-9
+"""How far an error with everything else quantized may be from that of an exact replay, relative.
+
+All that differs is the order in which squares are added in float64, and none of them is negative: 3e8 of them, in parts
+of 2**16, come out within 1e-12. One integer that is another one moves the error by more than this.
 """
 
 _WAVE_SHARE = 4
@@ -141,11 +148,14 @@ class DeltaEngine(ReplayEngine):
         self._logits = logits
         self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
         self._deltas = [DeltaRun(run, self._weights) for run in self._clean]
-        widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
-        self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
+        self._expected = expected
+        self._wave_memory = memory // _WAVE_SHARE
+        self._waves = self._find_waves(self._deltas)
         self._alone = Waves(self._waves, self._measure_alone)
+        self._joined: dict[int | None, list[JointRun]] = {}
         self._others: dict[int | None, Waves] = {}
-        self._checked = False
+        self._checked = self._checked_others = False
+        self._replayed: set[Mode] = set()
         self.verdict: Verdict | None = None
         """What others can take over: it was found out by comparing, here or by another process."""
         if verdict is not None and verdict.logits == logits:
@@ -165,50 +175,80 @@ class DeltaEngine(ReplayEngine):
         if verdict is not None and verdict.fault is not None:
             self._distrust(verdict.fault)
 
-    def _distrust(self, why: str) -> None:
-        self._checked = True
-        self.distrusted = why
-        self.name = "replay"
-        self._deltas.clear()
+    def _distrust(self, why: str, modes: Collection[Mode] = MODES) -> None:
+        self.distrusted = why if self.distrusted is None else f"{self.distrusted}; {why}"
+        self._replayed.update(modes)
+        self.name = "replay" if len(self._replayed) == len(MODES) else "delta+replay"
+        if "isolated" in modes:
+            self._checked = True
+            self._deltas.clear()
+        self._joined.clear()
+        self._others.clear()
+
+    def trusts(self, mode: Mode) -> bool:
+        """Whether ops are measured together in this mode; they are not any more once that was found to be wrong."""
+        return mode not in self._replayed
 
     def together(self, op: str) -> Score | None:
         """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
         self.check()
-        return self._alone.score(op) if self.distrusted is None else None
+        return self._alone.score(op) if self.trusts("isolated") else None
 
     def measured_with(self, op: str, mode: Mode) -> Collection[str]:
         """Others of its block."""
         waves = self._alone if mode == "isolated" else self._others.get(None)
-        return () if waves is None or self.distrusted is not None else waves.measured_with(op)
+        return () if waves is None or not self.trusts(mode) else waves.measured_with(op)
 
     def all_but(self, op: str, seed: int | None = None) -> Score | None:
-        """Score with everything but this op quantized, measured with the others of its block."""
-        if self.distrusted is not None:
-            return None
-        return self._with_others(seed).score(op)
+        """Score with everything but this op quantized, measured with the others of its block.
+
+        The first time after `check_others`.
+        """
+        self.check_others()
+        return self._with_others(seed).score(op) if self.trusts("fallback") else None
+
+    def check_others(self) -> None:
+        """See whether ops that are measured together with everything else quantized get their own scores.
+
+        Replays of two ops tell, in every process for itself: that takes about two forwards, where the fully quantized
+        runs that every process makes take four, and the ops are the same in all of them.
+        """
+        if not self._checked_others and self.trusts("fallback"):
+            self._checked_others = True
+            fault = self._find_fault()
+            if fault is not None:
+                self._distrust(f"mode fallback is replayed: {fault}", ["fallback"])
 
     def _with_others(self, seed: int | None) -> Waves:
         if seed not in self._others:
-            self._others[seed] = Waves(self._waves, self._measure_others(seed))
+            self._others[seed] = Waves(self._joint_waves(), self._measure_others(seed))
         return self._others[seed]
 
-    def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
-        """Group the expected ops of each block, at most so many together."""
-        wanted = (op for op in self._quantizable if op in self.exercised and op in expected)
-        for _, block in groupby(wanted, key=lambda op: Op(op, "").block):
-            ops = list(block)
-            yield from (ops[i : i + most] for i in range(0, len(ops), most))
+    def _joint_waves(self) -> list[list[str]]:
+        return self._find_waves(self._joint_together(None))
+
+    def _find_waves(self, runs: Sequence[Together]) -> list[list[str]]:
+        """Group the expected ops of each block, as many as there is memory for."""
+        most = max(1, self._wave_memory // max(1, *(run.bytes_per_change() for run in runs)))
+        wanted = (op for op in self._quantizable if op in self.exercised and op in self._expected)
+        blocks = [list(block) for _, block in groupby(wanted, key=lambda op: Op(op, "").block)]
+        return [block[i : i + most] for block in blocks for i in range(0, len(block), most)]
 
     def _measure_alone(self, ops: Sequence[str]) -> dict[str, Score]:
         return self._measure(ops, self._deltas, lambda graph, op: self._quantize(graph, [op]))
 
     def _measure_others(self, seed: int | None) -> Callable[[Sequence[str]], dict[str, Score]]:
-        moved = None if seed is None else partial(factors, seed=seed)
-        runs = [
-            JointRun(run, clean.output, self._row_wise(run.graph), moved)
-            for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
-        ]
+        runs = self._joint_together(seed)
         return lambda ops: self._measure(ops, runs, lambda graph, op: self._unquantized(graph, op, seed))
+
+    def _joint_together(self, seed: int | None) -> list[JointRun]:
+        if seed not in self._joined:
+            moved = None if seed is None else partial(factors, seed=seed)
+            self._joined[seed] = [
+                JointRun(run, clean.output, self._row_wise(run.graph), moved)
+                for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
+            ]
+        return self._joined[seed]
 
     def _row_wise(self, graph: Graph) -> dict[Node, RowWise]:
         return {
@@ -242,31 +282,61 @@ class DeltaEngine(ReplayEngine):
     @profile.phase("replay")
     def _find_verdict(self) -> Verdict | None:
         """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be."""
-        candidates = [op for op in self._quantizable if op in self.exercised]
-        ends = (candidates, candidates[:-1][::-1])
-        compared = [next(filter(None, map(self._compared, end[:_TRIES])), None) for end in ends]
+        compared = [next(filter(None, map(self._compared, end)), None) for end in self._ends()]
         found = [verdict for verdict in compared if verdict is not None]
         return next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
 
+    def _ends(self) -> tuple[list[str], list[str]]:
+        """Ops at either end of the model, the best to compare first."""
+        candidates = [op for op in self._quantizable if op in self.exercised]
+        return candidates[:_TRIES], candidates[:-1][::-1][:_TRIES]
+
     def _compared(self, op: str) -> Verdict | None:
         """Compare with a replay; ``None`` if its output cannot be scored."""
-        exact = Score(logits=False)
-        try:
-            for reference, output in zip(self.references, self.isolated(op), strict=True):
-                exact.add(reference, output)
-        except Exception:  # noqa: BLE001 - quantized values can make a model raise anything: it is told when op is scored
-            return None
-        if not exact.finite:
+        expected = self._exact_sse(self.isolated(op))
+        if expected is None:
             return None
         try:
             found = self._alone.score(op)
         except Exception as error:
             raise _CannotFollow(f"differences cannot be followed ({first_line(error)})") from error
         size = sum(map(energy, self.references))
-        nmse, expected = found.sse / size, exact.sse / size
-        fault = f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
-        agrees = abs(nmse - expected) <= tolerance(expected)  # false for NaN
+        nmse, exact = found.sse / size, expected / size
+        fault = f"the NMSE of {op} comes out as {nmse:.3e}, but {exact:.3e} in an exact replay"
+        agrees = abs(nmse - exact) <= tolerance(exact)  # false for NaN
         return Verdict(None if agrees else fault, self._logits)
+
+    def _exact_sse(self, outputs: Iterator[Tensor]) -> float | None:
+        """Sum of squared differences of a replay; ``None`` if there is none."""
+        exact = Score(logits=False)
+        try:
+            for reference, output in zip(self.references, outputs, strict=True):
+                exact.add(reference, output)
+        except Exception:  # noqa: BLE001 - quantized values can make a model raise anything: it is told when op is scored
+            return None
+        return exact.sse if exact.finite else None
+
+    @profile.phase("replay")
+    def _find_fault(self) -> str | None:
+        """Compare the ops at both ends with replays, everything else quantized, side by side in one pass.
+
+        The pass is one of its own: waves hold ops that this process may not be asked for.
+        """
+        expected: dict[str, float] = {}
+        for end in self._ends():
+            exact = ((op, self._exact_sse(self.fallback(op))) for op in end if op not in expected)
+            expected |= next(({op: sse} for op, sse in exact if sse is not None), {})
+        if not expected:
+            return None
+        try:
+            found = self._measure_others(None)(list(expected))
+        except Exception as error:  # noqa: BLE001 - whatever torch raises when it runs several values together
+            return f"ops cannot be followed side by side ({first_line(error)})"
+        for op, sse in expected.items():
+            if not abs(found[op].sse - sse) <= SUMMATION * sse:  # NaN is never within it
+                sizes = f"the SSE comes out as {found[op].sse:.9e}, but {sse:.9e} in an exact replay"
+                return f"with everything but {op} quantized {sizes}"
+        return None
 
 
 class _CannotFollow(Exception):  # noqa: N818 - no fault of the model: a replay raises nothing

@@ -18,7 +18,7 @@ from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.calls import unquantized
 from pytest_qsens.graph.probes import Error, ProbedErrors, common_samples, fisher_root, signs
 from pytest_qsens.metrics import Score, energy
-from pytest_qsens.results import CANNOT
+from pytest_qsens.results import CANNOT, MODES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -117,8 +117,8 @@ class ProbeEngine(DeltaEngine):
         why = self.estimates(mode).refused.get(op)
         return None if why is None else f"{CANNOT}{why}"
 
-    def _distrust(self, why: str) -> None:
-        super()._distrust(why)
+    def _distrust(self, why: str, modes: Collection[Mode] = MODES) -> None:
+        super()._distrust(why, modes)
         self.name = "probe"  # whatever measures those that correct the others
 
     def _isolated_estimates(self) -> Estimates:
@@ -126,16 +126,17 @@ class ProbeEngine(DeltaEngine):
         sums = self._sum(self._clean, None, self._rounding)
         estimator = Estimator(sums.squares)
         chosen = spread_over(estimator.values, MEASURED)
-        scores = self._exact(chosen, self._measure_alone, self.isolated)
+        scores = self._exact("isolated", chosen, self._measure_alone, self.isolated)
         exact = {op: found for op, score in scores.items() if (found := score.related(1.0, 1)) is not None}
         by_metric = {"sse": estimator.corrected(_of_metric(exact, "sse"))}
         if self._logits:
             by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(scores, self._left(estimates))
+        self._alone.add(scores, _left(self._waves, estimates))
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
+        self.check_others()
         joint = self._joint_runs(None)
         errors = [run.output - clean.output for run, clean in zip(joint, self._clean, strict=True)]
         sums = self._sum(joint, errors, self._restoring)
@@ -144,26 +145,22 @@ class ProbeEngine(DeltaEngine):
         raw = {op: base + 2 * sums.products[op] + square for op, square in squares.items()}
         scale = {op: math.sqrt(square * (square + base)) for op, square in squares.items()}
         chosen = spread_over(raw, MEASURED)
-        scores = self._exact(chosen, self._measure_others(None), self.fallback)
+        scores = self._exact("fallback", chosen, self._measure_others(None), self.fallback)
         exact = {op: score.sse for op, score in scores.items() if score.finite}
         estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
-        if self.distrusted is None:
-            self._with_others(None).add(scores, self._left(estimates))
+        if self.trusts("fallback"):
+            self._with_others(None).add(scores, _left(self._joint_waves(), estimates))
         return estimates
-
-    def _left(self, estimates: Estimates) -> list[list[str]]:
-        """Ops to be measured, a wave at a time."""
-        waves = ([op for op in wave if op not in estimates.found] for wave in self._waves)
-        return [wave for wave in waves if wave]
 
     def _exact(
         self,
+        mode: Mode,
         ops: Sequence[str],
         together: Callable[[Sequence[str]], Mapping[str, Score]],
         alone: Callable[[str], Iterable[Tensor]],
     ) -> Mapping[str, Score]:
-        """Measure some ops, together if differences are trusted."""
-        if self.distrusted is None:
+        """Measure some ops, together if that is trusted."""
+        if self.trusts(mode):
             return together(ops)
         found = {op: Score(logits=self._logits) for op in ops}
         for op, score in found.items():
@@ -280,6 +277,12 @@ def _same(value: Tensor) -> Tensor:
 
 def _of_metric(scores: Mapping[str, Scores], metric: str) -> dict[str, float]:
     return {op: value for op, found in scores.items() if (value := found[metric]) is not None}
+
+
+def _left(waves: Iterable[Sequence[str]], estimates: Estimates) -> list[list[str]]:
+    """Ops to be measured, a wave at a time."""
+    found = ([op for op in wave if op not in estimates.found] for wave in waves)
+    return [wave for wave in found if wave]
 
 
 def _without(

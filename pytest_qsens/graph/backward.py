@@ -21,9 +21,9 @@ from pytest_qsens import profile
 from pytest_qsens.errors import first_line
 from pytest_qsens.graph.calls import Call, bind, unquantized
 from pytest_qsens.graph.closure import closure, downstream
+from pytest_qsens.graph.footprint import size
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR
 from pytest_qsens.graph.schedule import reader_of
-from pytest_qsens.graph.together import size
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -136,6 +136,13 @@ class DeltaRun(Together):
         for product in profile.call(step.node, apply, (stacked, self._weight(step.node)), {}, linear=True):
             yield product.to(before.dtype).add_(before)
 
+    def _stacked_bytes(self, node: Node) -> int:
+        return int(self._shared[node].meta["val"].numel()) * self._form(node).itemsize
+
+    def _beside_bytes(self, node: Node) -> int:
+        form, value = self._form(node), node.meta["val"]
+        return 0 if form == value.dtype else int(value.numel()) * form.itemsize
+
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[float]:
         clean = self.run.values(head.source)
         for value in values:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from pytest_qsens import profile
 from pytest_qsens.graph.delta import RULES
+from pytest_qsens.graph.footprint import value_bytes
 from pytest_qsens.graph.together import Together, settled_calls
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ _BLOCK = 2**17
 
 _CHANNELS = 64
 """At least so many channels of it: every part reads the whole input again."""
+
+
+_QUANTIZING = 9
+"""Bytes for each value that a quantized call takes: fp32 twice, and int8, while it is rounded."""
+
+_MULTIPLYING = 8
+"""Bytes for each value that it gives, beside the result: integers, and what they are scaled in."""
+
+_COMPARING = 24
+"""Bytes for each value of a part of the head's output: fp32, and in float64 the value and its distance."""
 
 
 class RowWise(NamedTuple):
@@ -77,6 +88,19 @@ class JointRun(Together):
         values = profile.call(step.node, self._quantized[step.node].call, self._arguments(step.node, stacked), {})
         for value in values:
             yield value if self._factors is None else value * self._factors(value)
+
+    def _stacked_bytes(self, node: Node) -> int:
+        return value_bytes(self._shared[node])
+
+    def _beside_bytes(self, node: Node) -> int:
+        inputs, outputs = self._shared[node].meta["val"].numel(), node.meta["val"].numel()
+        return int(max(_QUANTIZING * inputs, inputs + _MULTIPLYING * outputs))
+
+    def _head_bytes(self, head: Head) -> int:
+        value, rows = head.source.meta["val"], self.reference.numel() // self.reference.shape[-1]
+        taken = rows * value.shape[-1]
+        comparing = _COMPARING * rows * min(_CHANNELS, self.reference.shape[-1])
+        return int(value.nbytes + taken * value.itemsize + max(_QUANTIZING * taken, taken + comparing))
 
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> list[float]:
         rows = [self._rows(value, head) for value in values]  # follows the changes

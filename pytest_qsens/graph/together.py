@@ -7,17 +7,16 @@ linear layer, of whose output nothing but rows is taken, errors are found withou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
+from pytest_qsens.graph.footprint import Footprint
 from pytest_qsens.graph.narrow import LINEAR
 from pytest_qsens.graph.replay import Follower, advance
-from pytest_qsens.graph.schedule import Schedule, Step, reader_of
+from pytest_qsens.graph.schedule import Level, Schedule, Step, reader_of
 from pytest_qsens.metrics import squared_distance
 
 if TYPE_CHECKING:
@@ -62,14 +61,15 @@ class Together(ABC):
         self._head = self._find_head()
 
     def bytes_per_change(self) -> int:
-        """About the memory that each of several changes takes while they go side by side."""
-        live = most = 0
-        for level in self._schedule.levels:
-            for step in (*level.steps, *chain.from_iterable(level.together)):
-                live += size(step.node) - sum(size(self.run.graph.nodes[position]) for position in step.dead)
-            if level.together:
-                most = max(most, live)
+        """About the memory that each of several changes takes while they go side by side, of any op."""
+        most = self._most(self._schedule)
+        if self._head is not None:
+            most = max(most, self._most(self._head.schedule), self._head_bytes(self._head))
         return most
+
+    def _most(self, schedule: Schedule) -> int:
+        footprint = Footprint(self.run.graph.nodes, schedule.touched(self.run.call_nodes).active)
+        return footprint.most(side_by_side(schedule), self._stacked_bytes, self._beside_bytes)
 
     def outputs(self, changes: Sequence[Change]) -> Iterator[Tensor]:
         """Compute the output of the graph with each of these changes."""
@@ -101,6 +101,18 @@ class Together(ABC):
         """Compute the values of a shared call from what `_stacked` gives."""
 
     @abstractmethod
+    def _stacked_bytes(self, node: Node) -> int:
+        """Bytes that each change takes in what `_stacked` gives for a shared call."""
+
+    @abstractmethod
+    def _beside_bytes(self, node: Node) -> int:
+        """Bytes that each change takes while `_products` runs, beside what is stacked and the result."""
+
+    def _head_bytes(self, head: Head) -> int:  # noqa: ARG002 - for others
+        """Bytes that each change takes in `_head_errors`, where it takes them all at once."""
+        return 0
+
+    @abstractmethod
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterable[float]:
         """Compute the sum of squared differences to the reference for each of some inputs of the head."""
 
@@ -116,12 +128,12 @@ class Together(ABC):
         if not changes:
             return  # and compute nothing again that was dropped
         followers = [Follower(self.run, change, schedule.touched(change)) for change in changes]
-        last = max((i for i, level in enumerate(schedule.levels) if level.together), default=0)
-        for level in schedule.levels[:last]:
+        together = side_by_side(schedule)
+        for level in together:
             advance(self.run, level, followers, self._take_shared)
         while followers:  # by itself from here on: outputs can be large
             follower = followers.pop(0)
-            for level in schedule.levels[last:]:
+            for level in schedule.levels[len(together) :]:
                 advance(self.run, level, [follower], self._take_shared)
             yield follower.value(target)
 
@@ -166,6 +178,11 @@ class Together(ABC):
         return Head(node, source, tuple(rows), self.run.schedule(source, self._shared))
 
 
+def side_by_side(schedule: Schedule) -> Sequence[Level]:
+    """Return the levels that all changes go through before the next one: up to where they wait for the last time."""
+    return schedule.levels[: max((i for i, level in enumerate(schedule.levels) if level.together), default=0)]
+
+
 def settled_calls(run: Run, calls: Mapping[Node, tuple[int, int]]) -> dict[Node, Node]:
     """Find calls that change with one of their arguments alone: call → that argument.
 
@@ -192,14 +209,6 @@ def settled_calls(run: Run, calls: Mapping[Node, tuple[int, int]]) -> dict[Node,
 
 def _are_constant(nodes: Collection[Node], run: Run) -> bool:
     return all(node in run.graph.constants and node not in run.groups for node in nodes)
-
-
-def size(node: Node) -> int:
-    """Bytes of a node's value, if it is a tensor or holds some; a view has none of its own."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or any(value.alias_info is not None for value in schema.returns):
-        return 0
-    return sum(value.nbytes for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
 
 
 _TAKES_ROWS = {aten.index.Tensor, aten.slice.Tensor, aten.select.int}
