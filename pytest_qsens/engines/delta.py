@@ -210,7 +210,7 @@ class DeltaEngine(ReplayEngine):
     def check_others(self) -> None:
         """See whether ops that are measured together with everything else quantized get their own scores.
 
-        Replays of two ops tell, in every process for itself: that takes about two forwards, where the fully quantized
+        Replays of two ops tell, in every process for itself: that takes about three forwards, where the fully quantized
         runs that every process makes take four, and the ops are the same in all of them.
         """
         if not self._checked_others and self.trusts("fallback"):
@@ -320,7 +320,8 @@ class DeltaEngine(ReplayEngine):
     def _find_fault(self) -> str | None:
         """Compare the ops at both ends with replays, everything else quantized, side by side in one pass.
 
-        The pass is one of its own: waves hold ops that this process may not be asked for.
+        The pass is one of its own: waves hold ops that this process may not be asked for. The second op goes with them,
+        so that several changes meet in every layer, and not at the end alone.
         """
         expected: dict[str, float] = {}
         for end in self._ends():
@@ -329,7 +330,7 @@ class DeltaEngine(ReplayEngine):
         if not expected:
             return None
         try:
-            found = self._measure_others(None)(list(expected))
+            found = self._measure_others(None)(list(dict.fromkeys([*expected, *self._ends()[0][:2]])))
         except Exception as error:  # noqa: BLE001 - whatever torch raises when it runs several values together
             return f"ops cannot be followed side by side ({first_line(error)})"
         for op, sse in expected.items():
