@@ -345,7 +345,8 @@ def advance(
 def _written_arguments(node: Node) -> tuple[Node, ...]:
     """Return the argument nodes of a call whose tensors it writes into."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
+    # `detach_` leaves values as they are; it comes with every `torch.tensor(...)` in a forward
+    if schema is None or not schema.is_mutable or node.target is torch.ops.aten.detach_.default:
         return ()
     written: list[Node] = []
     for position, argument in enumerate(schema.arguments):

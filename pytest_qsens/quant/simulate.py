@@ -123,6 +123,8 @@ def quantized_embedding(rows: Tensor) -> Tensor:
 
     Each row is quantized on its own, so quantizing the looked-up ones equals looking up in a quantized table.
     """
+    if not rows.numel():  # an observer that has seen nothing warns
+        return rows
     flat = rows.reshape(-1, rows.shape[-1])
     observer = PerChannelMinMaxObserver(
         ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams, **_on(flat)
