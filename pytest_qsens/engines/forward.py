@@ -110,6 +110,9 @@ class KernelEngine(ForwardEngine):
         quantizable: Ops that the scheme can quantize and the calibration data reaches.
         calibration: Calibration batches.
 
+    Raises:
+        QsensError: If the model has forward hooks that they drop.
+
     """
 
     def __init__(
@@ -120,6 +123,15 @@ class KernelEngine(ForwardEngine):
         quantizable: Collection[str],
         calibration: Sequence[Batch],
     ) -> None:
+        from pytest_qsens.quant.kernels import dropped_hooks  # what it imports is of no use to other engines
+
+        if hooked := dropped_hooks(model):
+            names = ", ".join(name or "the model itself" for name in hooked[:3])
+            more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
+            raise QsensError(
+                f"engine {self.name}: torch's conversion drops the forward hooks of {names}{more}, so it would measure "
+                "another model. Remove them, or use engine auto, which runs them."
+            )
         super().__init__(model, batches, output, quantizable)
         self._calibration = calibration
         self._prepare()

@@ -168,6 +168,28 @@ def _traceable_inside(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.M
             yield name, module
 
 
+def dropped_hooks(model: nn.Module) -> list[str]:
+    """Names of modules whose forward hooks would not run in a `KernelModel`, nor where torch.ao converts the model.
+
+    Conversion puts kernels in the place of modules, and graphs in the place of what it traces. Hooks on modules that it
+    traces through are part of the graph, and those on modules that it leaves as they are run.
+    """
+    hooked = {name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}  # noqa: SLF001 - no public name
+    if not hooked:
+        return []
+    tracer = QuantizationTracer([], [])
+    kernels = get_default_qconfig_propagation_list()
+    replaced: set[str] = set()
+    for prefix, part in _traceable(model):
+        replaced.add(prefix)
+        for target, module in () if isinstance(part, Leaf) else part.named_modules():
+            leaf = tracer.is_leaf_module(module, target) and not isinstance(module, LEFT_ALONE)
+            # a part of a model has kernels for its ops alone
+            if leaf and (not prefix or type(module) in kernels):
+                replaced.add(f"{prefix}.{target}" if prefix else target)
+    return sorted(hooked & replaced)
+
+
 def _looks_for_none(module: nn.Module) -> bool:
     """Whether the forward asks if something is None: a proxy never is, so the trace could be wrong."""
     try:

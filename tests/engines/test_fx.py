@@ -290,3 +290,85 @@ def test_reshape_leaves_the_next_op_quantized() -> None:
         [(result.fallback or {})["sse"] for result in scored(spec, "fx")[1].values()] for spec in (method, function)
     )
     assert by_method == by_function
+
+
+class Hookable(nn.Module):
+    """Two linears in a block, between them a norm, and a head; traced as a whole, or part by part."""
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 3)
+        self.whole = whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all."""
+        if not self.whole and x.isnan().any():  # which a tracer cannot follow
+            raise ValueError("NaN")
+        out: Tensor = self.head(self.block(x))
+        return out
+
+
+def after(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    """Change what a module gives."""
+    return torch.sin(output)
+
+
+def before(
+    _: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Change what a module takes."""
+    return tuple(map(torch.sin, args)), {name: torch.sin(value) for name, value in kwargs.items()}
+
+
+HOOKS: list[Callable[[nn.Module], object]] = [
+    lambda module: module.register_forward_hook(after),
+    lambda module: module.register_forward_pre_hook(before, with_kwargs=True),
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("hooked", "whole", "part"),
+    [
+        ("", True, False),
+        ("block.0", True, True),
+        ("block.1", True, False),
+        ("block", False, True),
+        ("head", True, True),
+    ],
+)
+def test_hooks_that_conversion_drops(
+    hooked: str, hook: Callable[[nn.Module], object], *, whole: bool, part: bool
+) -> None:
+    """A hook on an op, or on what is traced, is no part of the quantized model: that model is refused by name.
+
+    Whether conversion replaces the module depends on what is traced; where it does not, hooks are run, in both modes.
+    """
+    for as_whole, dropped in ((True, whole), (False, part)):
+        model = Hookable(whole=as_whole).eval()
+        hook(model.get_submodule(hooked))
+        if dropped:
+            known = state(model)
+            with pytest.raises(QsensError, match=f"drops the forward hooks of {hooked or 'the model itself'}, so"):
+                scored(spec_of(model), "fx")
+            assert state(model) == known
+            continue
+        _, kernels = scored(spec_of(model), "fx")
+        _, simulated = scored(spec_of(model), "replay")
+        _, without = scored(spec_of(Hookable(whole=as_whole)), "fx")
+        for op, result in kernels.items():
+            assert result.isolated == simulated[op].isolated != without[op].isolated, op
+            # in a whole model torch quantizes what is beside the ops, too
+            assert as_whole or result.fallback == simulated[op].fallback != without[op].fallback, op
+
+
+def test_hooks_of_many_ops_are_counted() -> None:
+    """The message stays short."""
+    spec = ARCHITECTURES["llama"].spec()
+    assert isinstance(spec.model, nn.Module)
+    for op in list_ops(spec.model):
+        spec.model.get_submodule(op.name).register_forward_hook(lambda *_: None)
+    with pytest.raises(QsensError, match=r"of lm_head, model\.embed_tokens, \S+ and 13 more, so"):
+        scored(spec, "fx")

@@ -402,3 +402,29 @@ def test_a_replay_that_is_refused(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("--qsens-model", "branchy:spec", "--snapshot-update")
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["*qsens: model branchy.spec, scheme w8a8, engine eager*", "slower engine eager: *"])
+
+
+def test_hooks_that_an_engine_drops(pytester: pytest.Pytester) -> None:
+    """An engine whose kernels would measure another model refuses, and names the hooked op; the usual one measures it."""
+    pytester.makepyfile(
+        hooked="""
+        import torch
+        from pytest_qsens import ModelSpec
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+                self.first.register_forward_hook(lambda module, args, output: output * 2)
+            def forward(self, x):
+                return self.last(self.first(x))
+
+        def spec():
+            torch.manual_seed(0)
+            batches = [{"x": torch.ones(2, 4)}]
+            return ModelSpec(Net(), batches, batches, output=lambda out, batch: out)
+        """
+    )
+    message = "*engine fx: torch's conversion drops the forward hooks of first, so*"
+    refused(pytester, "--qsens-model", "hooked:spec", "--qsens-engine", "fx", message=message)
+    pytester.runpytest_inprocess("--qsens-model", "hooked:spec", "--snapshot-update").assert_outcomes(passed=3)
