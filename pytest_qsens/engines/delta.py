@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
     from pytest_qsens.results import Mode
+    from pytest_qsens.samples import Rows
 
 _TRIES = 3
 """Ops at either end of the model that are tried until one can be compared with its replay."""
@@ -121,6 +122,7 @@ class DeltaEngine(ReplayEngine):
         expected: Those that are going to be scored.
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
+        rows: Of each sample of every batch.
 
     """
 
@@ -136,11 +138,13 @@ class DeltaEngine(ReplayEngine):
         verdict: Verdict | None,
         *,
         logits: bool,
+        rows: Sequence[Rows],
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory)
         self._logits = logits
+        self._rows = rows
         self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
-        self._deltas = [DeltaRun(run, self._weights) for run in self._clean]
+        self._deltas = [DeltaRun(run, self._weights, of_run) for run, of_run in zip(self._clean, rows, strict=True)]
         widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
         self._alone = Waves(self._waves, self._measure_alone)
@@ -205,8 +209,8 @@ class DeltaEngine(ReplayEngine):
     def _measure_others(self, seed: int | None) -> Callable[[Sequence[str]], dict[str, Score]]:
         moved = None if seed is None else partial(factors, seed=seed)
         runs = [
-            JointRun(run, clean.output, self._row_wise(run.graph), moved)
-            for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
+            JointRun(run, clean.output, self._row_wise(run.graph), moved, rows)
+            for run, clean, rows in zip(self._joint_runs(seed), self._clean, self._rows, strict=True)
         ]
         return lambda ops: self._measure(ops, runs, lambda graph, op: self._unquantized(graph, op, seed))
 
@@ -231,7 +235,7 @@ class DeltaEngine(ReplayEngine):
                 with self._threads():
                     if self._logits:
                         for score, output in zip(found.values(), together.outputs(changes), strict=True):
-                            score.add(reference, output)
+                            score.add(reference, output, together.rows)
                     else:
                         for score, error in zip(found.values(), together.errors(changes), strict=True):
                             score.add_error(error)

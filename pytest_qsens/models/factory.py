@@ -93,6 +93,8 @@ class FactorySource:
             )
         if not callable(spec.output):
             raise QsensError(f"{self.name}: `output` is {spec.output!r}, not a callable of (model output, batch).")
+        if spec.rows is not None and not callable(spec.rows):
+            raise QsensError(f"{self.name}: `rows` is {spec.rows!r}, not a callable of a batch.")
         for split, batches in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
             if not isinstance(batches, Sequence) or isinstance(batches, str):
                 raise QsensError(f"{self.name}: `{split}` is {type(batches).__name__}, not a list of batches.")

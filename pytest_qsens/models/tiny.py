@@ -13,7 +13,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.models.batches import select_samples
-from pytest_qsens.models.outputs import token_logits
+from pytest_qsens.models.outputs import ROWS, token_logits
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import Task
 from pytest_qsens.models.transformers_model import on_meta
@@ -117,7 +117,12 @@ class TinyQwen25VL:
         model.requires_grad_(requires_grad=False)
         calibration, evaluation = self._samples()
         return ModelSpec(
-            model, [_batch(s) for s in calibration], [_batch(s) for s in evaluation], output=token_logits, logits=True
+            model,
+            [_batch(s) for s in calibration],
+            [_batch(s) for s in evaluation],
+            output=token_logits,
+            logits=True,
+            rows=ROWS[token_logits],
         )
 
     def _samples(self) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
