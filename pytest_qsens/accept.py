@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.snapshot import Entry, accepted, adopt, changed, load, merge, write
+from pytest_qsens.snapshot import EVALUATION, Entry, accepted, adopt, changed, load, merge, on_other_data, write
 from pytest_qsens.thresholds import judge
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def accept(
     news: list[str] = []
 
     def update(old: Snapshot) -> Snapshot:
-        entries = {name: entry for name, op in measured.items() if (entry := _entry(old, op, thresholds)).modes}
+        other = on_other_data(old.environment, run.environment.get(EVALUATION))
+        found = {name: _entry(old, op, thresholds, other_data=other) for name, op in measured.items()}
+        entries = {name: entry for name, entry in found.items() if entry.modes}
         new = merge(old, entries)
         if dict(old.environment) != dict(run.environment):
             new = adopt(new, {name: Entry(op.type, **op.metrics) for name, op in measured.items()}, run.environment)
@@ -66,10 +68,12 @@ def accept(
     return path, news
 
 
-def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold]) -> Entry:
+def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold], *, other_data: bool) -> Entry:
     """Modes to record: those that are new, or better or worse than recorded."""
     recorded = old.ops.get(op.op)
     known = recorded.modes if recorded is not None and recorded.type == op.type else {}
     gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric != "gain"]
-    verdicts = {mode: judge(known.get(mode), scores, gated, mode) for mode, scores in op.metrics.items()}
+    verdicts = {
+        mode: judge(known.get(mode), scores, gated, mode, other_data=other_data) for mode, scores in op.modes.items()
+    }
     return accepted(op.type, known, op.metrics, verdicts)

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -91,6 +92,11 @@ class Model:
     def label(self) -> str:
         """Name in node ids and snapshot paths."""
         return self.source.label
+
+    @cached_property
+    def evaluation(self) -> str | None:
+        """Hash of the evaluation data, as it was when first asked for."""
+        return self.source.evaluation_fingerprint()
 
 
 class Catalogue:

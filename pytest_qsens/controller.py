@@ -196,7 +196,7 @@ class Run:
         if payload["spent"] is not None:
             self.spent[result.op] = self.spent.get(result.op, 0.0) + payload["spent"]
         if payload["verdict"]:
-            verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
+            verdict = Verdict(payload["verdict"], tuple(payload["lines"]), tuple(payload["within_noise"]))
             known = self.verdicts.get(result.op)
             self.verdicts[result.op] = combine([known, verdict]) if known else verdict
         if payload["entry"] and passed:

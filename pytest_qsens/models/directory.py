@@ -60,6 +60,10 @@ class DirectorySource:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def evaluation_fingerprint(self) -> str:
+        """Short hash of the evaluation data."""
+        return self.data.evaluation_fingerprint()
+
     def weights_digest(self) -> str | None:
         """Short hash of config and weights."""
         return checkpoint_digest(self.checkpoint.directory)

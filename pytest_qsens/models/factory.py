@@ -47,6 +47,9 @@ class FactorySource:
     def data_fingerprint(self) -> None:
         """Return ``None``."""
 
+    def evaluation_fingerprint(self) -> None:
+        """Return ``None``."""
+
     def weights_digest(self) -> None:
         """Return ``None``."""
 

@@ -95,6 +95,10 @@ class TinyQwen25VL:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def evaluation_fingerprint(self) -> str:
+        """Short hash of the evaluation data."""
+        return self.data.evaluation_fingerprint()
+
     def weights_digest(self) -> None:
         """Return ``None``: the weights are drawn, there is no file."""
 

@@ -180,6 +180,7 @@ def attention(run: Run) -> Iterator[str]:
     for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
+    yield from _within_noise(run)
     yield from _estimates(run)
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
@@ -196,6 +197,20 @@ def attention(run: Run) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
+
+
+def _within_noise(run: Run) -> Iterator[str]:
+    """Name ops that differ by more than was asked for, and pass."""
+    found = {op: verdict.within_noise for op, verdict in run.verdicts.items() if verdict.within_noise}
+    if found:
+        yield (
+            f"NOT DISTINGUISHABLE: {len(found)} of {len(run.verdicts)} scores are past their thresholds, but no "
+            "further from the snapshot than noise reaches: they count as equal"
+        )
+    for op, lines in list(found.items())[:LISTED]:
+        yield from (f"  {op}: {line}" for line in lines)
+    if len(found) > LISTED:
+        yield f"  and {len(found) - LISTED} more"
 
 
 def _estimates(run: Run) -> Iterator[str]:
