@@ -607,6 +607,46 @@ def check_shard(model: Model, options: Options) -> None:
         )
 
 
+def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
+    """Check that gates of the order of ops can be judged with all that the options ask for.
+
+    Raises:
+        QsensError: If they leave out ops, or there are too few.
+
+    """
+    gates = options.gates.ranks
+    if not gates or config.option.collectonly:
+        return
+    from pytest_qsens.rank_gates import recorded_scores
+
+    origin, names = options.origins["fail"], ", ".join(map(str, gates))
+    for gate in gates:
+        if len(model.ops) < gate.needed:
+            raise QsensError(
+                f"{origin}: {gate} needs {gate.needed} ops at least, or it says nothing, and {model.label} has "
+                f"{len(model.ops)}. Give a smaller number, or only thresholds such as nmse:5%"
+            )
+    if updating(config):
+        return
+    without = "Give this run only thresholds, such as --qsens-fail nmse:5%"
+    if options.estimating:
+        raise QsensError(f"{origin}: {names} compares exact scores, and engine {options.engine} estimates. {without}")
+    if options.shard is not None and options.shard.count > 1:
+        raise QsensError(
+            f"{origin}: {names} compares the order of all ops, and {options.origins['shard']} {options.shard} measures "
+            f"a part of them. {without}, and judge the order where all parts are together: qsens merge --fail {names}"
+        )
+    for mode in options.modes:
+        recorded = recorded_scores(model.ops, catalogue(config).snapshot(options, model).ops, mode)
+        left_out = recorded.keys() - {op.name for op in select(model, options)}
+        if left_out:
+            what = " and ".join(options.origins[name] for name in ("ops", "max_ops") if getattr(options, name))
+            raise QsensError(
+                f"{origin}: {names} compares the order of the {len(recorded)} ops in the snapshot, and {what} leaves "
+                f"out {len(left_out)} of them. {without}"
+            )
+
+
 def _suite_wanted(config: pytest.Config, options: Options) -> bool:
     if options.model is None or config.stash.get(_SELECTION, ()):
         return options.model is not None

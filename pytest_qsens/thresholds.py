@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import matches
+from pytest_qsens.rank_gates import is_rank, parse_rank
 from pytest_qsens.results import round_score
 from pytest_qsens.uncertainty import allowance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from pytest_qsens.rank_gates import RankGate
     from pytest_qsens.results import Scores
 
 Kind = Literal["regressed", "new", "improved", "ok"]
@@ -112,20 +114,59 @@ _AMOUNT = re.compile(
 )
 
 
+class Gates(NamedTuple):
+    """What counts as worse: of single ops, and of the order of all ops."""
+
+    thresholds: tuple[Threshold, ...]
+    ranks: tuple[RankGate, ...] = ()
+
+
+def parse_gates(text: str, where: str = "--qsens-fail") -> Gates:
+    """Read thresholds such as ``nmse:5%`` and gates of ranks such as ``top10:9``, in any order.
+
+    Raises:
+        QsensError: As `parse_fail`; for a repeated gate of ranks, or one that cannot be.
+
+    """
+    values: list[str] = []
+    ranks: dict[str, RankGate] = {}
+    for part in text.split(","):
+        name, _, amount = (piece.strip() for piece in part.partition(":"))
+        if not is_rank(name):
+            values.append(part)
+        elif name in ranks:
+            raise QsensError(f"{where} {text!r}: {name} is there twice. Give one number for it.")
+        else:
+            ranks[name] = parse_rank(name, amount, f"{where} {text!r}")
+    return Gates(_parsed(values, text, where), tuple(ranks.values()))
+
+
 def parse_fail(text: str, where: str = "--qsens-fail") -> tuple[Threshold, ...]:
     """Read thresholds such as ``nmse:5%`` (relative), ``sqnr_db:0.5`` (absolute) or ``nmse:5%,kl:1e-3``.
 
     Raises:
-        QsensError: For an unknown or repeated metric, or an amount that is no number of at least 0.
+        QsensError: For an unknown or repeated metric, an amount that is no number of at least 0, or a gate of ranks.
 
     """
+    return _parsed(text.split(","), text, where)
+
+
+def _parsed(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...]:
     thresholds: dict[str, Threshold] = {}
-    for part in text.split(","):
+    for part in parts:
         name, colon, amount = (piece.strip() for piece in part.partition(":"))
+        if is_rank(name):
+            raise QsensError(
+                f"{where} {text!r}: {name} compares the order of all ops of a run, so it gates no single op or test. "
+                "Give it to --qsens-fail, or to qsens_fail in the ini file."
+            )
         if name not in METRICS:
             close = get_close_matches(name, METRICS, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise QsensError(f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}.")
+            raise QsensError(
+                f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}; for the order of all ops, "
+                "topN and kendall."
+            )
         if name in thresholds:
             raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")
         match = _AMOUNT.fullmatch(amount)
