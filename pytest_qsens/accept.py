@@ -6,31 +6,33 @@ import os
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import TOTAL
-from pytest_qsens.snapshot import Entry, accepted, adopt, changed, load, merge, write
+from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.options import MODES
+from pytest_qsens.rank_gates import judge_ranks
+from pytest_qsens.snapshot import EVALUATION, Entry, accepted, adopt, changed, load, merge, on_other_data, write
 from pytest_qsens.thresholds import judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from pytest_qsens.rank_gates import RankGate, RankVerdict
     from pytest_qsens.results import OpResult, RunResult
     from pytest_qsens.snapshot import Snapshot
-    from pytest_qsens.thresholds import Threshold
+    from pytest_qsens.thresholds import Gates, Threshold
 
 
-def accept(
-    result: RunResult, directory: Path, thresholds: Sequence[Threshold], *, allow_ci: bool = False
-) -> tuple[Path, list[str]]:
+def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool = False) -> tuple[Path, list[str]]:
     """Write what was measured into the snapshot of its model and scheme.
 
     As with ``--snapshot-update``, lines within their thresholds stay as they are, and so do those of ops that were not
-    measured. The environment is replaced only with every line of the file.
+    measured; all that was measured is written if the order of the ops is gated and is another one. The environment is
+    replaced only with every line of the file.
 
     Args:
         result: A result file's content, of a whole run or of merged shards.
         directory: Where snapshots live.
-        thresholds: What counts as a change.
+        gates: What counts as a change.
         allow_ci: Whether to write although ``CI`` is set.
 
     Returns:
@@ -54,10 +56,14 @@ def accept(
     news: list[str] = []
 
     def update(old: Snapshot) -> Snapshot:
-        entries = {name: entry for name, op in measured.items() if (entry := _entry(old, op, thresholds)).modes}
-        new = merge(old, entries)
+        other = on_other_data(old.environment, run.environment.get(EVALUATION))
+        found = {name: _entry(old, op, gates.thresholds, other_data=other) for name, op in measured.items()}
+        entries = {name: entry for name, entry in found.items() if entry.modes}
+        everything = {name: Entry(op.type, **op.metrics) for name, op in measured.items()}
+        reordered = any(verdict.state == "failed" for verdict in ranks_of(result, old, gates.ranks))
+        new = merge(old, everything if reordered else entries)
         if dict(old.environment) != dict(run.environment):
-            new = adopt(new, {name: Entry(op.type, **op.metrics) for name, op in measured.items()}, run.environment)
+            new = adopt(new, everything, run.environment)
         news[:] = changed(old, new)
         return new
 
@@ -66,10 +72,18 @@ def accept(
     return path, news
 
 
-def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold]) -> Entry:
+def ranks_of(result: RunResult, snapshot: Snapshot, gates: Sequence[RankGate]) -> list[RankVerdict]:
+    """Compare the order of the ops in a result file with a snapshot's."""
+    ops = [Op(op.op, op.type) for op in result.ops]
+    return judge_ranks(gates, ops, snapshot.ops, result.ops, MODES[result.run.mode])
+
+
+def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold], *, other_data: bool) -> Entry:
     """Modes to record: those that are new, or better or worse than recorded."""
     recorded = old.ops.get(op.op)
     known = recorded.modes if recorded is not None and recorded.type == op.type else {}
     gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric != "gain"]
-    verdicts = {mode: judge(known.get(mode), scores, gated, mode) for mode, scores in op.metrics.items()}
+    verdicts = {
+        mode: judge(known.get(mode), scores, gated, mode, other_data=other_data) for mode, scores in op.modes.items()
+    }
     return accepted(op.type, known, op.metrics, verdicts)

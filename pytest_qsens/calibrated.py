@@ -19,7 +19,7 @@ from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
 from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
 from pytest_qsens.memory import default_memory
-from pytest_qsens.metrics import Score, energy
+from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
@@ -27,10 +27,11 @@ from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.results import IDENTICAL, OpResult
+from pytest_qsens.samples import Rows, Sums, rows_of
 from pytest_qsens.threads import reproducible_sums, threads_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pytest_qsens.engines import Engine
     from pytest_qsens.engines.fx import FxEngine
     from pytest_qsens.engines.inc import IncEngine
+    from pytest_qsens.engines.replay import Captured
     from pytest_qsens.estimate import Estimate
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.preparation import Prepared
@@ -67,6 +69,7 @@ class CalibratedModel:
         logits: bool,
         engine_reason: str | None,
         reference_seconds: float,
+        rows: Sequence[Rows],
     ) -> None:
         self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
@@ -75,6 +78,7 @@ class CalibratedModel:
         self._simulator = simulator
         self._engine = engine
         self._logits = logits
+        self._rows = rows
         self._joint: dict[int | None, Scores | str] = {}
         self._profiler = profile.current
 
@@ -128,7 +132,7 @@ class CalibratedModel:
         notes += [self._engine.note] if "fallback" in measured else []
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
-        size, _ = self._reference_size
+        size = self._reference_size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
         return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
 
@@ -170,7 +174,7 @@ class CalibratedModel:
 
     def _estimated(self, estimate: Mapping[str, Estimate], mode: Mode) -> Scores | str:
         score = Score(logits=False)
-        score.add_error(estimate["sse"].value)
+        score.add_error(Sums(estimate["sse"].value, ()))
         result = self._related(score)
         if not isinstance(result, str):
             if "kl" in estimate:
@@ -198,11 +202,15 @@ class CalibratedModel:
         return _NOT_FINITE if found is None else found
 
     @cached_property
-    def _reference_size(self) -> tuple[float, int]:
-        """Sum of squares and number of values of the reference."""
+    def _reference_size(self) -> _Size:
         with profile.phase("scoring"):
-            sizes = [(energy(reference), reference.numel()) for reference in self._engine.references]
-            return sum(size for size, _ in sizes), sum(count for _, count in sizes)
+            pairs = zip(self._engine.references, self._rows, strict=True)
+            sizes = [(energies(reference, rows), reference.numel()) for reference, rows in pairs]
+        return _Size(
+            sum(size.whole for size, _ in sizes),
+            sum(count for _, count in sizes),
+            [energy for size, _ in sizes for energy in size.samples],
+        )
 
     def _add_noise(self, op: str, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
@@ -214,6 +222,7 @@ class CalibratedModel:
                 gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
         if len(draws) == 1 + len(SEEDS):
             result["noise"] = spread(draws)
+            result["gain_noise"] = spread(gains)
             result["distinguishable"] = distinguishable(gains)
 
     def _joint_scores(self, seed: int | None = None) -> Scores | str:
@@ -225,12 +234,27 @@ class CalibratedModel:
         """Score what an engine computes; why there is no score, if there is none."""
         try:
             score = Score(logits=self._logits)
-            for reference, output in zip(self._engine.references, outputs, strict=True):
-                score.add(reference, output)
+            for reference, output, rows in zip(self._engine.references, outputs, self._rows, strict=True):
+                score.add(reference, output, rows)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
             return f"the model fails ({first_line(error)})"
         found = self._related(score)
         return found if isinstance(found, str) else found | dict(self._engine.reported)
+
+
+class _Size(NamedTuple):
+    """How large the reference is.
+
+    Attributes:
+        energy: Sum of its squares.
+        count: Number of its values.
+        energies: Sum of the squares of each sample.
+
+    """
+
+    energy: float
+    count: int
+    energies: Sequence[float]
 
 
 def _number(value: float | None) -> float:
@@ -323,12 +347,14 @@ def calibrate(
         logits=setup.logits,
         engine_reason=prepared.refusal,
         reference_seconds=prepared.reference_seconds,
+        rows=built.rows,
     )
 
 
 class _Built(NamedTuple):
     engine: Engine
     simulator: Simulator
+    rows: Sequence[Rows]
 
 
 class _Setup:
@@ -415,33 +441,50 @@ class _Setup:
         reached = prepared.calibration.reached
         quantizable = [op.name for op in self._ops if op.name in reached and self.scheme.refusal(op.type) is None]
         simulator = Simulator(self.scheme, prepared.calibration)
-        return _Built(self._build(prepared, quantizable, simulator), simulator)
+        if prepared.captured is None:
+            engine = self._forward_engine(prepared, quantizable, simulator)
+            return _Built(engine, simulator, self._rows(engine.references))
+        rows = self._rows(run.output for run, _ in prepared.captured)
+        return _Built(self._replaying(prepared, prepared.captured, quantizable, simulator, rows), simulator, rows)
 
-    def _build(self, prepared: Prepared, quantizable: list[str], simulator: Simulator) -> Engine:
+    def _rows(self, references: Iterable[Tensor]) -> list[Rows]:
+        pairs = zip(self._batches, references, strict=True)
+        return [rows_of(batch, reference, self._spec.rows) for batch, reference in pairs]
+
+    def _forward_engine(self, prepared: Prepared, quantizable: list[str], simulator: Simulator) -> Engine:
         if self._engine in KERNEL_ENGINES:
             with profile.phase("calibration"):
                 made = _kernel_engine(self._engine)
                 return made(self._model, self._batches, self._spec.output, quantizable, self._calibrating)
-        if prepared.captured is None:
-            if self._engine in ("delta", "probe", "replay"):
-                raise QsensError(
-                    f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
-                )
-            with profile.phase("capture"):
-                return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+        if self._engine in ("delta", "probe", "replay"):
+            raise QsensError(
+                f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
+            )
+        with profile.phase("capture"):
+            return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+
+    def _replaying(
+        self,
+        prepared: Prepared,
+        captured: Sequence[Captured],
+        quantizable: list[str],
+        simulator: Simulator,
+        rows: Sequence[Rows],
+    ) -> Engine:
         with profile.phase("capture"):
             if self._engine == "replay":
-                return ReplayEngine(prepared.captured, simulator, quantizable, self._memory)
+                return ReplayEngine(captured, simulator, quantizable, self._memory)
             expected = [op for op in quantizable if self._expected is None or op in self._expected] or quantizable
             delta = ProbeEngine if self._engine == "probe" else DeltaEngine
             return delta(
-                prepared.captured,
+                captured,
                 simulator,
                 quantizable,
                 self._memory,
                 expected,
                 prepared.verdict,
                 logits=self.logits,
+                rows=rows,
             )
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qsens.accept import accept
+from pytest_qsens.accept import accept, ranks_of
 from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
 from pytest_qsens.errors import QsensError
@@ -19,15 +19,28 @@ from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
-from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+from pytest_qsens.snapshot import load as load_snapshot
+from pytest_qsens.thresholds import DEFAULT_FAIL, parse_gates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pytest_qsens.results import OpResult, RunResult, Scores
 
+FAILED = 1
+"""Exit code for a gate that does not hold, as pytest's for a failed test."""
+
 BAD_INPUT = 4
 """Exit code for a file that cannot be used, as pytest's for a usage error."""
+
+
+class _GateFailed(Exception):  # noqa: N818 - the command has done its work
+    """A gate does not hold; carries what the command prints."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
 
 _LEGEND = {
     "nmse": "nmse: higher is worse",
@@ -66,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cache(commands)
     _add_proxies(commands)
     arguments = parser.parse_args(argv)
+    code = 0
     try:
         lines = arguments.run(arguments)
+    except _GateFailed as failed:
+        lines, code = failed.lines, FAILED
     except QsensError as error:
         sys.stderr.write(f"qsens: {error}\n")
         return BAD_INPUT
@@ -75,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("qsens: interrupted\n")
         return 128 + signal.SIGINT
     sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    return code
 
 
 def _add_standin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -113,16 +129,42 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "--partial", action="store_true", help="merge shards that did not come to all of their ops, too"
     )
+    command.add_argument(
+        "--fail",
+        metavar="RULES",
+        help="gates of the order of all ops, as in --qsens-fail, such as top10:9,kendall:0.95: exit with 1 if one does "
+        "not hold; thresholds are gated by each shard",
+    )
+    command.add_argument(
+        "--snapshot-dir",
+        type=Path,
+        default=Path("qsens_snapshots"),
+        metavar="DIR",
+        help="of the snapshot that --fail compares with (default: qsens_snapshots)",
+    )
     command.set_defaults(run=_merge)
 
 
 def _merge(arguments: argparse.Namespace) -> list[str]:
     if arguments.output.resolve() in [path.resolve() for path in arguments.shards]:
         raise QsensError(f"{arguments.output} is one of the shards. Give the result another name")
+    gates = () if arguments.fail is None else parse_gates(arguments.fail, "--fail").ranks
+    if arguments.fail is not None and not gates:
+        raise QsensError(
+            f"--fail {arguments.fail!r}: no gate of the order of ops, such as top10:9 or kendall:0.95. Thresholds are "
+            "gated by each shard"
+        )
     merged = merge(arguments.shards, mixed_environments=arguments.mixed_environments, partial=arguments.partial)
+    run = merged.result.run
+    path = arguments.snapshot_dir / run.model / f"{run.scheme}.json"
+    verdicts = ranks_of(merged.result, load_snapshot(path, model=run.model, scheme=run.scheme), gates) if gates else []
     check_overwritable(arguments.output)
     write(arguments.output, merged.result)
-    return [*merged.notes, f"wrote {arguments.output}"]
+    order = [f"order of ops, {path}: {verdict}" for verdict in verdicts]
+    lines = [*merged.notes, *order, f"wrote {arguments.output}"]
+    if any(verdict.state != "held" for verdict in verdicts):
+        raise _GateFailed(lines)
+    return lines
 
 
 def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -145,8 +187,8 @@ def _add_accept(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _accept(arguments: argparse.Namespace) -> list[str]:
-    thresholds = parse_fail(arguments.fail, "--fail")
-    path, news = accept(load(arguments.result), arguments.snapshot_dir, thresholds, allow_ci=arguments.allow_ci_update)
+    gates = parse_gates(arguments.fail, "--fail")
+    path, news = accept(load(arguments.result), arguments.snapshot_dir, gates, allow_ci=arguments.allow_ci_update)
     return [f"{path}: {count(len(news), 'line')} new or changed"]
 
 

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -91,6 +92,11 @@ class Model:
     def label(self) -> str:
         """Name in node ids and snapshot paths."""
         return self.source.label
+
+    @cached_property
+    def evaluation(self) -> str | None:
+        """Hash of the evaluation data, as it was when first asked for."""
+        return self.source.evaluation_fingerprint()
 
 
 class Catalogue:
@@ -599,6 +605,46 @@ def check_shard(model: Model, options: Options) -> None:
             f"{options.origins['shard']} {options.shard}: {most} results of {model.label} (ops, and the whole model) "
             f"cannot be shared by {options.shard.count} machines. Use {most} shards at most"
         )
+
+
+def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
+    """Check that gates of the order of ops can be judged with all that the options ask for.
+
+    Raises:
+        QsensError: If they leave out ops, or there are too few.
+
+    """
+    gates = options.gates.ranks
+    if not gates or config.option.collectonly:
+        return
+    from pytest_qsens.rank_gates import recorded_scores
+
+    origin, names = options.origins["fail"], ", ".join(map(str, gates))
+    for gate in gates:
+        if len(model.ops) < gate.needed:
+            raise QsensError(
+                f"{origin}: {gate} needs {gate.needed} ops at least, or it says nothing, and {model.label} has "
+                f"{len(model.ops)}. Give a smaller number, or only thresholds such as nmse:5%"
+            )
+    if updating(config):
+        return
+    without = "Give this run only thresholds, such as --qsens-fail nmse:5%"
+    if options.estimating:
+        raise QsensError(f"{origin}: {names} compares exact scores, and engine {options.engine} estimates. {without}")
+    if options.shard is not None and options.shard.count > 1:
+        raise QsensError(
+            f"{origin}: {names} compares the order of all ops, and {options.origins['shard']} {options.shard} measures "
+            f"a part of them. {without}, and judge the order where all parts are together: qsens merge --fail {names}"
+        )
+    for mode in options.modes:
+        recorded = recorded_scores(model.ops, catalogue(config).snapshot(options, model).ops, mode)
+        left_out = recorded.keys() - {op.name for op in select(model, options)}
+        if left_out:
+            what = " and ".join(options.origins[name] for name in ("ops", "max_ops") if getattr(options, name))
+            raise QsensError(
+                f"{origin}: {names} compares the order of the {len(recorded)} ops in the snapshot, and {what} leaves "
+                f"out {len(left_out)} of them. {without}"
+            )
 
 
 def _suite_wanted(config: pytest.Config, options: Options) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.op_names import match
 from pytest_qsens.results import round_score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pytest_qsens.op_names import Matching
     from pytest_qsens.sensitivity_files import Sensitivities
@@ -221,14 +221,24 @@ def _ranks(values: Sequence[float], larger_is_sensitive: bool) -> list[float]:
 
 
 def _correlation(ops: Sequence[Ranked]) -> Correlation:
-    from scipy.stats import kendalltau, spearmanr
+    from scipy.stats import spearmanr
 
     a, b = [op.rank_a for op in ops], [op.rank_b for op in ops]
+    return Correlation(len(ops), _statistic(spearmanr, a, b), kendall_tau_b(a, b))
+
+
+def kendall_tau_b(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Kendall's rank correlation of paired values, tau-b; ``None`` if all values of one side are equal."""
+    from scipy.stats import kendalltau
+
+    return _statistic(kendalltau, a, b)
+
+
+def _statistic(measure: Callable[..., Any], a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(set(a)) == 1 or len(set(b)) == 1:
-        return Correlation(len(ops), None, None)
-    found = (float(measure(a, b).statistic) for measure in (spearmanr, kendalltau))
-    spearman, kendall = (None if math.isnan(value) else round_score(value) for value in found)
-    return Correlation(len(ops), spearman, kendall)
+        return None
+    found = float(measure(a, b).statistic)
+    return None if math.isnan(found) else round_score(found)
 
 
 def _nothing_common(a: Sensitivities, b: Sensitivities, matching: Matching) -> str:

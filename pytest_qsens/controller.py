@@ -16,6 +16,7 @@ from pytest_qsens.collect import (
     Case,
     base_options,
     catalogue,
+    check_ranks,
     check_selection,
     check_shard,
     plan,
@@ -27,6 +28,7 @@ from pytest_qsens.collect import (
 from pytest_qsens.errors import QsensError
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.options import MODES
 from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.workers import SNAPSHOTS, apart, check_distribution, machine, named, workers_beside
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from pytest_qsens.collect import Model
     from pytest_qsens.options import Options
     from pytest_qsens.profile import Profile
+    from pytest_qsens.rank_gates import RankVerdict
     from pytest_qsens.results import OpResult, Payload
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
@@ -73,6 +76,8 @@ class Run:
     """Lines of the snapshot that are of no op of the model."""
     lost: set[str] = field(default_factory=set)
     """Ops whose worker died."""
+    ranks: list[RankVerdict] = field(default_factory=list)
+    """What gates of the order of ops found, once all ops are through."""
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""
 
@@ -196,7 +201,7 @@ class Run:
         if payload["spent"] is not None:
             self.spent[result.op] = self.spent.get(result.op, 0.0) + payload["spent"]
         if payload["verdict"]:
-            verdict = Verdict(payload["verdict"], tuple(payload["lines"]))
+            verdict = Verdict(payload["verdict"], tuple(payload["lines"]), tuple(payload["within_noise"]))
             known = self.verdicts.get(result.op)
             self.verdicts[result.op] = combine([known, verdict]) if known else verdict
         if payload["entry"] and passed:
@@ -291,6 +296,7 @@ class Controller:
         model = catalogue(self.config).model(options)
         check_selection(self.config, model, options)
         check_shard(model, options)
+        check_ranks(self.config, model, options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -485,6 +491,7 @@ class Controller:
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
         for run in active:
+            self._guarded(partial(self._judge_ranks, run))
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
             self._guarded(partial(self._write_results, self._reported))
@@ -510,6 +517,31 @@ class Controller:
         except QsensError as error:
             self.problems.append(str(error))
 
+    def _judge_ranks(self, run: Run) -> None:
+        """Compare the order of the ops with the snapshot's, as that is before it is updated."""
+        gates = base_options(self.config).gates.ranks
+        if not gates:
+            return
+        from pytest_qsens.rank_gates import judge_ranks
+        from pytest_qsens.snapshot import load
+
+        recorded = load(run.path, model=run.model, scheme=run.scheme).ops
+        mode = run.mode if run.facts else base_options(self.config).mode
+        found = judge_ranks(gates, run.ops, recorded, run.measured, MODES[mode])
+        if updating(self.config):  # a part can be accepted, too, and what is not recorded has no order yet
+            found = [verdict for verdict in found if verdict.state != "not judged"]
+        if self._accepts_all:
+            found = [replace(verdict, state="accepted") if verdict.state == "failed" else verdict for verdict in found]
+        run.ranks = found
+        for verdict in found:
+            if verdict.state in ("failed", "not judged"):
+                self.problems.append(f"the order of the ops of {run.model}: {verdict.gate} {verdict.state}, see above")
+
+    @property
+    def _accepts_all(self) -> bool:
+        """Whether the snapshot takes what got worse, and not only what is new."""
+        return updating(self.config) and bool(self.config.getoption("update_snapshots"))
+
     def _write_snapshot(self, run: Run) -> None:
         from pytest_qsens.snapshot import changed, environment_diff, load, merge, prune, write
 
@@ -518,7 +550,9 @@ class Controller:
 
         def update(old: Snapshot) -> Snapshot:
             nonlocal news
-            new = merge(old, run.entries)
+            # An order that is accepted is that of all scores, of those within their thresholds, too.
+            reordered = any(verdict.state == "accepted" for verdict in run.ranks)
+            new = merge(old, run.compared if reordered else run.entries)
             if kept is not None:
                 new = prune(new, kept)
             if environment_diff(old.environment, run.environment):
@@ -544,8 +578,7 @@ class Controller:
         if snapshot.environment and len(run.environments) != 1:
             return snapshot
         moved = adopt(snapshot, run.compared, run.environment)
-        only_new = not self.config.getoption("update_snapshots")
-        return snapshot if only_new and changed(snapshot, moved) else moved
+        return snapshot if not self._accepts_all and changed(snapshot, moved) else moved
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""

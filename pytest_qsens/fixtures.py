@@ -50,6 +50,7 @@ class _Record:
             "spent": None if self.spent is None else float(self.spent),
             "verdict": verdict.kind if verdict else None,
             "lines": list(verdict.lines) if verdict else [],
+            "within_noise": list(verdict.within_noise) if verdict else [],
             "entry": entry.to_payload() if entry else None,
         }
 
@@ -141,15 +142,16 @@ def _score(
             f"{result.op} is measured, but has no line in the snapshot, and engine {options.engine} writes none: "
             f"{options.snapshot_path(model.label)}"
         )
-    record.score = Score(
-        result,
-        thresholds=thresholds,
-        path=options.snapshot_path(model.label),
-        model=model.label,
-        scheme=options.scheme,
-        accept=accept_command(request.config.invocation_params.args),
-    )
     try:
+        record.score = Score(
+            result,
+            thresholds=thresholds,
+            path=options.snapshot_path(model.label),
+            model=model.label,
+            scheme=options.scheme,
+            accept=accept_command(request.config.invocation_params.args),
+            evaluation=model.evaluation,
+        )
         record.score.judge()  # what cannot be judged cannot for any op: stop before hours of measuring
         record.score.verdict = None  # the test has not compared anything yet, and may never do
     except QsensError as error:

@@ -27,6 +27,7 @@ from pytest_qsens.profile import Profiler
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.result_cache import ResultCache
 from pytest_qsens.results import joined, to_payload
+from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
 from pytest_qsens.workers import limit_threads, workers_here
 
@@ -201,6 +202,7 @@ class Bench:
             return None
         self._described.add(key)
         data = model.source.data_fingerprint()
+        known = (("data", data), (EVALUATION, model.evaluation))
         return facts | {
             "model": model.label,
             "scheme": options.scheme,
@@ -208,7 +210,7 @@ class Bench:
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
             "weights": model.source.weights_digest(),
-            "environment": facts["environment"] | ({"data": data} if data else {}),
+            "environment": facts["environment"] | {name: value for name, value in known if value},
             "loaded": loaded,
             "used": [str(path) for path in (scores.cache and scores.cache.path, loaded and self._artifact) if path],
         }

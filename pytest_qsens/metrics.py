@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from pytest_qsens import profile
+from pytest_qsens.samples import Sums, standard_error, summed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from pytest_qsens.results import Scores
+    from pytest_qsens.samples import Rows
 
 
 _CHUNK = 2**16
@@ -30,13 +34,32 @@ def same(left: Tensor, right: Tensor) -> bool:
 @profile.phase("scoring")
 def squared_distance(one: Tensor, other: Tensor) -> float:
     """Sum of squared differences, in float64."""
+    return sum(float(chunk.sum()) for chunk in _squared_differences(one, other))
+
+
+@profile.phase("scoring")
+def squared_distances(one: Tensor, other: Tensor, rows: Rows) -> Sums:
+    """Sum of squared differences, in float64, as a whole and by sample."""
+    return summed(_squared_differences(one, other), rows, one.numel())
+
+
+def _squared_differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
     chunks = (torch.split(values.reshape(-1), _CHUNK) for values in (one, other))
-    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(*chunks, strict=True))
+    return ((a.double() - b.double()).square() for a, b in zip(*chunks, strict=True))
 
 
 def energy(values: Tensor) -> float:
     """Sum of squares, in float64."""
-    return sum(float(chunk.double().square().sum()) for chunk in torch.split(values.reshape(-1), _CHUNK))
+    return sum(float(chunk.sum()) for chunk in _squares(values))
+
+
+def energies(values: Tensor, rows: Rows) -> Sums:
+    """Sum of squares, in float64, as a whole and by sample."""
+    return summed(_squares(values), rows, values.numel())
+
+
+def _squares(values: Tensor) -> Iterator[Tensor]:
+    return (chunk.double().square() for chunk in torch.split(values.reshape(-1), _CHUNK))
 
 
 class Score:
@@ -54,13 +77,19 @@ class Score:
     def __init__(self, *, logits: bool) -> None:
         self.sse = 0.0
         self.finite = True
+        self._samples: list[float] = []
         self._logits = logits
         self._kl = self._agreeing = 0.0
         self._positions = 0
 
     @profile.phase("scoring")
-    def add(self, reference: Tensor, quantized: Tensor) -> None:
+    def add(self, reference: Tensor, quantized: Tensor, rows: Rows | None = None) -> None:
         """Compare one batch.
+
+        Args:
+            reference: Output of the unquantized model.
+            quantized: Of the quantized one.
+            rows: Of each sample; ``None`` takes the batch for one.
 
         Raises:
             ValueError: If the shapes differ.
@@ -68,7 +97,7 @@ class Score:
         """
         if quantized.shape != reference.shape:
             raise ValueError(f"the output has shape {tuple(quantized.shape)}, not {tuple(reference.shape)}")
-        self.add_error(squared_distance(reference, quantized))
+        self.add_error(squared_distances(reference, quantized, rows or [1]))
         if not self._logits or not self.finite:
             return
         classes = reference.shape[-1]
@@ -81,22 +110,25 @@ class Score:
             self._kl += float((log_p.exp() * (log_p - log_q)).sum())
             self._agreeing += float((ref.argmax(-1) == out.argmax(-1)).sum())
 
-    def add_error(self, sse: float) -> None:
-        """Add one batch of which only the sum of squared differences is known."""
-        self.sse += sse
+    def add_error(self, sse: Sums) -> None:
+        """Add one batch of which only the sums of squared differences are known."""
+        self.sse += sse.whole
+        self._samples += sse.samples
         self.finite = math.isfinite(self.sse)
 
-    def related(self, energy: float, count: int) -> Scores | None:
+    def related(self, energy: float, count: int, energies: Sequence[float] = ()) -> Scores | None:
         """Relate the error to the reference.
 
         Args:
             energy: Sum of the reference's squares, not zero.
             count: Number of its values.
+            energies: Sum of the reference's squares of each sample, for the standard error; without them it has none.
 
         Returns:
             ``sse``, ``mse``, ``nmse`` = SSE / energy, ``sqnr_db`` = -10 log10(NMSE) (``None`` if nothing differs) and,
             for logits, ``kl`` = mean KL(reference ‖ quantized) per position in nats and ``top1`` = share of positions
-            with the same most likely class. ``None`` if an output was not finite.
+            with the same most likely class. For two ``samples`` or more, their number, and as ``stderr`` the standard
+            error of the NMSE over them. ``None`` if an output was not finite.
 
         """
         if not self.finite:
@@ -111,4 +143,7 @@ class Score:
         if self._logits:
             # the sum of non-negative terms can come out below zero by rounding
             found |= {"kl": max(self._kl / self._positions, 0.0), "top1": self._agreeing / self._positions}
+        stderr = standard_error(self._samples, energies) if energies else None
+        if stderr is not None:
+            found |= {"stderr": stderr, "samples": len(energies)}
         return found

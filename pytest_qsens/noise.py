@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pytest_qsens.uncertainty import STUDENT_T
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,8 +23,6 @@ SEEDS = (1, 2, 3)
 RELATIVE = 1e-6
 _KEPT = 2**24
 """Values up to which drawn factors are kept for the next call."""
-STUDENT_T = 3.182
-"""Two-sided 95 % quantile of Student's t distribution with as many degrees of freedom as there are seeds."""
 
 
 def perturbed(value: Tensor, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_qsens.results import Mode
-    from pytest_qsens.thresholds import Overrides, Threshold
+    from pytest_qsens.thresholds import Gates, Overrides, Threshold
 
 Kind = Literal["text", "path", "count", "flag", "list", "shard"]
 
@@ -92,7 +92,8 @@ _DECLARATIONS = (
     _Declaration(
         "fail",
         "text",
-        "what counts as worse: nmse:5%% (default), nmse:1e-4 (absolute), sqnr_db:0.5; several with commas",
+        "what counts as worse: nmse:5%% (default), nmse:1e-4 (absolute), sqnr_db:0.5; of the order of all ops top10:9, "
+        "kendall:0.95; several with commas",
         "METRIC:TOLERANCE",
         marker=True,
     ),
@@ -250,6 +251,10 @@ class Options:
             if given is not None:
                 origins[name] = f"{name}= of @pytest.mark.qsens"
                 values[name] = _parse(allowed[name], given, origins[name], self.root)
+        if "fail" in values:  # of single tests, which have no ranks
+            from pytest_qsens.thresholds import parse_fail
+
+            parse_fail(values["fail"], origins["fail"])
         return replace(self, **values, origins=origins)
 
     @property
@@ -288,9 +293,7 @@ class Options:
     @property
     def _divergence(self) -> bool:
         """Whether logits are to be compared as distributions: engines that need none, only if that gates."""
-        from pytest_qsens.thresholds import parse_fail
-
-        gated = {threshold.metric for threshold in parse_fail(self.fail)}
+        gated = {threshold.metric for threshold in self.gates.thresholds}
         gated |= {threshold.metric for _, thresholds in self.overrides().rules for threshold in thresholds}
         return self.engine not in ("auto", "delta", "probe") or not gated.isdisjoint(("kl", "top1"))
 
@@ -330,11 +333,16 @@ class Options:
 
         return Overrides.parse(self.fail_overrides)
 
+    @property
+    def gates(self) -> Gates:
+        """What counts as worse, but for overrides."""
+        from pytest_qsens.thresholds import parse_gates
+
+        return parse_gates(self.fail)
+
     def thresholds_for(self, op: str) -> tuple[Threshold, ...]:
         """Thresholds that make this op (or ``total``) count as worse."""
-        from pytest_qsens.thresholds import parse_fail
-
-        return self.overrides().thresholds_for(op, parse_fail(self.fail))
+        return self.overrides().thresholds_for(op, self.gates.thresholds)
 
     def snapshot_path(self, label: str) -> Path:
         """Snapshot file of a model under these options."""
@@ -480,9 +488,9 @@ def _check_choice(known: Collection[str]) -> Callable[[str, str], None]:
 
 
 def _check_fail(text: str, origin: str) -> None:
-    from pytest_qsens.thresholds import parse_fail
+    from pytest_qsens.thresholds import parse_gates
 
-    parse_fail(text, origin)
+    parse_gates(text, origin)
 
 
 def _check_device(text: str, origin: str) -> None:

@@ -37,16 +37,17 @@ IDENTICAL = "identical to the reference"
 CANNOT = "measured, as it cannot be estimated: "
 """Reason of an op that was measured by an engine that estimates, before why."""
 
-ABOUT_SCORES = frozenset({"distinguishable", "inc_sse", "noise"})
+ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "noise", "samples", "stderr"})
 """What results hold beside metrics, and snapshots leave out."""
 
 Scores = dict[str, float | None]
 """Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite).
 
-``fallback`` has ``noise`` and ``distinguishable``, a truth value, beside its metrics: see `pytest_qsens.noise`.
+Beside its metrics, a mode has ``stderr`` and ``samples``: see `pytest_qsens.samples`. ``fallback`` has ``noise``,
+``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`.
 """
 
-NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", "noise", "inc_sse"})
+NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", *ABOUT_SCORES}) - {"distinguishable"}
 """Metrics that no measurement makes negative."""
 
 Interval = tuple[float, float]

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pytest_qsens.thresholds import Verdict
 
 __all__ = [
+    "EVALUATION",
     "Entry",
     "Snapshot",
     "accepted",
@@ -56,6 +57,7 @@ __all__ = [
     "environment_diff",
     "load",
     "merge",
+    "on_other_data",
     "prune",
     "take_texts",
     "union",
@@ -63,6 +65,9 @@ __all__ = [
 ]
 
 SCHEMA = 1
+
+EVALUATION = "evaluation"
+"""Key of the hash of the evaluation data in an environment. Files of older versions have that of all data only."""
 
 
 @dataclass(frozen=True)
@@ -334,8 +339,16 @@ def _remove_leftovers(path: Path) -> None:
 
 def environment_diff(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """List what differs between two environments, a line for each key, such as ``torch 2.12.1 → 2.13.0``."""
+    names = {*old, *new}
+    if EVALUATION not in old:
+        names -= {EVALUATION}  # ``data`` differs if it does
     return [
         f"{name} {old.get(name, 'not recorded')} → {new.get(name, 'not known')}"
-        for name in sorted({*old, *new})
+        for name in sorted(names)
         if old.get(name) != new.get(name)
     ]
+
+
+def on_other_data(old: Mapping[str, str], evaluation: str | None) -> bool:
+    """Whether scores of an environment are known to be of other evaluation data than those with this hash."""
+    return None not in (old.get(EVALUATION), evaluation) and old[EVALUATION] != evaluation

@@ -7,6 +7,7 @@ file, and its snapshots beside ours are handled as ever.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -16,7 +17,7 @@ from syrupy.extensions.amber import AmberDataSerializer, AmberDataSerializerPlug
 from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.snapshot import accepted, load
+from pytest_qsens.snapshot import accepted, load, on_other_data
 from pytest_qsens.thresholds import Verdict, combine, judge
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Score:
         model: Label the file must have.
         scheme: Scheme the file must have.
         accept: The command that records the present scores, for messages.
+        evaluation: Hash of the evaluation data, if it is known.
 
     """
 
@@ -58,6 +60,7 @@ class Score:
         model: str,
         scheme: str,
         accept: str,
+        evaluation: str | None = None,
     ) -> None:
         self.result = result
         self.thresholds = tuple(thresholds)
@@ -65,6 +68,7 @@ class Score:
         self.model = model
         self.scheme = scheme
         self.accept = accept
+        self.evaluation = evaluation
         self.verdict: Verdict | None = None
         self.accepted = False
         self._old: Mapping[Mode, Scores] = {}
@@ -101,10 +105,9 @@ class Score:
         if self.result.status != "measured":
             reason = f" ({self.result.reason})" if self.result.reason else ""
             raise QsensError(f"{self.result.op} has no score to compare: it is {self.result.status}{reason}.")
-        measured = self.result.metrics
+        known = {metric for scores in self.result.metrics.values() for metric in scores}
         gated = [threshold.metric for threshold in self.thresholds]
-        known = {metric for scores in measured.values() for metric in scores}
-        if not known.intersection(gated):
+        if gated and not known.intersection(gated):
             raise QsensError(
                 f"{self.result.op}: none of the gated metrics ({', '.join(gated)}) was measured. "
                 f"Gate on some of {', '.join(sorted(known))}."
@@ -114,13 +117,15 @@ class Score:
         # What is recorded under this name of another type of op says nothing about this one.
         comparable = recorded is not None and recorded.type == self.result.type
         self._old = recorded.modes if recorded is not None and comparable else {}
+        other_data = on_other_data(snapshot.environment, self.evaluation)
         self._verdicts = {
-            mode: judge(self._old.get(mode), scores, self.thresholds, mode) for mode, scores in measured.items()
+            mode: judge(self._old.get(mode), scores, self.thresholds, mode, other_data=other_data)
+            for mode, scores in self.result.modes.items()
         }
         self.verdict = combine(self._verdicts.values())
         if recorded is not None and not comparable:
             line = f"recorded as {recorded.type}, but it is {self.result.type}"
-            self.verdict = Verdict(self.verdict.kind, (line, *self.verdict.lines))
+            self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
         return self.verdict
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:

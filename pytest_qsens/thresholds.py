@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import matches
+from pytest_qsens.rank_gates import is_rank, parse_rank
 from pytest_qsens.results import round_score
+from pytest_qsens.uncertainty import allowance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from pytest_qsens.rank_gates import RankGate
     from pytest_qsens.results import Scores
 
 Kind = Literal["regressed", "new", "improved", "ok"]
@@ -55,15 +58,19 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Threshold:
-    """How much worse a metric may get: by ``rtol`` of its old value, or by ``atol``. One of the two is zero."""
+    """How much worse a metric may get: by ``rtol`` of its old value, or by ``atol``. One of the two is zero.
+
+    Unless it is ``strict``, it may also get as much worse as by chance alone, see `pytest_qsens.uncertainty`.
+    """
 
     metric: str
     rtol: float = 0.0
     atol: float = 0.0
+    strict: bool = False
 
     def __str__(self) -> str:
         """Give the text that `parse_fail` reads as this threshold."""
-        return f"{self.metric}:{self.amount}"
+        return f"{self.metric}:{self.amount}{' strict' * self.strict}"
 
     @property
     def amount(self) -> str:
@@ -72,20 +79,23 @@ class Threshold:
             return f"{Decimal(repr(self.rtol)).scaleb(2).normalize():f}%"
         return repr(self.atol)
 
-    def limit(self, old: float, slack_sign: int = 1) -> float:
-        """Tell the worst value that passes after ``old``; with ``slack_sign`` -1, the best that is no improvement."""
+    def limit(self, old: float, slack_sign: int = 1, chance: float = 0.0) -> float:
+        """Tell the worst value that passes after ``old``; with ``slack_sign`` -1, the best that is no improvement.
+
+        ``chance`` is how far the value can move by chance alone.
+        """
         metric = METRICS[self.metric]
-        slack = abs(old) * self.rtol + self.atol + metric.floor
+        slack = max(abs(old) * self.rtol + self.atol, chance) + metric.floor
         worse = slack if metric.higher_is_worse else -slack
         # At the precision of the values themselves, so that 0.021 is within 5 % of 0.02 whatever the binary
         # fractions say, and so that the printed limit is the one applied.
         return round_score(old + slack_sign * worse)
 
-    def compare(self, old: float | None, new: float | None) -> Kind:
-        """Judge one pair of values of this metric; ``None`` is an infinite SQNR."""
+    def compare(self, old: float | None, new: float | None, chance: float = 0.0) -> Kind:
+        """Judge one pair of values of this metric; ``None`` is an infinite SQNR, ``chance`` as in `limit`."""
         metric = METRICS[self.metric]
         before, now = _comparable(metric, old), _comparable(metric, new)
-        worst, best = self.limit(before), self.limit(before, -1)
+        worst, best = self.limit(before, 1, chance), self.limit(before, -1, chance)
         if not metric.higher_is_worse:
             now, worst, best = -now, -worst, -best
         if now > worst:
@@ -99,23 +109,64 @@ def _comparable(metric: Metric, value: float | None) -> float:
 
 DEFAULT_FAIL = "nmse:5%"
 
-_AMOUNT = re.compile(r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<percent>%?)", re.ASCII | re.IGNORECASE)
+_AMOUNT = re.compile(
+    r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<percent>%?)(?P<strict>\s+strict)?", re.ASCII | re.IGNORECASE
+)
+
+
+class Gates(NamedTuple):
+    """What counts as worse: of single ops, and of the order of all ops."""
+
+    thresholds: tuple[Threshold, ...]
+    ranks: tuple[RankGate, ...] = ()
+
+
+def parse_gates(text: str, where: str = "--qsens-fail") -> Gates:
+    """Read thresholds such as ``nmse:5%`` and gates of ranks such as ``top10:9``, in any order.
+
+    Raises:
+        QsensError: As `parse_fail`; for a repeated gate of ranks, or one that cannot be.
+
+    """
+    values: list[str] = []
+    ranks: dict[str, RankGate] = {}
+    for part in text.split(","):
+        name, _, amount = (piece.strip() for piece in part.partition(":"))
+        if not is_rank(name):
+            values.append(part)
+        elif name in ranks:
+            raise QsensError(f"{where} {text!r}: {name} is there twice. Give one number for it.")
+        else:
+            ranks[name] = parse_rank(name, amount, f"{where} {text!r}")
+    return Gates(_parsed(values, text, where), tuple(ranks.values()))
 
 
 def parse_fail(text: str, where: str = "--qsens-fail") -> tuple[Threshold, ...]:
     """Read thresholds such as ``nmse:5%`` (relative), ``sqnr_db:0.5`` (absolute) or ``nmse:5%,kl:1e-3``.
 
     Raises:
-        QsensError: For an unknown or repeated metric, or an amount that is no number of at least 0.
+        QsensError: For an unknown or repeated metric, an amount that is no number of at least 0, or a gate of ranks.
 
     """
+    return _parsed(text.split(","), text, where)
+
+
+def _parsed(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...]:
     thresholds: dict[str, Threshold] = {}
-    for part in text.split(","):
+    for part in parts:
         name, colon, amount = (piece.strip() for piece in part.partition(":"))
+        if is_rank(name):
+            raise QsensError(
+                f"{where} {text!r}: {name} compares the order of all ops of a run, so it gates no single op or test. "
+                "Give it to --qsens-fail, or to qsens_fail in the ini file."
+            )
         if name not in METRICS:
             close = get_close_matches(name, METRICS, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise QsensError(f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}.")
+            raise QsensError(
+                f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}; for the order of all ops, "
+                "topN and kendall."
+            )
         if name in thresholds:
             raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")
         match = _AMOUNT.fullmatch(amount)
@@ -123,9 +174,11 @@ def parse_fail(text: str, where: str = "--qsens-fail") -> tuple[Threshold, ...]:
         if not colon or match is None or not math.isfinite(value):
             raise QsensError(
                 f"{where} {text!r}: {amount!r} is not an amount for {name}. "
-                f"Write {name}:5% (relative to the snapshot) or {name}:0.001 (absolute), 0 or more."
+                f"Write {name}:5% (relative to the snapshot) or {name}:0.001 (absolute), 0 or more; {name}:5% strict "
+                "is not widened by noise."
             )
-        thresholds[name] = Threshold(name, rtol=value) if match["percent"] and value else Threshold(name, atol=value)
+        kind = "rtol" if match["percent"] and value else "atol"
+        thresholds[name] = Threshold(name, **{kind: value}, strict=match["strict"] is not None)
     return tuple(thresholds.values())
 
 
@@ -169,14 +222,18 @@ class Overrides:
 class Verdict:
     """What comparing new scores with old ones gave.
 
-    ``lines`` explain the kind, one for each metric that decided it; there are none for ``ok``.
+    ``lines`` explain the kind, one for each metric that decided it; there are none for ``ok``. ``within_noise`` has a
+    line for each metric that is past its threshold, and counts as equal all the same: chance alone does as much.
     """
 
     kind: Kind
     lines: tuple[str, ...] = ()
+    within_noise: tuple[str, ...] = ()
 
 
-def judge(old: Scores | None, new: Scores, thresholds: Sequence[Threshold], mode: str) -> Verdict:
+def judge(
+    old: Scores | None, new: Scores, thresholds: Sequence[Threshold], mode: str, *, other_data: bool = False
+) -> Verdict:
     """Compare the scores of one op in one mode with its snapshot.
 
     The comparison is one-sided, at the 6 significant digits the snapshot has: worse by more than the threshold is
@@ -184,22 +241,37 @@ def judge(old: Scores | None, new: Scores, thresholds: Sequence[Threshold], mode
     missing op: it passes once it is accepted, so that gating a metric never silently compares nothing. A gated
     metric that the snapshot has and that was not measured now is ``regressed``. A metric in neither (``gain`` in
     isolated mode) is no part of the comparison.
+
+    Args:
+        old: Recorded scores.
+        new: Scores, with what is said about them beside metrics.
+        thresholds: What gates them.
+        mode: Of the scores.
+        other_data: Whether they were measured on other evaluation data than the recorded ones.
+
     """
-    found: list[tuple[Kind, str]] = []
+    found: list[Verdict] = []
     for threshold in thresholds:
         name = threshold.metric
         if old is None or name not in old:
             if name in new:
-                found.append(("new", f"{mode} {name} {_text(new[name])}"))
+                found.append(Verdict("new", (f"{mode} {name} {_text(new[name])}",)))
         elif name not in new:
-            line = f"{mode} {name} {_text(old[name])} → not measured"
-            found.append(("regressed", line))
+            found.append(Verdict("regressed", (f"{mode} {name} {_text(old[name])} → not measured",)))
         else:
-            kind = threshold.compare(old[name], new[name])
-            found.append((kind, f"{mode} {_change(threshold, kind, old[name], new[name])}"))
+            chance = 0.0 if threshold.strict else allowance(name, old[name], new, other_data=other_data)
+            found.append(_compared(threshold, old[name], new[name], mode, chance))
     if old is None and not found:
-        found.append(("new", f"{mode} (none of its metrics is gated)"))
-    return _gravest([Verdict(kind, () if kind == "ok" else (line,)) for kind, line in found])
+        found.append(Verdict("new", (f"{mode} (none of its metrics is gated)",)))
+    return _gravest(found)
+
+
+def _compared(threshold: Threshold, old: float | None, new: float | None, mode: str, chance: float) -> Verdict:
+    asked, kind = threshold.compare(old, new), threshold.compare(old, new, chance)
+    if kind == "ok":
+        line = f"{mode} {_change(threshold, asked, old, new, chance)}"
+        return Verdict("ok", within_noise=() if asked == "ok" else (line,))
+    return Verdict(kind, (f"{mode} {_change(threshold, kind, old, new, chance)}",))
 
 
 def combine(verdicts: Iterable[Verdict]) -> Verdict:
@@ -209,10 +281,14 @@ def combine(verdicts: Iterable[Verdict]) -> Verdict:
 
 def _gravest(verdicts: list[Verdict]) -> Verdict:
     kind = min((verdict.kind for verdict in verdicts), key=SEVERITY.index, default=SEVERITY[-1])
-    return Verdict(kind, tuple(line for verdict in verdicts if verdict.kind == kind for line in verdict.lines))
+    return Verdict(
+        kind,
+        tuple(line for verdict in verdicts if verdict.kind == kind for line in verdict.lines),
+        tuple(line for verdict in verdicts for line in verdict.within_noise),
+    )
 
 
-def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | None) -> str:
+def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | None, chance: float) -> str:
     metric = METRICS[threshold.metric]
     before, now = _comparable(metric, old), _comparable(metric, new)
     parts = []
@@ -222,9 +298,13 @@ def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | No
     elif before:
         percent = (now - before) / abs(before) * 100
         parts.append(f"{percent:+.1f} %" if abs(percent) >= 0.1 else f"{percent:+.2g} %")
-    if kind == "regressed":
-        sign = "+" if metric.higher_is_worse else "-"
-        parts.append(f"limit {_text(threshold.limit(before))} = {sign}{threshold.amount.replace('%', ' %')}")
+    way = -1 if kind == "improved" else 1
+    limit, reach = threshold.limit(before, way), threshold.limit(before, way, chance)
+    amount = f"{'+' if metric.higher_is_worse == (way > 0) else '-'}{threshold.amount.replace('%', ' %')}"
+    if reach != limit:
+        parts.append(f"{amount} is {_text(limit)}, noise reaches {_text(reach)}")
+    elif kind == "regressed":
+        parts.append(f"limit {_text(limit)} = {amount}")
     details = f" ({', '.join(parts)})" if parts else ""
     return f"{threshold.metric} {_text(old)} → {_text(new)}{details}"
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
-from pytest_qsens.noise import RELATIVE, SEEDS, STUDENT_T, distinguishable, perturbed, spread
+from pytest_qsens.noise import RELATIVE, SEEDS, distinguishable, perturbed, spread
+from pytest_qsens.uncertainty import STUDENT_T
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
+    from pytest_qsens.samples import Rows
 
 _TRIES = 3
 """Ops at either end of the model that are tried until one can be compared with its replay."""
@@ -128,6 +129,7 @@ class DeltaEngine(ReplayEngine):
         expected: Those that are going to be scored.
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
+        rows: Of each sample of every batch.
 
     """
 
@@ -143,11 +145,13 @@ class DeltaEngine(ReplayEngine):
         verdict: Verdict | None,
         *,
         logits: bool,
+        rows: Sequence[Rows],
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory)
         self._logits = logits
+        self._rows = rows
         self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
-        self._deltas = [DeltaRun(run, self._weights) for run in self._clean]
+        self._deltas = [DeltaRun(run, self._weights, of_run) for run, of_run in zip(self._clean, rows, strict=True)]
         self._expected = expected
         self._wave_memory = memory // _WAVE_SHARE
         self._waves = self._find_waves(self._deltas)
@@ -245,8 +249,8 @@ class DeltaEngine(ReplayEngine):
         if seed not in self._joined:
             moved = None if seed is None else partial(factors, seed=seed)
             self._joined[seed] = [
-                JointRun(run, clean.output, self._row_wise(run.graph), moved)
-                for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
+                JointRun(run, clean.output, self._row_wise(run.graph), moved, rows)
+                for run, clean, rows in zip(self._joint_runs(seed), self._clean, self._rows, strict=True)
             ]
         return self._joined[seed]
 
@@ -271,7 +275,7 @@ class DeltaEngine(ReplayEngine):
                 with self._threads():
                     if self._logits:
                         for score, output in zip(found.values(), together.outputs(changes), strict=True):
-                            score.add(reference, output)
+                            score.add(reference, output, together.rows)
                     else:
                         for score, error in zip(found.values(), together.errors(changes), strict=True):
                             score.add_error(error)

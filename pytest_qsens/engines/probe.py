@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Run
     from pytest_qsens.quant.simulate import Simulator
     from pytest_qsens.results import Mode, Scores
+    from pytest_qsens.samples import Rows
 
 _PASSES = {1: 4, 2: 3, 16: 2}
 """Independent samples, at least so many → backward passes for the squared error, and as many for the divergence."""
@@ -94,8 +95,9 @@ class ProbeEngine(DeltaEngine):
         verdict: Verdict | None,
         *,
         logits: bool,
+        rows: Sequence[Rows],
     ) -> None:
-        super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits)
+        super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits, rows=rows)
         self._region = memory // _REGION_SHARE
         self._wanted = [op for wave in self._waves for op in wave]
         self._estimates: dict[Mode, Estimates] = {}
@@ -164,8 +166,8 @@ class ProbeEngine(DeltaEngine):
             return together(ops)
         found = {op: Score(logits=self._logits) for op in ops}
         for op, score in found.items():
-            for reference, output in zip(self.references, alone(op), strict=True):
-                score.add(reference, output)
+            for reference, output, rows in zip(self.references, alone(op), self._rows, strict=True):
+                score.add(reference, output, rows)
         return found
 
     def _sum(

@@ -14,6 +14,7 @@ from torch.nn import functional
 from pytest_qsens import profile
 from pytest_qsens.graph.narrow import LINEAR, narrow_transposed
 from pytest_qsens.graph.together import Head, Together, settled_calls
+from pytest_qsens.samples import Sums, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.replay import Run
     from pytest_qsens.graph.schedule import Step
+    from pytest_qsens.samples import Rows
 
 aten = torch.ops.aten
 
@@ -111,15 +113,15 @@ class DeltaRun(Together):
     Args:
         run: The clean run.
         weights: How they are multiplied by.
+        rows: Of each sample; ``None`` takes the batch for one.
 
     """
 
-    def __init__(self, run: Run, weights: Weights) -> None:
+    def __init__(self, run: Run, weights: Weights, rows: Rows | None = None) -> None:
         self._weights = weights
         rules = {node: RULES[node.target] for node in run.graph.nodes if node.target in RULES and run.is_original(node)}
-        super().__init__(
-            run, run.output, settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
-        )
+        shared = settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
+        super().__init__(run, run.output, shared, rows)
 
     def _form(self, node: Node) -> torch.dtype:
         return self._weights.dtype(self._weight(node))
@@ -143,10 +145,12 @@ class DeltaRun(Together):
         form, value = self._form(node), node.meta["val"]
         return 0 if form == value.dtype else int(value.numel()) * form.itemsize
 
-    def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[float]:
+    def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[Sums]:
         clean = self.run.values(head.source)
         for value in values:
-            yield _squared_length(self._rows(value - clean, head), self._weights.gram(self._weight(head.node)))
+            yield _squared_lengths(
+                self._rows(value - clean, head), self._weights.gram(self._weight(head.node)), self.rows
+            )
 
     def _weight(self, node: Node) -> Tensor:
         found: Tensor = self.run.graph.constants[node.args[RULES[node.target].weight]]  # type: ignore[index] # a node
@@ -154,12 +158,16 @@ class DeltaRun(Together):
 
 
 @profile.phase("scoring")
-def _squared_length(delta: Tensor, gram: Tensor) -> float:
+def _squared_lengths(delta: Tensor, gram: Tensor, samples: Rows) -> Sums:
     """Sum of (W·δ)² over the rows δ, ``(*, in)``."""
     rows = delta.reshape(-1, delta.shape[-1]).double()
     with profile.phase("scoring", product=True):
         products = rows @ gram
-    return float((products * rows).sum().clamp_min(0))  # what should be zero can come out below
+    lengths = products.mul_(rows)
+    whole = float(lengths.sum().clamp_min(0))  # what should be zero can come out below
+    if len(samples) < 2:
+        return Sums(whole, (whole,))
+    return Sums(whole, summed([lengths.sum(1).clamp_min_(0)], samples, len(lengths)).samples)
 
 
 @profile.phase("scoring", product=True)

@@ -11,6 +11,7 @@ from pytest_qsens import profile
 from pytest_qsens.graph.delta import RULES
 from pytest_qsens.graph.footprint import value_bytes
 from pytest_qsens.graph.together import Together, settled_calls
+from pytest_qsens.samples import Sums, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Override, Run
     from pytest_qsens.graph.schedule import Step
     from pytest_qsens.graph.together import Head
+    from pytest_qsens.samples import Rows
 
 
 _BLOCK = 2**17
@@ -60,6 +62,7 @@ class JointRun(Together):
         reference: The output of the clean one.
         quantized: Calls that are quantized.
         factors: What the output of every op is multiplied by, from the output; ``None`` if by nothing.
+        rows: Of each sample; ``None`` takes the batch for one.
 
     """
 
@@ -69,13 +72,13 @@ class JointRun(Together):
         reference: Tensor,
         quantized: Mapping[Node, RowWise],
         factors: Callable[[Tensor], Tensor] | None,
+        rows: Rows | None = None,
     ) -> None:
         self._quantized = quantized
         self._factors = factors
         rules = {node: RULES[node.target] for node in quantized if node.target in RULES}
-        super().__init__(
-            run, reference, settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
-        )
+        shared = settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
+        super().__init__(run, reference, shared, rows)
 
     def _form(self, node: Node) -> torch.dtype:
         dtype: torch.dtype = self.run.clean[self.run.order[self._shared[node]]].dtype
@@ -102,23 +105,33 @@ class JointRun(Together):
         comparing = _COMPARING * rows * min(_CHANNELS, self.reference.shape[-1])
         return int(value.nbytes + taken * value.itemsize + max(_QUANTIZING * taken, taken + comparing))
 
-    def _head_errors(self, values: Iterable[Tensor], head: Head) -> list[float]:
+    def _head_errors(self, values: Iterable[Tensor], head: Head) -> list[Sums]:
         rows = [self._rows(value, head) for value in values]  # follows the changes
         return self._compared(rows, head) if rows else []
 
     @profile.phase("scoring")
-    def _compared(self, rows: Sequence[Tensor], head: Head) -> list[float]:
+    def _compared(self, rows: Sequence[Tensor], head: Head) -> list[Sums]:
         reference = self.reference.reshape(-1, self.reference.shape[-1])
         channels = max(_CHANNELS, _BLOCK // max(1, len(rows) * reference.shape[0]))
         blocks = self._quantized[head.node].blocks(channels, *self._arguments(head.node, torch.stack(tuple(rows))))
         factors = self._head_factors(head, channels)
         found = reference.new_zeros(len(rows), dtype=torch.float64)
+        by_row = reference.new_zeros(len(rows), len(reference), dtype=torch.float64)
         for block, expected in zip(blocks, torch.split(reference, channels, -1), strict=True):
             output = block.reshape(len(rows), *expected.shape)
             if factors is not None:
                 output = output * next(factors)
-            found += (output.double() - expected.double()).square_().sum((1, 2))
-        return found.tolist()
+            squares = (output.double() - expected.double()).square_()
+            found += squares.sum((1, 2))
+            if len(self.rows) > 1:
+                by_row += squares.sum(2)
+        wholes = found.tolist()
+        if len(self.rows) < 2:
+            return [Sums(whole, (whole,)) for whole in wholes]
+        return [
+            Sums(whole, summed([row], self.rows, len(reference)).samples)
+            for whole, row in zip(wholes, by_row, strict=True)
+        ]
 
     def _head_factors(self, head: Head, channels: int) -> Iterator[Tensor] | None:
         if self._factors is None:

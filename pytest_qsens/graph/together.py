@@ -17,12 +17,13 @@ from pytest_qsens.graph.footprint import Footprint
 from pytest_qsens.graph.narrow import LINEAR
 from pytest_qsens.graph.replay import Follower, advance
 from pytest_qsens.graph.schedule import Level, Schedule, Step, reader_of
-from pytest_qsens.metrics import squared_distance
+from pytest_qsens.metrics import squared_distances
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from pytest_qsens.graph.replay import Change, Run
+    from pytest_qsens.samples import Rows, Sums
 
 aten = torch.ops.aten
 
@@ -46,16 +47,19 @@ class Together(ABC):
         run: What they change.
         reference: The output that errors are differences to.
         shared: Linear calls that are taken for all changes at once, see `settled_calls` → the argument that changes.
+        rows: Of each sample; ``None`` takes the batch for one.
 
     Attributes:
         run: As given.
         reference: As given.
+        rows: Of each sample.
 
     """
 
-    def __init__(self, run: Run, reference: Tensor, shared: Mapping[Node, Node]) -> None:
+    def __init__(self, run: Run, reference: Tensor, shared: Mapping[Node, Node], rows: Rows | None) -> None:
         self.run = run
         self.reference = reference
+        self.rows: Rows = rows or [1]
         self._shared = shared
         self._schedule = run.schedule(run.graph.output, shared)
         self._head = self._find_head()
@@ -75,17 +79,17 @@ class Together(ABC):
         """Compute the output of the graph with each of these changes."""
         return self._follow(changes, self._schedule, self.run.graph.output)
 
-    def errors(self, changes: Sequence[Change]) -> list[float]:
+    def errors(self, changes: Sequence[Change]) -> list[Sums]:
         """Compute each change's sum of squared differences to the reference."""
         head = self._head
-        found: dict[int, float] = {}
+        found: dict[int, Sums] = {}
         if head is not None:
             before = [change for change in changes if head.schedule.shows(change)]
             values = self._follow(before, head.schedule, head.source)
             found |= zip(map(id, before), self._head_errors(values, head), strict=True)
         others = [change for change in changes if id(change) not in found]
         for change, output in zip(others, self.outputs(others), strict=True):
-            found[id(change)] = squared_distance(self.reference, output)
+            found[id(change)] = squared_distances(self.reference, output, self.rows)
         return [found[id(change)] for change in changes]
 
     @abstractmethod
@@ -113,7 +117,7 @@ class Together(ABC):
         return 0
 
     @abstractmethod
-    def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterable[float]:
+    def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterable[Sums]:
         """Compute the sum of squared differences to the reference for each of some inputs of the head."""
 
     def _rows(self, value: Tensor, head: Head) -> Tensor:

@@ -126,19 +126,26 @@ class Data:
     def fingerprint(self) -> str:
         """Short hash over every text, pixel and sound of both sets, and the cap on calibration samples."""
         digest = hashlib.sha256(repr(self.calib_samples).encode())
-        for path, option, default in (
-            (self.calib, "--qsens-calib", default_calibration()),
-            (self.eval, "--qsens-eval", default_evaluation()),
-        ):
-            digest.update(b"\0file\0" if path is not None else b"\0default\0")
-            if path is not None:
-                _hash_samples(digest, read_samples(path, option))
-            else:
-                _hash_samples(digest, default.texts + default.captioned)
-                digest.update(repr([picture.question for picture in default.pictures]).encode())
-                for sound in default.sounds:
-                    digest.update(sound.text.encode() + sound.samples(16000).tobytes())
+        _hash_set(digest, self.calib, "--qsens-calib", default_calibration())
+        _hash_set(digest, self.eval, "--qsens-eval", default_evaluation())
         return digest.hexdigest()[:16]
+
+    def evaluation_fingerprint(self) -> str:
+        """Short hash over the evaluation set alone."""
+        digest = hashlib.sha256()
+        _hash_set(digest, self.eval, "--qsens-eval", default_evaluation())
+        return digest.hexdigest()[:16]
+
+
+def _hash_set(digest: hashlib._Hash, path: Path | None, option: str, default: Split) -> None:
+    digest.update(b"\0file\0" if path is not None else b"\0default\0")
+    if path is not None:
+        _hash_samples(digest, read_samples(path, option))
+        return
+    _hash_samples(digest, default.texts + default.captioned)
+    digest.update(repr([picture.question for picture in default.pictures]).encode())
+    for sound in default.sounds:
+        digest.update(sound.text.encode() + sound.samples(16000).tobytes())
 
 
 def _hash_samples(digest: hashlib._Hash, samples: Iterable[Sample]) -> None:

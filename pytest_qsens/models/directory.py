@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.models.batches import make_batches, select_samples
 from pytest_qsens.models.identity import checkpoint_identity
+from pytest_qsens.models.outputs import ROWS
 from pytest_qsens.models.processors import explained
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
@@ -59,6 +60,10 @@ class DirectorySource:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def evaluation_fingerprint(self) -> str:
+        """Short hash of the evaluation data."""
+        return self.data.evaluation_fingerprint()
+
     def weights_digest(self) -> str | None:
         """Short hash of config and weights."""
         return checkpoint_digest(self.checkpoint.directory)
@@ -80,7 +85,9 @@ class DirectorySource:
         model = load_model(self.checkpoint)
         task = task_of(type(model), model.config)
         batches = make_batches(task, model, self.checkpoint.directory, self.data)
-        return ModelSpec(model, batches.calibration, batches.evaluation, batches.output, batches.logits)
+        return ModelSpec(
+            model, batches.calibration, batches.evaluation, batches.output, batches.logits, ROWS.get(batches.output)
+        )
 
 
 def label_of(directory: Path) -> str:

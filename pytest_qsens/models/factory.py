@@ -47,6 +47,9 @@ class FactorySource:
     def data_fingerprint(self) -> None:
         """Return ``None``."""
 
+    def evaluation_fingerprint(self) -> None:
+        """Return ``None``."""
+
     def weights_digest(self) -> None:
         """Return ``None``."""
 
@@ -93,6 +96,8 @@ class FactorySource:
             )
         if not callable(spec.output):
             raise QsensError(f"{self.name}: `output` is {spec.output!r}, not a callable of (model output, batch).")
+        if spec.rows is not None and not callable(spec.rows):
+            raise QsensError(f"{self.name}: `rows` is {spec.rows!r}, not a callable of a batch.")
         for split, batches in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
             if not isinstance(batches, Sequence) or isinstance(batches, str):
                 raise QsensError(f"{self.name}: `{split}` is {type(batches).__name__}, not a list of batches.")

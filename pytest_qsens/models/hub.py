@@ -102,6 +102,10 @@ class HubSource:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def evaluation_fingerprint(self) -> str:
+        """Short hash of the evaluation data."""
+        return self.data.evaluation_fingerprint()
+
     def weights_digest(self) -> str | None:
         """Short hash of config and weights in the local cache; ``None`` if they are yet to be downloaded."""
         return None if self._cached is None else self._cached.weights_digest()

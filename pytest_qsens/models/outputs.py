@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers.utils.generic import ModelOutput
 
@@ -47,3 +49,18 @@ def image_logits(out: ModelOutput, batch: Batch) -> torch.Tensor:  # noqa: ARG00
     """Similarity of every image to every text: (images, texts)."""
     scored: torch.Tensor = out["logits_per_image"]
     return scored
+
+
+def _tokens(mask: str) -> Callable[[Batch], list[int] | None]:
+    def rows(batch: Batch) -> list[int] | None:
+        return batch[mask].bool().sum(1).tolist() if mask in batch else None
+
+    return rows
+
+
+ROWS = {
+    token_logits: _tokens("attention_mask"),
+    token_states: _tokens("attention_mask"),
+    decoder_logits: _tokens("decoder_attention_mask"),
+}
+"""Outputs of real tokens → ``ModelSpec.rows``: the tokens of every sample follow each other."""

@@ -57,6 +57,9 @@ class ModelSource(Protocol):
     def data_fingerprint(self) -> str | None:
         """Short hash of the calibration and evaluation data, or ``None`` if that cannot be told."""
 
+    def evaluation_fingerprint(self) -> str | None:
+        """Short hash of the evaluation data alone, or ``None`` if that cannot be told."""
+
     def weights_digest(self) -> str | None:
         """Short hash of the checkpoint, equal for a copy of it, or ``None`` if that cannot be told."""
 

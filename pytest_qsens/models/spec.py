@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ class ModelSpec:
             ``logits``, the last dimension holds the classes.
         logits: Whether the output holds unnormalized log-probabilities; only then KL divergence and top-1
             agreement are measured.
+        rows: Tells how many rows of what ``output`` picks (entries of its first dimension) each sample of a batch has,
+            in order, for the standard error: for the example above, ``lambda batch: batch["attention_mask"].sum(1)``.
+            ``None`` for a batch is as without it: every row is a sample if there are as many as the first dimension of
+            all the batch's tensors has; else the whole batch is one.
 
     """
 
@@ -35,3 +39,4 @@ class ModelSpec:
     evaluation: Sequence[Batch]
     output: Callable[[Any, Batch], torch.Tensor]
     logits: bool = False
+    rows: Callable[[Batch], Iterable[int] | None] | None = None

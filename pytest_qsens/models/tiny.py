@@ -13,7 +13,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.models.batches import select_samples
-from pytest_qsens.models.outputs import token_logits
+from pytest_qsens.models.outputs import ROWS, token_logits
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.tasks import Task
 from pytest_qsens.models.transformers_model import on_meta
@@ -95,6 +95,10 @@ class TinyQwen25VL:
         """Short hash of the data."""
         return self.data.fingerprint()
 
+    def evaluation_fingerprint(self) -> str:
+        """Short hash of the evaluation data."""
+        return self.data.evaluation_fingerprint()
+
     def weights_digest(self) -> None:
         """Return ``None``: the weights are drawn, there is no file."""
 
@@ -117,7 +121,12 @@ class TinyQwen25VL:
         model.requires_grad_(requires_grad=False)
         calibration, evaluation = self._samples()
         return ModelSpec(
-            model, [_batch(s) for s in calibration], [_batch(s) for s in evaluation], output=token_logits, logits=True
+            model,
+            [_batch(s) for s in calibration],
+            [_batch(s) for s in evaluation],
+            output=token_logits,
+            logits=True,
+            rows=ROWS[token_logits],
         )
 
     def _samples(self) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:

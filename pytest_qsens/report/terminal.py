@@ -41,7 +41,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         if run.cached:
             terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
-            for line in worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal)):  # noqa: SLF001  # its width
+            worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
+            for line in (*worst, *_order(run)):
                 terminal.write_line(line)
         for line in attention(run):
             terminal.write_line(line, yellow=True)
@@ -120,6 +121,11 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
 
 
+def _order(run: Run) -> Iterator[str]:
+    """What gates of the order of ops found, if nobody has to do anything about it."""
+    return (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
+
+
 def _table(
     scores: dict[str, Scores], metric: str, width: int, bar: str, intervals: Mapping[str, Interval]
 ) -> Iterator[str]:
@@ -180,6 +186,8 @@ def attention(run: Run) -> Iterator[str]:
     for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
+    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
+    yield from _within_noise(run)
     yield from _estimates(run)
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
@@ -196,6 +204,20 @@ def attention(run: Run) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
+
+
+def _within_noise(run: Run) -> Iterator[str]:
+    """Name ops that differ by more than was asked for, and pass."""
+    found = {op: verdict.within_noise for op, verdict in run.verdicts.items() if verdict.within_noise}
+    if found:
+        yield (
+            f"NOT DISTINGUISHABLE: {len(found)} of {len(run.verdicts)} scores are past their thresholds, but no "
+            "further from the snapshot than noise reaches: they count as equal"
+        )
+    for op, lines in list(found.items())[:LISTED]:
+        yield from (f"  {op}: {line}" for line in lines)
+    if len(found) > LISTED:
+        yield f"  and {len(found) - LISTED} more"
 
 
 def _estimates(run: Run) -> Iterator[str]:
@@ -235,7 +257,8 @@ def _cost(run: Run, wall_seconds: float) -> str:
 
 
 def _to_accept(run: Run) -> bool:
-    return any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
+    worse = any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
+    return worse or any(verdict.state == "failed" for verdict in run.ranks)
 
 
 def _bar_character(terminal: pytest.TerminalReporter) -> str:

@@ -18,6 +18,7 @@ from pytest_qsens.graph.schedule import reader_of
 from pytest_qsens.metrics import Score, squared_distance
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.samples import Sums
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def test_bf16_products_stay_within_tolerance_of_float64(*, narrow: bool) -> None
             exact = squared_distance(precise(spec.evaluation[0]["x"].double()), clean)
             hook.remove()
             (found,) = delta.errors([override])
-            assert found == pytest.approx(exact, rel=2e-3), op
+            assert found.whole == pytest.approx(exact, rel=2e-3), op
             (output,) = delta.outputs([override])
             assert squared_distance(output, run.output) == pytest.approx(exact, rel=2e-3), op
 
@@ -163,7 +164,7 @@ def test_errors_without_outputs(output: Callable[[Tensor, object], Tensor]) -> N
             change = engine._quantize(run.graph, [op.name])
             (error,) = delta.errors([change])
             (outputs,) = delta.outputs([change])
-            assert error == pytest.approx(squared_distance(outputs, run.output), rel=2e-3), op
+            assert error.whole == pytest.approx(squared_distance(outputs, run.output), rel=2e-3), op
 
 
 def test_the_ops_of_a_block_are_measured_together_and_no_others() -> None:
@@ -190,7 +191,7 @@ def test_the_ops_of_a_block_are_measured_together_and_no_others() -> None:
 
 def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """If differences give other errors than a replay, all ops are replayed, and the reason is told."""
-    monkeypatch.setattr(DeltaRun, "errors", lambda _, changes: [1.0] * len(changes))
+    monkeypatch.setattr(DeltaRun, "errors", lambda _, changes: [Sums(1.0, (1.0,))] * len(changes))
     spec, ops = stack()
     model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
     exact = calibrate(*stack(), "w8a8", engine="replay", divergence=False)
