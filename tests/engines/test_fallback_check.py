@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.schedule import Step
     from pytest_qsens.graph.together import Head
     from pytest_qsens.results import OpResult
+    from pytest_qsens.samples import Sums
 
 
 def scored(engine: str, *, divergence: bool, scheme: str = "w8a8") -> tuple[dict[str, OpResult], Any]:
@@ -37,11 +38,12 @@ def neighbours(run: JointRun, step: Step, stacked: Tensor) -> Iterator[Tensor]:
     return own_products(run, step, stacked[-1:].expand_as(stacked))
 
 
-def one_channel(run: JointRun, rows: Sequence[Tensor], head: Head) -> list[float]:
+def one_channel(run: JointRun, rows: Sequence[Tensor], head: Head) -> list[Sums]:
     """Leave out one channel of the output, which is a hundredth of the error."""
     whole, reference = own_compared(run, rows, head), run.reference
     (output,) = run.outputs([{}])
-    return [error - float((output - reference)[..., 0].double().square().sum()) / 100 for error in whole]
+    channel = float((output - reference)[..., 0].double().square().sum()) / 100
+    return [error._replace(whole=error.whole - channel) for error in whole]
 
 
 def refuse(*_: object) -> Any:  # noqa: ANN401 - never returns
