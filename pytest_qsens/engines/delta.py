@@ -210,8 +210,8 @@ class DeltaEngine(ReplayEngine):
     def check_others(self) -> None:
         """See whether ops that are measured together with everything else quantized get their own scores.
 
-        Replays of two ops tell, the same in every process, and each finds out for itself: that takes less than any one of
-        the fully quantized runs that it makes with every seed.
+        Replays of two ops tell, the same in every process, and each finds out for itself: that takes less than any of
+        the fully quantized runs that it makes, one and one with every seed.
         """
         if not self._checked_others and self.trusts("fallback"):
             self._checked_others = True
