@@ -214,8 +214,8 @@ class DeltaEngine(ReplayEngine):
     def check_others(self) -> None:
         """See whether ops that are measured together with everything else quantized get their own scores.
 
-        Replays of two ops tell, in every process for itself: that takes about three forwards, where the fully quantized
-        runs that every process makes take four, and the ops are the same in all of them.
+        Replays of two ops tell, the same in every process, and each finds out for itself: that takes less than any of
+        the fully quantized runs that it makes, one and one with every seed.
         """
         if not self._checked_others and self.trusts("fallback"):
             self._checked_others = True
@@ -233,10 +233,13 @@ class DeltaEngine(ReplayEngine):
 
     def _find_waves(self, runs: Sequence[Together]) -> list[list[str]]:
         """Group the expected ops of each block, as many as there is memory for."""
-        most = max(1, self._wave_memory // max(1, *(run.bytes_per_change() for run in runs)))
+        most = self._most_at_once(runs)
         wanted = (op for op in self._quantizable if op in self.exercised and op in self._expected)
         blocks = [list(block) for _, block in groupby(wanted, key=lambda op: Op(op, "").block)]
         return [block[i : i + most] for block in blocks for i in range(0, len(block), most)]
+
+    def _most_at_once(self, runs: Sequence[Together]) -> int:
+        return max(1, self._wave_memory // max(1, *(run.bytes_per_change() for run in runs)))
 
     def _measure_alone(self, ops: Sequence[str]) -> dict[str, Score]:
         return self._measure(ops, self._deltas, lambda graph, op: self._quantize(graph, [op]))
@@ -322,7 +325,7 @@ class DeltaEngine(ReplayEngine):
 
     @profile.phase("replay")
     def _find_fault(self) -> str | None:
-        """Compare the ops at both ends with replays, everything else quantized, side by side in one pass.
+        """Compare the ops at both ends with replays, everything else quantized, side by side if there is memory for it.
 
         The pass is one of its own: waves hold ops that this process may not be asked for. The second op goes with them,
         so that several changes meet in every layer, and not at the end alone.
@@ -333,8 +336,12 @@ class DeltaEngine(ReplayEngine):
             expected |= next(({op: sse} for op, sse in exact if sse is not None), {})
         if not expected:
             return None
+        ops = list(dict.fromkeys([*self._ends()[0][:2], *expected]))
+        found: dict[str, Score] = {}
         try:
-            found = self._measure_others(None)(list(dict.fromkeys([*expected, *self._ends()[0][:2]])))
+            most, measure = self._most_at_once(self._joint_together(None)), self._measure_others(None)
+            for i in range(0, len(ops), most):
+                found |= measure(ops[i : i + most])
         except Exception as error:  # noqa: BLE001 - whatever torch raises when it runs several values together
             return f"ops cannot be followed side by side ({first_line(error)})"
         for op, sse in expected.items():

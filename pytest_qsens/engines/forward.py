@@ -115,6 +115,8 @@ class KernelEngine(ForwardEngine):
 
     """
 
+    name: str
+
     def __init__(
         self,
         model: nn.Module,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.schedule import Step
     from pytest_qsens.graph.together import Head
     from pytest_qsens.results import OpResult
@@ -102,6 +103,25 @@ def test_two_ops_are_replayed_once(*, scheme: str, divergence: bool, monkeypatch
         assert model.score(op, ["fallback"]).status == "measured"
     assert replayed == ["blocks.0.0", "blocks.2.1"]
     assert (model.engine, model.engine_reason) == ("delta", None)
+
+
+@pytest.mark.parametrize(("memory", "most"), [(10**9, 3), (10**5, 1)])
+def test_the_check_keeps_to_the_memory(memory: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ops meet in it, or one after the other where there is no room for more."""
+    met: list[int] = []
+    own = JointRun.errors
+
+    def logged(run: JointRun, changes: Sequence[Change]) -> Any:  # noqa: ANN401 - what it returns
+        met.append(len(changes))
+        return own(run, changes)
+
+    monkeypatch.setattr(JointRun, "errors", logged)
+    spec, ops = stack()
+    model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False, memory=memory)
+    engine: Any = model._engine
+    engine.check_others()
+    assert (sum(met), max(met)) == (3, most)
+    assert engine.trusts("fallback")
 
 
 def test_both_modes_can_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,7 +405,7 @@ def test_a_replay_that_is_refused(pytester: pytest.Pytester) -> None:
 
 
 def test_hooks_that_an_engine_drops(pytester: pytest.Pytester) -> None:
-    """An engine whose kernels would measure another model refuses, and names the hooked op; the usual one measures it."""
+    """An engine that would measure another model refuses, and names the hooked op; the usual one measures it."""
     pytester.makepyfile(
         hooked="""
         import torch
