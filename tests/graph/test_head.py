@@ -23,12 +23,17 @@ from pytest_qsens.noise import factors
 from pytest_qsens.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_qsens.graph.replay import Change
     from pytest_qsens.graph.together import Together
 
 aten = torch.ops.aten
+
+
+def wholes(together: Together, changes: Sequence[Change]) -> list[float]:
+    """Errors of changes, over all samples."""
+    return [error.whole for error in together.errors(changes)]
 
 
 class Headed(nn.Module):
@@ -115,9 +120,9 @@ def test_errors_are_those_of_replays(name: str, parts: int, monkeypatch: pytest.
             exact = [squared_distance(together.reference, together.run.replay(change)) for change in changes]
             assert all(exact[:3])
             # what is zero comes out as zero, but by the Gram matrix
-            assert together.errors(changes) == pytest.approx(exact, rel=near, abs=1e-12 * max(exact))
+            assert wholes(together, changes) == pytest.approx(exact, rel=near, abs=1e-12 * max(exact))
             for one, error in zip(changes, exact, strict=True):
-                assert together.errors([one]) == pytest.approx([error], rel=near, abs=1e-12 * max(exact))
+                assert wholes(together, [one]) == pytest.approx([error], rel=near, abs=1e-12 * max(exact))
 
 
 def test_the_head_itself_goes_by_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +136,7 @@ def test_the_head_itself_goes_by_outputs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(JointRun, "_compared", refuse)
     with torch.no_grad():
         for together, change, _ in kinds(engine):
-            assert together.errors([change("head")])[0] > 0
+            assert wholes(together, [change("head")])[0] > 0
             with pytest.raises(AssertionError, match="at the head"):
                 together.errors([change("embed")])
 
@@ -174,11 +179,11 @@ def test_no_rows(scheme: str) -> None:
         changes = [engine._quantize(graph, [op]) for op in ("embed", "body", "head")]
         delta = DeltaRun(clean, Weights(fast_bf16=False))
         assert delta._head is not None
-        assert delta.errors(changes) == [0.0] * 3
+        assert wholes(delta, changes) == [0.0] * 3
         for seed in (None, 1):
             quantized = Run(graph, engine._everything(graph, seed))
             moved = None if seed is None else partial(factors, seed=seed)
             run = JointRun(quantized, clean.output, engine._row_wise(graph), moved)
             assert run._head is not None
-            assert run.errors([engine._unquantized(graph, op, seed) for op in ("embed", "body", "head")]) == [0.0] * 3
+            assert wholes(run, [engine._unquantized(graph, op, seed) for op in ("embed", "body", "head")]) == [0.0] * 3
             assert run.bytes_per_change() >= 0
