@@ -108,6 +108,10 @@ class CalibratedModel:
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         """Measure one op in each of the modes; an op that has no score says why."""
+        return self.refused(op) or self._scored(op, modes)
+
+    def refused(self, op: Op) -> OpResult | None:
+        """Say of an op that has no score why that is."""
         refusal = self._scheme.refusal(op.type)
         refusal = refusal or self._engine.out_of_reach.get(op.name)
         if refusal is not None:
@@ -116,6 +120,9 @@ class CalibratedModel:
             return _result(op, "unexercised", reason="the evaluation data never reached it")
         if op.name not in self._calibration.reached:
             return _result(op, "unexercised", reason="the calibration data never reached it, so it has no scales")
+        return None
+
+    def _scored(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         start = time.perf_counter()
         with self._profiled(self._engine.phase), torch.no_grad():
             estimates = {mode: found for mode in modes if (found := self._engine.estimate(op.name, mode)) is not None}
@@ -135,6 +142,16 @@ class CalibratedModel:
         size = self._reference_size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
         return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
+
+    def estimated(self, op: Op, mode: Mode) -> OpResult | None:
+        """Estimate of an op, if there is one; the first call estimates all ops."""
+        with self._profiled(self._engine.phase), torch.no_grad():
+            found = self._engine.estimate(op.name, mode)
+        return None if found is None else self.score(op, (mode,))
+
+    def measure_exactly(self, ops: Collection[str]) -> None:
+        """Measure these ops, when they are scored next, and together, instead of estimating them."""
+        self._engine.measure_exactly(ops)
 
     def measured_with(self, op: str, mode: Mode) -> Collection[str]:
         """Names of other ops that were measured together with one just scored in this mode: they take no time now."""

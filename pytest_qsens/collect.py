@@ -607,6 +607,40 @@ def check_shard(model: Model, options: Options) -> None:
         )
 
 
+def check_refinement(model: Model, options: Options) -> None:
+    """Check that what turns estimates into exact scores can be done.
+
+    Raises:
+        QsensError: If the engine makes none, or there are fewer ops than asked for.
+
+    """
+    names = ("time_budget", "top", "representatives", "gate_estimates")
+    given = [options.origins[name] for name in names if getattr(options, name)]
+    if given and options.engine not in ("auto", "probe"):
+        raise QsensError(
+            f"{given[0]} goes by estimates, and {options.origins['engine']} {options.engine} makes none. "
+            "Leave the engine out, or leave out what goes by estimates"
+        )
+    if options.gate_estimates and not options.estimating:
+        raise QsensError(
+            f"{options.origins['gate_estimates']}: engine {options.engine} measures all ops, so there are no estimates to "
+            "gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
+        )
+    if options.top is None:
+        return
+    if options.shard is not None and options.shard.count > 1:
+        raise QsensError(
+            f"{options.origins['top']} {options.top} compares all ops, and {options.origins['shard']} {options.shard} "
+            "measures a part of them. Leave one of the two out"
+        )
+    selected = len(select(model, options))
+    if options.top > selected:
+        raise QsensError(
+            f"{options.origins['top']} {options.top}: {selected} ops of {model.label} are asked for. "
+            f"Give {selected} at most"
+        )
+
+
 def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
     """Check that gates of the order of ops can be judged with all that the options ask for.
 

@@ -17,6 +17,7 @@ from pytest_qsens.collect import (
     base_options,
     catalogue,
     check_ranks,
+    check_refinement,
     check_selection,
     check_shard,
     plan,
@@ -30,7 +31,8 @@ from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
 from pytest_qsens.shards import ELSEWHERE
-from pytest_qsens.workers import SNAPSHOTS, apart, check_distribution, machine, named, workers_beside
+from pytest_qsens.time_budget import LEFT, NOT_MEASURED, left
+from pytest_qsens.workers import SHARE, SNAPSHOTS, apart, check_distribution, machine, named, position, workers_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -206,7 +208,7 @@ class Run:
             self.verdicts[result.op] = combine([known, verdict]) if known else verdict
         if payload["entry"] and passed:
             self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
-        if passed and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
+        if passed and result.status == "measured" and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
             self.compared = union(self.compared, {result.op: Entry(result.type, **result.metrics)})
 
     def crashed(self, name: str, reason: str) -> None:
@@ -255,7 +257,7 @@ class Controller:
         """What was told about the cache, each once."""
         self.wall_seconds = 0.0
         self._abort: str | None = None
-        self._unusable = False
+        self._unusable = self._not_measured = False
         self._cases: dict[str, Case] = {}
         self._reported: Run | None = None
         """What goes into the result file."""
@@ -297,6 +299,7 @@ class Controller:
         check_selection(self.config, model, options)
         check_shard(model, options)
         check_ranks(self.config, model, options)
+        check_refinement(model, options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -323,9 +326,13 @@ class Controller:
                 "qsens_workers": workers_beside(spec, specs),
                 "qsens_machine": machine(spec),
                 "qsens_scattered": any(map(apart, specs)),
+                SHARE: (position(node), len(specs)),
                 CHANNEL: channel,
             }
         )
+        options = base_options(self.config)
+        if options.time_budget is not None:
+            node.workerinput[LEFT] = left(self.config, options)
         if apart(spec):
             from pytest_qsens.snapshot import collect_texts
 
@@ -379,7 +386,9 @@ class Controller:
     def _scheduler(self, log: Producer) -> object:
         from pytest_qsens.scheduling import BlockScheduling
 
-        return BlockScheduling(self.config, log, self._cases)
+        workers = len(self.config.pluginmanager.getplugin("dsession").nodemanager.specs)
+        refined = base_options(self.config).refined
+        return BlockScheduling(self.config, log, self._cases, dealt=workers if refined else None)
 
     def _prepare(self, planned: Payload) -> None:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
@@ -421,6 +430,7 @@ class Controller:
         payload: Payload | None = getattr(report, "qsens", None)
         if payload is not None:
             if "abort" in payload:
+                self._not_measured = self._not_measured or payload.get("not_measured", False)
                 self._stop(payload["abort"])
                 return
             for facts in payload["facts"]:
@@ -484,7 +494,7 @@ class Controller:
     def _finish(self, session: pytest.Session) -> None:
         """Write files and settle the exit code."""
         if self._abort is not None or self._unusable:
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            session.exitstatus = NOT_MEASURED if self._not_measured else pytest.ExitCode.USAGE_ERROR
             return
         if self.config.option.collectonly:
             return

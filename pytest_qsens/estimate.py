@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from scipy.special import stdtrit
 
+from pytest_qsens.results import LEVEL
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-LEVEL = 0.90
-"""Share of ops whose exact value an interval is to hold."""
 
 MEASURED = 5
 """Ops that are measured to correct the estimates of the others."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
 from pytest_qsens.collect import SPEC, Model, catalogue, planned
 from pytest_qsens.errors import QsensError
-from pytest_qsens.measure import RunAborted, accept_command, bench
+from pytest_qsens.measure import BudgetTooShort, RunAborted, accept_command, bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import to_payload
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
-    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.results import OpResult, Payload, Scores
     from pytest_qsens.syrupy_extension import Score
     from pytest_qsens.thresholds import Threshold
 
@@ -129,9 +130,15 @@ def _score(
     node.user_properties.append(("status", result.status))
     for scores in list(result.modes.values())[:1]:
         node.user_properties += [(metric, scores[metric]) for metric in ("nmse", "sqnr_db") if metric in scores]
-    if result.status == "estimated":
-        pytest.skip(_told(result))
-    if result.status != "measured":
+    estimated = result.status == "estimated"
+    if estimated:
+        thresholds = tuple(threshold for threshold in thresholds if threshold.metric == "nmse")
+        if not (options.gate_estimates and thresholds):
+            pytest.skip(_told(result))
+        result = _at_least(result)
+    elif result.status == "unrun":
+        pytest.skip(f"{result.op}: {result.reason}")
+    elif result.status != "measured":
         _without_score(request.config, record)
 
     from pytest_qsens.syrupy_extension import Score
@@ -139,7 +146,7 @@ def _score(
     recorded = catalogue(request.config).snapshot(options, model).ops.get(result.op)
     if options.estimating and recorded is None:
         pytest.skip(
-            f"{result.op} is measured, but has no line in the snapshot, and engine {options.engine} writes none: "
+            f"{result.op} has no line in the snapshot, and a run that estimates writes none: "
             f"{options.snapshot_path(model.label)}"
         )
     try:
@@ -151,12 +158,23 @@ def _score(
             scheme=options.scheme,
             accept=accept_command(request.config.invocation_params.args),
             evaluation=model.evaluation,
+            estimated=estimated,
         )
         record.score.judge()  # what cannot be judged cannot for any op: stop before hours of measuring
         record.score.verdict = None  # the test has not compared anything yet, and may never do
     except QsensError as error:
         raise RunAborted(str(error)) from error
     return record.score
+
+
+def _at_least(result: OpResult) -> OpResult:
+    """Take the lower bounds of estimates for scores: if these are past a threshold, all of the interval is."""
+    bounds: dict[str, Scores] = {mode: {"nmse": low} for mode, (low, _) in result.intervals.items()}
+    exact = {mode: scores for mode, scores in result.modes.items() if mode not in bounds}
+    modes = exact | bounds
+    return replace(
+        result, status="measured", isolated=modes.get("isolated"), fallback=modes.get("fallback"), intervals={}
+    )
 
 
 def _told(result: OpResult) -> str:
@@ -195,7 +213,8 @@ def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
     if isinstance(error, RunAborted):
         message = f"{error}{place(item.config)}"
         report.longrepr = f"qsens: {message}"
-        report.qsens = {"abort": message}  # type: ignore[attr-defined]  # reports carry extras
+        not_measured = isinstance(error, BudgetTooShort)
+        report.qsens = {"abort": message, "not_measured": not_measured}  # type: ignore[attr-defined]  # reports carry extras
         return
     decisive = call.when == "call" or (call.when == "setup" and not report.passed)
     records = item.stash.get(_RECORDS, []) if decisive else []

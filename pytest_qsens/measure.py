@@ -6,7 +6,7 @@ import gc
 import platform
 import traceback
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,14 @@ from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
 from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.refinement import owner
+from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
 from pytest_qsens.result_cache import ResultCache
-from pytest_qsens.results import joined, to_payload
+from pytest_qsens.results import OpResult, joined, to_payload
 from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
-from pytest_qsens.workers import limit_threads, workers_here
+from pytest_qsens.time_budget import left
+from pytest_qsens.workers import SHARE, limit_threads, workers_here
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -45,6 +48,10 @@ _BENCH = pytest.StashKey["Bench"]()
 
 class RunAborted(Exception):  # noqa: N818  # not an error of the test that meets it: the whole run cannot go on
     """The model cannot be measured at all; carries the message of the `QsensError` behind it."""
+
+
+class BudgetTooShort(RunAborted):
+    """The time budget ends before there is an estimate of all ops."""
 
 
 class Bench:
@@ -66,6 +73,7 @@ class Bench:
         self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
         self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
+        self._refined: dict[RunSpec, Refined] = {}
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
         self._warnings: list[str] = []
@@ -113,6 +121,8 @@ class Bench:
         scores = self._known(spec, model)
         if not scores.sure:
             self.calibrated(spec, model)
+        if base_options(self._config).refined:
+            return self._refined_part(spec, model, op, part)
         found = scores.get(op.name, part)
         if found is None:
             calibrated = self.calibrated(spec, model)
@@ -122,6 +132,51 @@ class Bench:
             if part != "total":
                 self._keep_others(spec, model, calibrated.measured_with(op.name, part), part)
         return found
+
+    def _refined_part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
+        """Tell what is known once there is no time or need to measure more: an exact score, or an estimate."""
+        scores = self._known(spec, model)
+        if scores.missing() and spec not in self._refined:
+            self._refined[spec] = self._refine(spec, model)
+        refined = self._refined.get(spec)
+        known = scores.get(op.name, part)
+        if refined is None:
+            assert known is not None  # noqa: S101 - nothing is missing
+            return known
+        found = refined.fresh.pop((op.name, part), known)
+        if found is None:
+            estimate = None if part == "total" else self.calibrated(spec, model).estimated(op, part)
+            without = OpResult(op.name, op.type, op.block, "unrun")
+            found = Measured(replace(estimate or without, reason=refined.why), 0.0)
+        return refined.charge(found)
+
+    def _refine(self, spec: RunSpec, model: Model) -> Refined:
+        """Estimate all ops, then measure those that matter most, of those that are this process's."""
+        calibrated, scores = self.calibrated(spec, model), self._known(spec, model)
+        options = base_options(self._config)
+
+        def measure(op: Op, part: Part) -> OpResult:
+            result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
+            self._check_unchanged(spec, model)
+            fresh[op.name, part] = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+            return result
+
+        fresh: dict[tuple[str, Part], Measured] = {}
+        wanted = expected(self._config, model.label, spec.scheme).parts
+        index, count = getattr(self._config, "workerinput", {}).get(SHARE, (0, 1))
+        work = Work(
+            ops=[op for op in (*model.ops, Op(TOTAL, TOTAL)) if op.name in wanted],
+            parts=wanted,
+            own={name for name in wanted if owner(name, wanted, count) == index},
+            known=scores.get,
+            costs=forwards(model.ops, spec.engine),
+            left=partial(left, self._config, options),
+        )
+        try:
+            why, seconds = refine(calibrated, work, measure, options)
+        except TooShort as error:
+            raise BudgetTooShort(str(error)) from error
+        return Refined(why, seconds, fresh)
 
     def _check_unchanged(self, spec: RunSpec, model: Model) -> None:
         """See that the checkpoint is the one that was loaded: its weights may lie in mapped files.
@@ -262,7 +317,9 @@ def _basis(options: Options, spec: RunSpec, model: Model, seen: Look) -> dict[st
 
 def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> ResultCache:
     """Find the cached scores of a model on all that they depend on."""
-    facts = _basis(options, spec, model, seen) | {"engine": spec.engine, "divergence": spec.divergence}
+    # what an engine that estimates measures is what the usual one measures
+    engine = "auto" if spec.engine == "probe" else spec.engine
+    facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
     schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
 

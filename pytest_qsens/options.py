@@ -105,6 +105,20 @@ _DECLARATIONS = (
         "SIZE",
         marker=True,
     ),
+    _Declaration(
+        "time_budget",
+        "text",
+        "estimate all ops, then measure those that matter most until this time is up: 120s, 5m, 1h30m",
+        "TIME",
+    ),
+    _Declaration("top", "count", "measure until the K most sensitive ops are known, and estimate the others", "K"),
+    _Declaration(
+        "representatives",
+        "count",
+        "measure one op of every type in each of N parts of the depth, and estimate the others by them",
+        "N",
+    ),
+    _Declaration("gate_estimates", "flag", "estimates fail, too, if all of their interval is past the threshold"),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
     _Declaration(
         "shard",
@@ -163,6 +177,7 @@ class RunSpec:
     device: str
     memory: str | None
     divergence: bool
+    representatives: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,10 @@ class Options:
     engine: str
     fail: str
     memory: str | None
+    time_budget: str | None
+    top: int | None
+    representatives: int | None
+    gate_estimates: bool
     device: str
     shard: Shard | None
     json: Path | None
@@ -288,7 +307,15 @@ class Options:
     @property
     def run_spec(self) -> RunSpec:
         """Key of the calibrated model these options ask for."""
-        return RunSpec(self.request, self.scheme, self.engine, self.device, self.memory, self._divergence)
+        return RunSpec(
+            self.request,
+            self.scheme,
+            "probe" if self.estimating else self.engine,
+            self.device,
+            self.memory,
+            self._divergence,
+            self.representatives,
+        )
 
     @property
     def _divergence(self) -> bool:
@@ -300,7 +327,12 @@ class Options:
     @property
     def estimating(self) -> bool:
         """Whether most scores are going to be estimates: nothing new is recorded then."""
-        return self.engine == "probe"
+        return self.engine == "probe" or self.refined or self.representatives is not None
+
+    @property
+    def refined(self) -> bool:
+        """Whether ops are measured after all were estimated, as long as that is worth it."""
+        return self.time_budget is not None or self.top is not None
 
     @property
     def selective(self) -> bool:
@@ -498,6 +530,12 @@ def _check_device(text: str, origin: str) -> None:
         raise QsensError(f"{origin} takes a torch device such as cpu, cuda or cuda:1, not {text!r}")
 
 
+def _check_duration(text: str, origin: str) -> None:
+    from pytest_qsens.time_budget import parse_duration
+
+    parse_duration(text, origin)
+
+
 def _check_memory(text: str, origin: str) -> None:
     from pytest_qsens.memory import parse_memory
 
@@ -511,5 +549,6 @@ _CHECKS: dict[str, Callable[[str, str], None]] = {
     "fail": _check_fail,
     "device": _check_device,
     "memory": _check_memory,
+    "time_budget": _check_duration,
     "cache_size": _check_memory,
 }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qsens import collect, options, workers
+from pytest_qsens import collect, options, time_budget, workers
 from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
 
@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Take our node ids out of the arguments, in workers too: these read the command line again."""
+    time_budget.start(config)
     config.addinivalue_line("markers", options.MARKER_HELP)
     collect.take_selection(config)
     if not hasattr(config, "workerinput"):

@@ -37,6 +37,9 @@ IDENTICAL = "identical to the reference"
 CANNOT = "measured, as it cannot be estimated: "
 """Reason of an op that was measured by an engine that estimates, before why."""
 
+LEFT_OUT = "not measured: "
+"""Reason of an op that there was no time or need to measure, before why."""
+
 ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "noise", "samples", "stderr"})
 """What results hold beside metrics, and snapshots leave out."""
 
@@ -52,6 +55,9 @@ NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", *ABOUT_SCORES}) - 
 
 Interval = tuple[float, float]
 """Bounds that an estimated ``nmse`` comes with, the lower one first."""
+
+LEVEL = 0.90
+"""Share of ops whose exact value an interval is to hold."""
 
 INTERVAL = "interval"
 """Key of the interval beside the metrics of a mode."""

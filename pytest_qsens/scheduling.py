@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it ships no types
 
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.refinement import owner
+from pytest_qsens.workers import position
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,12 +29,14 @@ class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped 
         config: Pytest's.
         log: What xdist logs to.
         cases: What each test measures, by node id; complete when the collections of the workers come in.
+        dealt: Number of workers, if each has ops of its own, as it plans what to measure in which order.
 
     """
 
-    def __init__(self, config: pytest.Config, log: Producer, cases: Mapping[str, Case]) -> None:
+    def __init__(self, config: pytest.Config, log: Producer, cases: Mapping[str, Case], *, dealt: int | None) -> None:
         super().__init__(config, log)
         self._cases = cases
+        self._dealt = dealt
 
     def _split_scope(self, nodeid: str) -> str:
         case = self._cases.get(nodeid)
@@ -67,7 +71,26 @@ class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped 
         """
         if node.shutting_down or node not in self.registered_collections:
             return  # the second: a replacement that is still collecting; `schedule` comes back to it
-        while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+        while (left := self._next(node)) is not None and self._pending_of(self.assigned_work[node]) <= 2:
             self._assign_work_unit(node)
-        if not self.workqueue and self._pending_of(self.assigned_work[node]) <= 1:
+        if left is None and self._pending_of(self.assigned_work[node]) <= 1:
             node.shutdown()
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        scope = self._next(node)
+        if scope is not None:
+            self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
+
+    def _next(self, node: WorkerController) -> str | None:
+        """Scope that a worker gets next: where each has its own, one of these, or one whose worker is gone."""
+        others = {position(other) for other in self.nodes} - {position(node)}
+        return next((scope for scope in self.workqueue if self._owner(scope) not in others), None)
+
+    def _owner(self, scope: str) -> int | None:
+        """Position of the worker that a scope is of, if it is of one."""
+        case = self._cases.get(next(iter(self.workqueue[scope])))
+        if case is None or self._dealt is None:
+            return None
+        ops = [other.op for other in self._cases.values() if (other.model, other.scheme) == (case.model, case.scheme)]
+        return owner(case.op, ops, self._dealt)

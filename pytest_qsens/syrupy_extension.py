@@ -48,6 +48,7 @@ class Score:
         scheme: Scheme the file must have.
         accept: The command that records the present scores, for messages.
         evaluation: Hash of the evaluation data, if it is known.
+        estimated: Whether the result holds the least that an estimate allows for, which is never recorded.
 
     """
 
@@ -61,6 +62,7 @@ class Score:
         scheme: str,
         accept: str,
         evaluation: str | None = None,
+        estimated: bool = False,
     ) -> None:
         self.result = result
         self.thresholds = tuple(thresholds)
@@ -69,6 +71,7 @@ class Score:
         self.scheme = scheme
         self.accept = accept
         self.evaluation = evaluation
+        self.estimated = estimated
         self.verdict: Verdict | None = None
         self.accepted = False
         self._old: Mapping[Mode, Scores] = {}
@@ -119,7 +122,7 @@ class Score:
         self._old = recorded.modes if recorded is not None and comparable else {}
         other_data = on_other_data(snapshot.environment, self.evaluation)
         self._verdicts = {
-            mode: judge(self._old.get(mode), scores, self.thresholds, mode, other_data=other_data)
+            mode: judge(self._old.get(mode), scores, self.thresholds, self._told(mode), other_data=other_data)
             for mode, scores in self.result.modes.items()
         }
         self.verdict = combine(self._verdicts.values())
@@ -127,6 +130,9 @@ class Score:
             line = f"recorded as {recorded.type}, but it is {self.result.type}"
             self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
         return self.verdict
+
+    def _told(self, mode: Mode) -> str:
+        return f"{mode}, estimated to be at least:" if self.estimated else mode
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:
         verdict = self.judge()

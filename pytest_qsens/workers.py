@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SNAPSHOTS = "qsens_snapshots"
 """Key of ``workerinput``, for workers that are `apart`: the controller's snapshots."""
 
+SHARE = "qsens_share"
+"""Key of ``workerinput``: position of the worker, and how many there are."""
+
 _THREADS = "OMP_NUM_THREADS"
 WORKER_BYTES = 2 * 10**9
 """Memory of a worker beside the weights: libraries, and values of a run (docs/scale.md)."""
@@ -85,6 +88,11 @@ def fitting(available: int, free: float, weights: int | None, *, quantized: bool
 def workers_beside(spec: Any, specs: Sequence[Any]) -> int:  # noqa: ANN401  # execnet has no types
     """How many of the workers run on the machine that ``spec`` names, itself included."""
     return sum(machine(other) == machine(spec) for other in specs)
+
+
+def position(node: Any) -> int:  # noqa: ANN401  # xdist ships no types
+    """Tell which of the workers that were asked for this is, the first one being 0; a replacement takes its place."""
+    return next(i for i, spec in enumerate(node.nodemanager.specs) if spec is node.gateway.spec)
 
 
 def workers_here(config: pytest.Config) -> int:

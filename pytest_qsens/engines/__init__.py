@@ -73,6 +73,9 @@ class Engine(Protocol):
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate an op's score by metric, ``sse`` and maybe ``kl``; ``None`` if it is to be measured."""
 
+    def measure_exactly(self, ops: Collection[str]) -> None:
+        """Estimate these no more: they are going to be asked for one after the other, and measured together."""
+
     def why_measured(self, op: str, mode: Mode) -> str | None:
         """Why an op is measured by an engine that estimates, if that has to be said."""
 
@@ -98,6 +101,9 @@ class OneByOne:
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return None
+
+    def measure_exactly(self, ops: Collection[str]) -> None:
+        """Nothing: all are measured."""
 
     def why_measured(self, op: str, mode: Mode) -> str | None:  # noqa: ARG002 - the protocol's
         """Nothing."""

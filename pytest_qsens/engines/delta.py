@@ -82,27 +82,34 @@ class Waves:
     Args:
         waves: Ops that are measured together.
         measure: Measures some ops.
+        wanted: Tells which of them are measured when another one is asked for.
 
     """
 
-    def __init__(self, waves: Iterable[Sequence[str]], measure: Callable[[Sequence[str]], Mapping[str, Score]]) -> None:
+    def __init__(
+        self,
+        waves: Iterable[Sequence[str]],
+        measure: Callable[[Sequence[str]], Mapping[str, Score]],
+        wanted: Callable[[str], bool],
+    ) -> None:
         self._waves = list(waves)
         self._measure = measure
+        self._wanted = wanted
         self._scores: dict[str, Score] = {}
 
-    def add(self, scores: Mapping[str, Score], waves: Iterable[Sequence[str]]) -> None:
-        """Take scores that were measured otherwise; what is left to be measured comes in these waves."""
+    def add(self, scores: Mapping[str, Score]) -> None:
+        """Take scores that were measured otherwise."""
         self._scores |= scores
-        self._waves = list(waves)
 
     def score(self, op: str) -> Score:
         """Measure an op with those of its wave, unless it has been."""
         if op not in self._scores:
             wave = next((wave for wave in self._waves if op in wave), [op])
+            found = [other for other in wave if other == op or (other not in self._scores and self._wanted(other))]
             try:
-                self._scores |= self._measure(wave)
+                self._scores |= self._measure(found)
             except Exception:  # one of them makes the model fail: the others shall have their scores
-                if len(wave) == 1:
+                if len(found) == 1:
                     raise
                 self._waves.remove(wave)
                 self._waves += [[other] for other in wave]
@@ -155,7 +162,7 @@ class DeltaEngine(ReplayEngine):
         self._expected = expected
         self._wave_memory = memory // _WAVE_SHARE
         self._waves = self._find_waves(self._deltas)
-        self._alone = Waves(self._waves, self._measure_alone)
+        self._alone = Waves(self._waves, self._measure_alone, partial(self._wants, "isolated"))
         self._joined: dict[int | None, list[JointRun]] = {}
         self._others: dict[int | None, Waves] = {}
         self._checked = self._checked_others = False
@@ -225,8 +232,13 @@ class DeltaEngine(ReplayEngine):
 
     def _with_others(self, seed: int | None) -> Waves:
         if seed not in self._others:
-            self._others[seed] = Waves(self._joint_waves(), self._measure_others(seed))
+            wanted = partial(self._wants, "fallback")
+            self._others[seed] = Waves(self._joint_waves(), self._measure_others(seed), wanted)
         return self._others[seed]
+
+    def _wants(self, mode: Mode, op: str) -> bool:  # noqa: ARG002 - for others
+        """Whether an op is going to be asked for in this mode."""
+        return True
 
     def _joint_waves(self) -> list[list[str]]:
         return self._find_waves(self._joint_together(None))

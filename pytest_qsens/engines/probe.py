@@ -101,6 +101,7 @@ class ProbeEngine(DeltaEngine):
         self._region = memory // _REGION_SHARE
         self._wanted = [op for wave in self._waves for op in wave]
         self._estimates: dict[Mode, Estimates] = {}
+        self._exactly: set[str] = set()
 
     def estimates(self, mode: Mode) -> Estimates:
         """Estimate all ops that are going to be scored, once."""
@@ -112,7 +113,14 @@ class ProbeEngine(DeltaEngine):
 
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate of an op, ``sse`` and maybe ``kl``; ``None`` if it is measured."""
-        return self.estimates(mode).found.get(op)
+        return None if op in self._exactly else self.estimates(mode).found.get(op)
+
+    def measure_exactly(self, ops: Collection[str]) -> None:
+        """Estimate these no more."""
+        self._exactly.update(ops)
+
+    def _wants(self, mode: Mode, op: str) -> bool:
+        return op in self._exactly or (mode in self._estimates and op not in self._estimates[mode].found)
 
     def why_measured(self, op: str, mode: Mode) -> str | None:
         """Why gradients cannot tell what an op does, if that is so."""
@@ -134,7 +142,7 @@ class ProbeEngine(DeltaEngine):
         if self._logits:
             by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(scores, _left(self._waves, estimates))
+        self._alone.add(scores)
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -151,7 +159,7 @@ class ProbeEngine(DeltaEngine):
         exact = {op: score.sse for op, score in scores.items() if score.finite}
         estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
         if self.trusts("fallback"):
-            self._with_others(None).add(scores, _left(self._joint_waves(), estimates))
+            self._with_others(None).add(scores)
         return estimates
 
     def _exact(
@@ -279,12 +287,6 @@ def _same(value: Tensor) -> Tensor:
 
 def _of_metric(scores: Mapping[str, Scores], metric: str) -> dict[str, float]:
     return {op: value for op, found in scores.items() if (value := found[metric]) is not None}
-
-
-def _left(waves: Iterable[Sequence[str]], estimates: Estimates) -> list[list[str]]:
-    """Ops to be measured, a wave at a time."""
-    found = ([op for op in wave if op not in estimates.found] for wave in waves)
-    return [wave for wave in found if wave]
 
 
 def _without(

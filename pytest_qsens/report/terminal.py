@@ -11,7 +11,7 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
-from pytest_qsens.results import CANNOT, lost_in_noise
+from pytest_qsens.results import CANNOT, LEFT_OUT, lost_in_noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,9 +42,9 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
             worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
-            for line in (*worst, *_order(run)):
+            for line in (*worst, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001  # as above
                 terminal.write_line(line)
-        for line in attention(run):
+        for line in attention(run, gated=base_options(config).gate_estimates):
             terminal.write_line(line, yellow=True)
         for line in _costs(run, controller):
             terminal.write_line(line)
@@ -121,6 +121,40 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
 
 
+def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
+    """Name the most sensitive ops, and how sure that is, if that was asked for."""
+    count = base_options(config).top
+    modes = [mode for mode in base_options(config).modes if any(mode in result.modes for result in run.measured)]
+    if count is None or not modes:
+        return
+    from pytest_qsens.refinement import certainty, estimated, measured
+
+    mode = modes[0]
+    nmse = {result.op: _number(result.modes[mode]["nmse"]) for result in run.measured if mode in result.modes}
+    beliefs = {op: measured(mode, value) for op, value in nmse.items()}
+    beliefs |= {result.op: estimated(mode, result.intervals[mode]) for result in run.estimated}
+    sure = certainty(beliefs, count)
+    ranked = sorted(nmse, key=lambda op: (-beliefs[op].middle, op))[:count]
+    yield (
+        f"top {count}, {mode}, measured: no op that was not measured belongs to them with probability {_chance(sure)}"
+        if len(ranked) == count
+        else f"top {count}, {mode}: only {len(ranked)} ops were measured"
+    )
+    longest = max(map(len, ranked))
+    name_width = max(12, min(longest, width - 15))
+    for place, op in enumerate(ranked, 1):
+        yield f"  {place:>3} {_shortened(op, name_width):<{name_width}} {nmse[op]:10.3g}"
+
+
+def _chance(value: float) -> str:
+    """Write a probability; one that is not certain never reads as certain."""
+    return "1 (all were)" if value == 1 else f"{min(value, 0.9999):.4f}"
+
+
+def _number(value: float | None) -> float:
+    return 0.0 if value is None else value
+
+
 def _order(run: Run) -> Iterator[str]:
     """What gates of the order of ops found, if nobody has to do anything about it."""
     return (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
@@ -173,8 +207,14 @@ def _numbers(scores: Scores) -> str:
     return ", ".join(parts)
 
 
-def attention(run: Run) -> Iterator[str]:
-    """Lines that must not be missed, with ``-q`` either."""
+def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
+    """Lines that must not be missed, with ``-q`` either.
+
+    Args:
+        run: The results.
+        gated: Whether estimates gate as well.
+
+    """
     unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
         yield (
@@ -188,7 +228,7 @@ def attention(run: Run) -> Iterator[str]:
             yield f"FAILED: {result.op}: {result.reason}"
     yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
     yield from _within_noise(run)
-    yield from _estimates(run)
+    yield from _estimates(run, gated=gated)
     if run.engine_reason:
         yield f"slower engine {'+'.join(run.engines)}: {run.engine_reason}"
     if run.mismatch:
@@ -220,16 +260,26 @@ def _within_noise(run: Run) -> Iterator[str]:
         yield f"  and {len(found) - LISTED} more"
 
 
-def _estimates(run: Run) -> Iterator[str]:
+def _estimates(run: Run, *, gated: bool) -> Iterator[str]:
     """Say which ops are estimated, and which could not be."""
     if run.estimated:
+        gates = "They fail only where all of their interval is past the threshold" if gated else "They gate nothing"
         yield (
-            f"ESTIMATES: {len(run.estimated)} of {len(run.ops)} ops are estimated, not measured. They gate nothing, "
+            f"ESTIMATES: {len(run.estimated)} of {len(run.ops)} ops are estimated, not measured. {gates}, "
             "and nothing is recorded. Intervals are to hold the exact nmse of 9 in 10 ops"
         )
+    left_out = [result for result in run.results.values() if (result.reason or "").startswith(LEFT_OUT)]
+    for reason in sorted({result.reason or "" for result in left_out}):
+        names = [result.op for result in sorted(left_out, key=_most) if result.reason == reason]
+        yield f"{reason}: {_shown(names)}"
     refused = [result for result in run.measured if (result.reason or "").startswith(CANNOT)]
     for reason in sorted({result.reason or "" for result in refused}):
         yield f"{_shown([result.op for result in refused if result.reason == reason])}: {reason}"
+
+
+def _most(result: OpResult) -> float:
+    """Key by which what may be most sensitive comes first."""
+    return -max((high for _, high in result.intervals.values()), default=math.inf)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -1,0 +1,195 @@
+"""Measure ops after all were estimated, as long as there is time and something to find out. Knows nothing of pytest."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.refinement import (
+    CERTAIN,
+    Belief,
+    Pace,
+    certainty,
+    choose,
+    estimated,
+    measured,
+    steps,
+    undecided,
+)
+from pytest_qsens.results import LEFT_OUT
+from pytest_qsens.shards import predicted_costs
+from pytest_qsens.time_budget import told
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.known_scores import Measured
+    from pytest_qsens.options import Options
+    from pytest_qsens.result_cache import Part
+    from pytest_qsens.results import Mode, OpResult
+
+_ESTIMATE = 6
+"""Forwards that estimating takes at least: less time than that is not worth a try (docs/estimates.md)."""
+
+
+class TooShort(Exception):  # noqa: N818 - told to the user by who catches it
+    """There is no time for an estimate of all ops."""
+
+
+class Work(NamedTuple):
+    """What is to be found out.
+
+    Attributes:
+        ops: All that tests ask for, by all processes, in model order; the whole model is one of them.
+        parts: Name → the scores that they ask for.
+        own: Names of those that this process measures.
+        known: Gives what is known of an op already.
+        costs: Name → forwards of the model that measuring it takes, as predicted.
+        left: Seconds that are left.
+
+    """
+
+    ops: Sequence[Op]
+    parts: Mapping[str, Collection[Part]]
+    own: Collection[str]
+    known: Callable[[str, Part], Measured | None]
+    costs: Mapping[str, float]
+    left: Callable[[], float]
+
+
+@dataclass
+class Refined:
+    """What came of it.
+
+    Attributes:
+        why: Why no more was measured, for each op that was not.
+        seconds: What it took, until it is charged.
+        fresh: What was measured, until it is asked for.
+
+    """
+
+    why: str
+    seconds: float
+    fresh: dict[tuple[str, Part], Measured] = field(default_factory=dict)
+
+    def charge(self, found: Measured) -> Measured:
+        """Take what was asked for first as what took all the time: the sum is what counts."""
+        if found.spent is None or not self.seconds:
+            return found if found.spent is None else replace(found, spent=0.0)
+        spent, self.seconds = self.seconds, 0.0
+        return replace(found, spent=spent)
+
+
+def forwards(ops: Sequence[Op], engine: str) -> dict[str, float]:
+    """Predict what measuring each op of a model, and the whole model, takes: forwards of the model."""
+    costs = predicted_costs(ops, engine)
+    whole = max(costs[op.name] for op in ops)
+    return {name: cost / whole for name, cost in costs.items()}
+
+
+def refine(
+    calibrated: CalibratedModel, work: Work, measure: Callable[[Op, Part], OpResult], options: Options
+) -> tuple[str, float]:
+    """Estimate all ops, and measure those that matter most.
+
+    Args:
+        calibrated: The model.
+        work: What is to be found out.
+        measure: Measures an op, or the whole model, and keeps what comes of it.
+        options: Time budget, or how many of the most sensitive ops are to be told.
+
+    Returns:
+        Why no more was measured, and the seconds that all this took.
+
+    Raises:
+        TooShort: If the time is up before all ops are estimated.
+
+    """
+    start = time.perf_counter()
+    budget = options.time_budget
+    if work.left() < _ESTIMATE * calibrated.reference_seconds:
+        raise TooShort(_too_short(budget, "after the model was loaded and calibrated", calibrated.reference_seconds))
+    mode = options.modes[0]
+    sought = _Sought(calibrated, work, mode)
+    if work.left() <= 0:
+        raise TooShort(_too_short(budget, "while all ops were estimated", calibrated.reference_seconds))
+    pace = Pace(calibrated.reference_seconds)
+    if TOTAL in sought.open and pace.seconds(work.costs[TOTAL]) <= work.left():
+        sought.measure([TOTAL], measure)
+    sought.open.discard(TOTAL)
+    while True:
+        rest = sought.open if options.top is None else sought.open & sought.deciding(options.top)
+        candidates = steps([op.name for op in work.ops], rest, work.costs)
+        if not candidates:
+            break
+        step = choose(candidates, sought.beliefs, work.left(), pace)
+        if step is None:
+            return f"{LEFT_OUT}the time budget of {budget} ended", time.perf_counter() - start
+        began = time.perf_counter()
+        calibrated.measure_exactly(step.ops)
+        sought.measure(step.ops, measure)
+        pace.took(step.cost, time.perf_counter() - began)
+    why = f"{LEFT_OUT}hardly one of the {options.top} most sensitive"
+    return why, time.perf_counter() - start
+
+
+class _Sought:
+    """What is known while it is being found out.
+
+    Attributes:
+        open: Names of what this process can still measure.
+        beliefs: Name → what is known of an op.
+
+    """
+
+    def __init__(self, calibrated: CalibratedModel, work: Work, mode: Mode) -> None:
+        self._work, self._mode = work, mode
+        self._ops = {op.name: op for op in work.ops}
+        self.open: set[str] = set()
+        self.beliefs: dict[str, Belief] = {}
+        for op in work.ops:
+            known = {part: found.result for part in work.parts[op.name] if (found := work.known(op.name, part))}
+            if len(known) < len(work.parts[op.name]) and op.name in work.own:
+                self.open.add(op.name)
+            if op.name == TOTAL or calibrated.refused(op) is not None:
+                continue
+            if mode in known:
+                self._learn(op.name, known[mode])
+            elif (estimate := calibrated.estimated(op, mode)) is not None:
+                self.beliefs[op.name] = estimated(mode, estimate.intervals[mode])
+
+    def measure(self, ops: Collection[str], measure: Callable[[Op, Part], OpResult]) -> None:
+        """Measure these."""
+        for op in ops:
+            for part in sorted(self._work.parts[op]):
+                if self._work.known(op, part) is None:
+                    self._learn(op, measure(self._ops[op], part), part)
+            self.open.discard(op)
+
+    def deciding(self, count: int) -> set[str]:
+        """Names of ops to be measured to tell the most sensitive ones; none if they are certain.
+
+        What other processes measure is taken as it is estimated.
+        """
+        beliefs = {op: found if op in self._work.own else Belief(found.middle) for op, found in self.beliefs.items()}
+        if certainty(beliefs, count) >= CERTAIN:
+            return set()
+        without = {op for op in self.open if op not in self.beliefs}
+        return undecided(self.beliefs, count) | without
+
+    def _learn(self, op: str, result: OpResult, part: Part | None = None) -> None:
+        if part in (None, self._mode) and op != TOTAL:
+            self.beliefs.pop(op, None)
+            scores = result.modes.get(self._mode)
+            if scores is not None and (nmse := scores["nmse"]) is not None:
+                self.beliefs[op] = measured(self._mode, nmse)
+
+
+def _too_short(budget: str | None, when: str, reference: float) -> str:
+    return (
+        f"the time budget of {budget} ended {when}, so there is nothing to tell: nothing was measured and nothing is "
+        f"written. One forward takes {told(reference)}, and estimating all ops {_ESTIMATE} to 20 of them. Give more time"
+    )
