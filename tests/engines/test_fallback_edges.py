@@ -16,6 +16,8 @@ from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.quant.schemes import SCHEMES
 from tests.architectures import ARCHITECTURES
 from tests.engines.test_delta import assert_alike, others
+from tests.engines.test_odd_models import ChannelsLast, Picked, WrittenLater, WrittenThroughAView
+from tests.graph.test_delta import Router
 
 if TYPE_CHECKING:
     from pytest_qsens.models.spec import Batch
@@ -158,3 +160,21 @@ def test_ops_without_rows_in_one_batch() -> None:
     assert {op: result.fallback for op, result in scores("eager").items()} == {
         op: result.fallback for op, result in exact.items()
     }
+
+
+@pytest.mark.parametrize("memory", [10**9, 1])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("build", [Router, Picked, WrittenLater, WrittenThroughAView, ChannelsLast])
+def test_graphs_that_are_followed_with_care(build: type[nn.Module], scheme: str, memory: int) -> None:
+    """Routes and indices that ops decide, and memory written later or through views, side by side as in a replay."""
+
+    def spec() -> ModelSpec:
+        torch.manual_seed(0)
+        model = build().eval()
+        shape = {ChannelsLast: (2, 3, 6, 6), Router: (8, 8)}.get(build, (8, 6))
+        data = [torch.randn(shape) for _ in range(3)]
+        return ModelSpec(model, [{"x": data[0]}], [{"x": x} for x in data[1:]], lambda out, _: out)
+
+    fast, exact = (others(spec(), scheme, engine, memory=memory) for engine in ("delta", "replay"))
+    assert_alike(fast, exact)
+    assert "measured" in {result.status for op, result in fast.items() if op != "total"}
