@@ -623,8 +623,8 @@ def check_refinement(model: Model, options: Options) -> None:
         )
     if options.gate_estimates and not options.estimating:
         raise QsensError(
-            f"{options.origins['gate_estimates']}: engine {options.engine} measures all ops, so there are no estimates to "
-            "gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
+            f"{options.origins['gate_estimates']}: engine {options.engine} measures all ops, and there are no estimates "
+            "to gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
         )
     if options.top is None:
         return

@@ -6,16 +6,18 @@ The constants were chosen by trying on MiniLM, a tiny Qwen2.5-VL, a small CNN an
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import TYPE_CHECKING
 
+from numpy import interp
 from scipy.special import stdtrit
 
 from pytest_qsens.results import LEVEL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 MEASURED = 5
 """Ops that are measured to correct the estimates of the others."""
@@ -34,6 +36,9 @@ _PRIOR = 10
 
 _FALLBACK = 0.2
 """As `_SPREAD`, of estimates with everything else quantized, relative to their scale."""
+
+
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,34 @@ def spread_over(values: Mapping[str, float], count: int) -> list[str]:
     return [ranked[int((part + 0.5) * len(ranked) / count)] for part in range(count)]
 
 
+def depths(ops: Iterable[str]) -> list[list[str]]:
+    """Ops of one layer type, in the order of the model: those whose names differ by indices alone.
+
+    Args:
+        ops: Names, in the order of the model.
+
+    """
+    found: dict[str, list[str]] = {}
+    for op in ops:
+        found.setdefault(_INDEX.sub(".*", op), []).append(op)
+    return list(found.values())
+
+
+def representatives(types: Iterable[Sequence[str]], strata: int) -> list[str]:
+    """Choose the op in the middle of each of so many parts of the depth, of every layer type.
+
+    Args:
+        types: From `depths`.
+        strata: How many parts; a type with fewer ops is measured whole.
+
+    """
+    chosen = []
+    for ops in types:
+        parts = min(strata, len(ops))
+        chosen += [ops[int((part + 0.5) * len(ops) / parts)] for part in range(parts)]
+    return chosen
+
+
 class Estimator:
     """Puts together what probes tell of the ops of a model.
 
@@ -138,6 +171,38 @@ class Estimator:
         for op, value in self.values.items():
             factor = math.exp(reach * math.sqrt(self._variances[op]))
             middle = value * math.exp(-bias)
+            found[op] = Estimate(middle, middle / factor, middle * factor)
+        return found
+
+
+    def represented(self, exact: Mapping[str, float], types: Iterable[Sequence[str]]) -> dict[str, Estimate]:
+        """Correct each op by those of its layer type that were measured, the nearest in depth before and after it.
+
+        The logarithm of the ratio is interpolated between them. How far off that is, every measured op tells that is
+        left out and predicted by the others of its type; it is taken for a factor to the variance, as in `corrected`.
+
+        Args:
+            exact: Op → exact value, for some of the ops; those of zero say nothing.
+            types: From `depths`.
+
+        """
+        errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
+        common = fmean(errors.values()) if errors else 0.0
+        found, residuals, estimated = {}, [], {}
+        for ops in types:
+            places = {op: place for place, op in enumerate(ops) if op in errors}
+            for op in ops:
+                if op not in self.values:
+                    continue
+                others = {place: errors[other] for other, place in places.items() if other != op}
+                error = float(interp(ops.index(op), list(others), list(others.values()))) if others else common
+                if op in errors:
+                    residuals.append((errors[op] - error) ** 2 / self.variances[op])
+                estimated[op] = self.values[op] * math.exp(-error)
+        freedom = _PRIOR + len(residuals)
+        reach = quantile(freedom) * math.sqrt((_PRIOR + sum(residuals)) / freedom)
+        for op, middle in estimated.items():
+            factor = math.exp(reach * math.sqrt(self.variances[op]))
             found[op] = Estimate(middle, middle / factor, middle * factor)
         return found
 

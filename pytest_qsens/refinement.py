@@ -1,7 +1,7 @@
 """Which ops to measure when all are estimated, in which order, and when to stop. Knows nothing of torch or pytest.
 
-Estimates are taken for independent of each other, and their logarithms for normal, with the interval that they come with
-(`pytest_qsens.results.LEVEL`); those with everything else quantized, which are ordered from the other end, for normal.
+Estimates are taken for independent of each other, and their logarithms for normal, with the interval that they come
+with (`pytest_qsens.results.LEVEL`); those with everything else quantized, ordered from the other end, for normal.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Belief(NamedTuple):
 
 
 def measured(mode: Mode, nmse: float) -> Belief:
-    """Take an nmse for a sensitivity: an op that hurts much alone is sensitive, and one that hurts little when spared."""
+    """Take an nmse for a sensitivity: what hurts much alone is sensitive, and what hurts little when spared."""
     return Belief(nmse if mode == "isolated" else -nmse)
 
 

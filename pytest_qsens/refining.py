@@ -175,10 +175,9 @@ class _Sought:
         What other processes measure is taken as it is estimated.
         """
         beliefs = {op: found if op in self._work.own else Belief(found.middle) for op, found in self.beliefs.items()}
-        if certainty(beliefs, count) >= CERTAIN:
-            return set()
-        without = {op for op in self.open if op not in self.beliefs}
-        return undecided(self.beliefs, count) | without
+        unknown = self.open - self.beliefs.keys()
+        certain = bool(beliefs) and certainty(beliefs, count) >= CERTAIN
+        return unknown if certain or not beliefs else undecided(self.beliefs, count) | unknown
 
     def _learn(self, op: str, result: OpResult, part: Part | None = None) -> None:
         if part in (None, self._mode) and op != TOTAL:
@@ -190,6 +189,6 @@ class _Sought:
 
 def _too_short(budget: str | None, when: str, reference: float) -> str:
     return (
-        f"the time budget of {budget} ended {when}, so there is nothing to tell: nothing was measured and nothing is "
-        f"written. One forward takes {told(reference)}, and estimating all ops {_ESTIMATE} to 20 of them. Give more time"
+        f"the time budget of {budget} ended {when}, so there is nothing to tell and nothing is written. One forward "
+        f"takes {told(reference)}, and estimating all ops {_ESTIMATE} to 20 of them: give more time"
     )
