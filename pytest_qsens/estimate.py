@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import fmean, variance
+from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from scipy.special import stdtrit
@@ -59,15 +60,15 @@ class Evidence:
     passes: Sequence[Sequence[float]]
     squares: Sequence[float]
 
-    @property
+    @cached_property
     def total(self) -> float:
         """Sum over batches of the mean over passes."""
         return math.fsum(map(fmean, self.passes))
 
-    @property
+    @cached_property
     def scatter(self) -> float:
         """Variance of `total`, relative to its square."""
-        return math.fsum(variance(batch) / len(batch) for batch in self.passes) / self.total**2
+        return math.fsum(map(_variance_of_mean, self.passes)) / self.total**2
 
     @property
     def free(self) -> float:
@@ -82,6 +83,11 @@ class Evidence:
         """
         total = math.fsum(self.squares)
         return max(2 / 3 * math.fsum(square**2 for square in self.squares) / total**2, 2 / len(self.squares))
+
+
+def _variance_of_mean(values: Sequence[float]) -> float:
+    mean = fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 def spread_over(values: Mapping[str, float], count: int) -> list[str]:

@@ -197,7 +197,7 @@ class ProbeEngine(DeltaEngine):
             probes += [partial(_same, starts[number])] if starts is not None else []
             ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
             errors = ProbedErrors(ops, error, len(probes), samples[number])
-            backward = Backward(run, self._weights, self._region)
+            backward = Backward(run, self._weights, self._region, ops)
             with self._simulator.passing():
                 backward.passes(probes, errors.watch)
             run.release_all()
@@ -207,21 +207,25 @@ class ProbeEngine(DeltaEngine):
 
     def _rounding(self, op: str, gradient: Gradient) -> Error:
         """Tell what quantizing an op does, everything else unquantized."""
-        return self._error(op, gradient.call, gradient.value)
+        call = gradient.call
+        if call.kind == "embedding":
+            return Error(self._simulator.output(op, call).sub_(gradient.value))
+        quantized, rounding = self._simulator.rounded(op, call)
+        return Error(quantized.sub_(gradient.value).sub_(self._times_weight(call, rounding)), rounding)
 
     def _restoring(self, op: str, gradient: Gradient) -> Error:
         """Tell what not quantizing an op does, everything else quantized."""
-        error = self._error(op, gradient.call, unquantized(gradient.call), gradient.value)
-        return Error(error.whole.neg(), *(None if part is None else part.neg() for part in error[1:]))
-
-    def _error(self, op: str, call: Call, clean: Tensor, quantized: Tensor | None = None) -> Error:
-        whole = (self._simulator.output(op, call, convolved=torch.float32) if quantized is None else quantized) - clean
+        call = gradient.call
+        whole = unquantized(call).sub_(gradient.value)
         if call.kind == "embedding":
             return Error(whole)
-        rounding = self._simulator.input_error(op, call)
+        rounding = self._simulator.rounded(op, call)[1]
+        return Error(whole.add_(self._times_weight(call, rounding)), rounding.neg_())
+
+    def _times_weight(self, call: Call, x: Tensor) -> Tensor:
         if call.kind == "linear":
-            return Error(whole, self._weights.product(rounding, call.weight), rounding)
-        return Error(whole, unquantized(replace(call, x=rounding, bias=None)), rounding)
+            return self._weights.product(x, call.weight)
+        return unquantized(replace(call, x=x, bias=None))
 
 
 class _Collected:
@@ -238,9 +242,8 @@ class _Collected:
 
     def add(self, errors: ProbedErrors, refused: Mapping[str, str]) -> None:
         """Take what one batch has brought."""
-        for op, squares in errors.squares().items():
+        for op, (squares, products) in errors.sums().items():
             self._squares[op].append(squares)
-        for op, products in errors.products().items():
             self._products[op].append(products)
         self._refused |= refused
 

@@ -192,34 +192,34 @@ class Simulator:
         self._keeps = True
 
     @profile.phase("local quantization")
-    def output(self, op: str, call: Call, convolved: torch.dtype = torch.float64) -> Tensor:
+    def output(self, op: str, call: Call) -> Tensor:
         """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
-
-        A convolution's integers are exact if they are multiplied in float64; fp32 is faster, and can be one off.
 
         A row (or sample) of the input with NaN or infinite values gives NaN, where a kernel would turn them into some
         integer.
         """
         if call.kind == "embedding":
             return quantized_embedding(functional.embedding(call.x, call.weight).float())
-        weight = self._weight(op, call)
         if call.kind == "linear":
-            output = self._linear(op, self._quantized_rows(op, call.x), weight, call.bias)
+            output = self._linear(op, self._quantized_rows(op, call.x), self._weight(op, call), call.bias)
         else:
-            x = self._calibration.input_qparams(op)
-            scale = torch.tensor(x.scale, device=call.x.device)
-            output = self._real(op, call.kind, _convolution(call, weight, x, convolved), scale, weight.scale, call.bias)
+            output = self._convolution(op, call, self._centred(op, call), torch.float64)
         return _without_infinities(output, finite_rows(call.x, call.kind))
 
     @profile.phase("local quantization")
-    def input_error(self, op: str, call: Call) -> Tensor:
-        """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape."""
-        if self._scheme.activation == "static":
-            qparams = self._calibration.input_qparams(op)
-            integers = quantize_activation(call.x, qparams)
-            return integers.sub_(qparams.zero_point).mul_(qparams.scale).sub_(call.x)
-        rows = self._quantized_rows(op, call.x)
-        return rows.integers.float().mul_(rows.scale).sub_(call.x)
+    def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
+        """Return what a quantized linear or convolution gives, and what quantizing its input adds to that: both fp32.
+
+        Integers of a convolution are multiplied in fp32, which is faster than what `output` does, and can be one off.
+        Nothing is said of inputs that are not finite.
+        """
+        if call.kind == "linear":
+            rows = self._quantized_rows(op, call.x)
+            real = rows.integers.float().add_(rows.offset)
+            return self._linear(op, rows, self._weight(op, call), call.bias), real.mul_(rows.scale).sub_(call.x)
+        integers = self._centred(op, call)
+        output = self._convolution(op, call, integers, torch.float32)
+        return output, integers.mul_(self._calibration.input_qparams(op).scale).sub_(call.x)
 
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
@@ -262,6 +262,20 @@ class Simulator:
         primitives: Any = torch.ops.quantized_decomposed
         scale, zero_point = primitives.choose_qparams_per_token(x, torch.int8)
         return _Rows(primitives.quantize_per_token(x, scale, zero_point, -128, 127, torch.int8), scale)
+
+    def _centred(self, op: str, call: Call) -> Tensor:
+        """Quantize the input of a convolution: integers less the zero point, fp32, laid out as the input is."""
+        # padding is with real zeros, which is integer zero once the zero point is taken off
+        x = self._calibration.input_qparams(op)
+        return torch.empty_like(call.x).copy_(quantize_activation(call.x, x).sub_(x.zero_point))
+
+    def _convolution(self, op: str, call: Call, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply integers as they come from `_centred`; in float64 that is exact."""
+        weight = self._weight(op, call)
+        with profile.phase("local quantization", product=True):
+            products = CONVOLUTIONS[call.kind](x.to(dtype), weight.values.to(dtype), None, **(call.conv or {}))
+        scale = torch.tensor(self._calibration.input_qparams(op).scale, device=call.x.device)
+        return self._real(op, call.kind, products, scale, weight.scale, call.bias)
 
     def _linear(self, op: str, x: _Rows, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         products = _integer_linear(x.integers, weight.values)
@@ -316,12 +330,3 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return iter([tensors])
     rows = max(1, _CHUNK // max(1, tensors[0].shape[1:].numel()))
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
-
-
-def _convolution(call: Call, weight: QuantizedWeight, x: QParams, dtype: torch.dtype) -> Tensor:
-    """Sum (x - zero_point) * weight over integers; exactly, as float64."""
-    # padding is with real zeros, which is integer zero once the zero point is taken off
-    integers = quantize_activation(call.x, x).sub_(x.zero_point)
-    centred = torch.empty_like(call.x, dtype=dtype).copy_(integers)  # keeps the layout
-    with profile.phase("local quantization", product=True):
-        return CONVOLUTIONS[call.kind](centred, weight.values.to(dtype), None, **(call.conv or {}))
