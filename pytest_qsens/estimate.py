@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEVEL = 0.90
 """Share of ops whose exact value an interval is to hold."""
 
-MEASURED = 5
+MEASURED = 3
 """Ops that are measured to correct the estimates of the others."""
 
 _BIAS = 0.05

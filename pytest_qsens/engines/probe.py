@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -99,6 +100,7 @@ class ProbeEngine(DeltaEngine):
         self._region = memory // _REGION_SHARE
         self._wanted = [op for wave in self._waves for op in wave]
         self._estimates: dict[Mode, Estimates] = {}
+        self._replayed: Mapping[str, Score] = {}
 
     def estimates(self, mode: Mode) -> Estimates:
         """Estimate all ops that are going to be scored, once."""
@@ -121,18 +123,22 @@ class ProbeEngine(DeltaEngine):
         super()._distrust(why)
         self.name = "probe"  # whatever measures those that correct the others
 
+    def together(self, op: str) -> Score | None:
+        """Score with only this op quantized: of one that corrects the others, it is known."""
+        return self._replayed.get(op) or super().together(op)
+
     def _isolated_estimates(self) -> Estimates:
-        self.check()
         sums = self._sum(self._clean, None, self._rounding)
         estimator = Estimator(sums.squares)
         chosen = spread_over(estimator.values, MEASURED)
-        scores = self._exact(chosen, self._measure_alone, self.isolated)
-        exact = {op: found for op, score in scores.items() if (found := score.related(1.0, 1)) is not None}
+        # replays: to find out whether differences are to be trusted would take more
+        self._replayed = self._exact(chosen, self.isolated)
+        exact = {op: found for op, score in self._replayed.items() if (found := score.related(1.0, 1)) is not None}
         by_metric = {"sse": estimator.corrected(_of_metric(exact, "sse"))}
         if self._logits:
             by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(scores, self._left(estimates))
+        self._alone.add({}, self._left(estimates))
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -144,7 +150,7 @@ class ProbeEngine(DeltaEngine):
         raw = {op: base + 2 * sums.products[op] + square for op, square in squares.items()}
         scale = {op: math.sqrt(square * (square + base)) for op, square in squares.items()}
         chosen = spread_over(raw, MEASURED)
-        scores = self._exact(chosen, self._measure_others(None), self.fallback)
+        scores = self._measure_others(None)(chosen) if self.distrusted is None else self._exact(chosen, self.fallback)
         exact = {op: score.sse for op, score in scores.items() if score.finite}
         estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
         if self.distrusted is None:
@@ -156,19 +162,15 @@ class ProbeEngine(DeltaEngine):
         waves = ([op for op in wave if op not in estimates.found] for wave in self._waves)
         return [wave for wave in waves if wave]
 
-    def _exact(
-        self,
-        ops: Sequence[str],
-        together: Callable[[Sequence[str]], Mapping[str, Score]],
-        alone: Callable[[str], Iterable[Tensor]],
-    ) -> Mapping[str, Score]:
-        """Measure some ops, together if differences are trusted."""
-        if self.distrusted is None:
-            return together(ops)
-        found = {op: Score(logits=self._logits) for op in ops}
-        for op, score in found.items():
-            for reference, output in zip(self.references, alone(op), strict=True):
-                score.add(reference, output)
+    def _exact(self, ops: Sequence[str], outputs: Callable[[str], Iterable[Tensor]]) -> dict[str, Score]:
+        """Measure some ops by replays; those that make the model fail are left out."""
+        found = {}
+        for op in ops:
+            score = Score(logits=self._logits)
+            with suppress(Exception):  # it is told when the op is scored
+                for reference, output in zip(self.references, outputs(op), strict=True):
+                    score.add(reference, output)
+                found[op] = score
         return found
 
     def _sum(
@@ -190,19 +192,19 @@ class ProbeEngine(DeltaEngine):
         samples = [common_samples(run.graph.inputs.values()) for run in runs]
         count = min(passes for least, passes in _PASSES.items() if sum(size or 1 for size in samples) >= least)
         collected = _Collected(count, fisher=fisher)
-        for number, run in enumerate(runs):
-            seeds = [SEED + 2 * count * number + i for i in range(2 * count)]
-            probes: list[Probe] = [partial(signs, run.output, seed) for seed in seeds[:count]]
-            probes += [partial(fisher_root, run.output, seed) for seed in seeds[count:] if fisher]
-            probes += [partial(_same, starts[number])] if starts is not None else []
-            ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
-            errors = ProbedErrors(ops, error, len(probes), samples[number])
-            backward = Backward(run, self._weights, self._region, ops)
-            with self._simulator.passing():
+        with self._simulator.passing(self._region if len(runs) > 1 else 0):  # each batch takes all weights
+            for number, run in enumerate(runs):
+                seeds = [SEED + 2 * count * number + i for i in range(2 * count)]
+                probes: list[Probe] = [partial(signs, run.output, seed) for seed in seeds[:count]]
+                probes += [partial(fisher_root, run.output, seed) for seed in seeds[count:] if fisher]
+                probes += [partial(_same, starts[number])] if starts is not None else []
+                ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
+                errors = ProbedErrors(ops, error, len(probes), samples[number])
+                backward = Backward(run, self._weights, self._region, ops)
                 backward.passes(probes, errors.watch)
-            run.release_all()
-            collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
-            collected.matter(op for node, op in ops.items() if backward.matters(node))
+                run.release_all()
+                collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
+                collected.matter(op for node, op in ops.items() if backward.matters(node))
         return collected.sums(self._wanted, positions)
 
     def _rounding(self, op: str, gradient: Gradient) -> Error:
@@ -219,7 +221,7 @@ class ProbeEngine(DeltaEngine):
         whole = unquantized(call).sub_(gradient.value)
         if call.kind == "embedding":
             return Error(whole)
-        rounding = self._simulator.rounded(op, call)[1]
+        rounding = self._simulator.input_error(op, call)
         return Error(whole.add_(self._times_weight(call, rounding)), rounding.neg_())
 
     def _times_weight(self, call: Call, x: Tensor) -> Tensor:

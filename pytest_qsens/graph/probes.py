@@ -117,21 +117,23 @@ class ProbedErrors:
         return {op: (_squares(found).cpu(), found.products.cpu()) for op, found in by_op.items()}
 
     def _sums(self, gradient: Gradient, error: Error) -> _Sums:
-        passes, call = len(gradient.passes), gradient.call
+        call = gradient.call
         rest = gradient.output * error.rest
         if error.input is None or gradient.input is None:
             by_value = torch.stack([_by_row(part, call.x) for part in rest])
-            return _Sums(by_value, None, self._apart(rest).sum(-1).double())
-        channel = -1 if call.kind == "linear" else -1 - int(call.kind[4])
-        apart = self._apart(rest.movedim(channel, -1))
-        by_channel = apart.view(passes, apart.shape[1], -1, rest.shape[channel]).sum(2).double()
-        rounding = self._apart(gradient.input * error.input)
-        products = _added(by_channel.sum(-1), rounding.sum(-1).double())
-        return _Sums(rounding.square().sum((1, 2)).double(), by_channel, products)
+            return _Sums(by_value, None, self._by_sample(rest).double())
+        by_channel = self._by_sample(rest, -1 if call.kind == "linear" else -1 - int(call.kind[4])).double()
+        rounding = gradient.input * error.input
+        products = _added(by_channel.sum(-1), self._by_sample(rounding).double())
+        return _Sums(rounding.flatten(1).square_().sum(1).double(), by_channel, products)
 
-    def _apart(self, values: Tensor) -> Tensor:
-        """Flatten what is of one sample, ``(passes, *)``: ``(passes, samples, values of each)``; there may be one."""
-        return values.reshape(len(values), self._samples if values.shape[1] == self._samples else 1, -1)
+    def _by_sample(self, values: Tensor, channel: int | None = None) -> Tensor:
+        """Sum over what is of one sample, and maybe channel: ``(passes, *)`` → ``(passes, samples[, channels])``."""
+        kept = None if channel is None else channel % values.dim()
+        apart = self._samples == values.shape[1] and kept != 1
+        dims = [dim for dim in range(1, values.dim()) if dim != kept and not (apart and dim == 1)]
+        found = values.sum(dims) if dims else values
+        return found if apart else found.unsqueeze(1)
 
 
 def _squares(found: _Sums) -> Tensor:

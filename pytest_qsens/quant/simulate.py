@@ -7,6 +7,7 @@ every IEEE machine rounds alike. The tests compare every step with the kernels b
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,10 @@ class _Rows(NamedTuple):
     integers: Tensor
     scale: Tensor
     offset: int = 0
+
+    def error(self, x: Tensor) -> Tensor:
+        """Difference to what was quantized."""
+        return self.integers.float().add_(self.offset).mul_(self.scale).sub_(x)
 
 
 _CHUNK = 2**17
@@ -189,7 +194,8 @@ class Simulator:
         self._scheme = scheme
         self._calibration = calibration
         self._weights: dict[str, QuantizedWeight] = {}
-        self._keeps = True
+        self._passing: dict[str, QuantizedWeight] = {}
+        self._room: float = math.inf
 
     @profile.phase("local quantization")
     def output(self, op: str, call: Call) -> Tensor:
@@ -208,18 +214,23 @@ class Simulator:
 
     @profile.phase("local quantization")
     def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
-        """Return what a quantized linear or convolution gives, and what quantizing its input adds to that: both fp32.
+        """Return what a quantized linear or convolution gives, and its `input_error`: both fp32.
 
         Integers of a convolution are multiplied in fp32, which is faster than what `output` does, and can be one off.
         Nothing is said of inputs that are not finite.
         """
         if call.kind == "linear":
             rows = self._quantized_rows(op, call.x)
-            real = rows.integers.float().add_(rows.offset)
-            return self._linear(op, rows, self._weight(op, call), call.bias), real.mul_(rows.scale).sub_(call.x)
+            return self._linear(op, rows, self._weight(op, call), call.bias), rows.error(call.x)
         integers = self._centred(op, call)
-        output = self._convolution(op, call, integers, torch.float32)
-        return output, integers.mul_(self._calibration.input_qparams(op).scale).sub_(call.x)
+        return self._convolution(op, call, integers, torch.float32), self._error(op, call, integers)
+
+    @profile.phase("local quantization")
+    def input_error(self, op: str, call: Call) -> Tensor:
+        """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape."""
+        if call.kind == "linear":
+            return self._quantized_rows(op, call.x).error(call.x)
+        return self._error(op, call, self._centred(op, call))
 
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
@@ -234,21 +245,25 @@ class Simulator:
             yield output
 
     def _weight(self, op: str, call: Call) -> QuantizedWeight:
-        found = self._weights.get(op)
+        found = self._weights.get(op) or self._passing.get(op)
         if found is None:
             found = quantize_weight(call.weight)
-            if self._keeps:
+            if self._room == math.inf:
                 self._weights[op] = found
+            elif found.values.nbytes <= self._room:
+                self._passing[op] = found
+                self._room -= found.values.nbytes
         return found
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Keep none of the weights that are quantized meanwhile."""
-        self._keeps = False
+    def passing(self, room: int = 0) -> Iterator[None]:
+        """Keep none of the weights that are quantized meanwhile, and so many bytes of them until the end."""
+        self._room = room
         try:
             yield
         finally:
-            self._keeps = True
+            self._room = math.inf
+            self._passing.clear()
 
     def forget(self, op: str) -> None:
         """Free the quantized weight of an op that is done."""
@@ -268,6 +283,10 @@ class Simulator:
         # padding is with real zeros, which is integer zero once the zero point is taken off
         x = self._calibration.input_qparams(op)
         return torch.empty_like(call.x).copy_(quantize_activation(call.x, x).sub_(x.zero_point))
+
+    def _error(self, op: str, call: Call, integers: Tensor) -> Tensor:
+        """Tell what integers as they come from `_centred`, which it overwrites, differ by from the input."""
+        return integers.mul_(self._calibration.input_qparams(op).scale).sub_(call.x)
 
     def _convolution(self, op: str, call: Call, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply integers as they come from `_centred`; in float64 that is exact."""
