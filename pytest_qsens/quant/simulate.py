@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.nn import functional
 
 from pytest_qsens import profile
-from pytest_qsens.graph.calls import CONVOLUTIONS, finite_rows
+from pytest_qsens.graph.calls import CONVOLUTIONS, finite_rows, unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +155,10 @@ _INT32_LENGTH = 2**31 // (128 * 128)
 """So many products of int8 can be added before int32 overflows."""
 
 
+_FLOAT32_INTEGERS = 2**24
+"""fp32 holds all integers up to here."""
+
+
 def _float64_mm(left: Tensor, right: Tensor) -> Tensor:
     return left.double() @ right.double()
 
@@ -206,31 +210,41 @@ class Simulator:
         """
         if call.kind == "embedding":
             return quantized_embedding(functional.embedding(call.x, call.weight).float())
+        weight = self._weight(op, call)
         if call.kind == "linear":
-            output = self._linear(op, self._quantized_rows(op, call.x), self._weight(op, call), call.bias)
+            output = self._linear(op, self._quantized_rows(op, call.x), weight, call.bias)
         else:
-            output = self._convolution(op, call, self._centred(op, call), torch.float64)
+            x = self._calibration.input_qparams(op)
+            scale = torch.tensor(x.scale, device=call.x.device)
+            output = self._real(op, call.kind, _convolution(call, weight, x), scale, weight.scale, call.bias)
         return _without_infinities(output, finite_rows(call.x, call.kind))
 
     @profile.phase("local quantization")
     def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
         """Return what a quantized linear or convolution gives, and its `input_error`: both fp32.
 
-        Integers of a convolution are multiplied in fp32, which is faster than what `output` does, and can be one off.
-        Nothing is said of inputs that are not finite.
+        A convolution multiplies what integers stand for, in fp32. That is several times faster than what `output` does;
+        now and then, a value is rounded to the integer beside. Nothing is said of inputs that are not finite.
         """
+        weight = self._weight(op, call)
         if call.kind == "linear":
             rows = self._quantized_rows(op, call.x)
-            return self._linear(op, rows, self._weight(op, call), call.bias), rows.error(call.x)
-        integers = self._centred(op, call)
-        return self._convolution(op, call, integers, torch.float32), self._error(op, call, integers)
+            return self._linear(op, rows, weight, call.bias), rows.error(call.x)
+        rounding = self.input_error(op, call)
+        scale = weight.scale.view(-1, *[1] * (weight.values.dim() - 1))
+        real = replace(call, x=call.x + rounding, weight=weight.values * scale)
+        with profile.phase("local quantization", product=True):
+            output = unquantized(real)
+        if self._scheme.requantize_output:
+            output = _fake_quantized(output, self._calibration.output_qparams(op))
+        return output, rounding
 
     @profile.phase("local quantization")
     def input_error(self, op: str, call: Call) -> Tensor:
         """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape."""
         if call.kind == "linear":
             return self._quantized_rows(op, call.x).error(call.x)
-        return self._error(op, call, self._centred(op, call))
+        return _fake_quantized(call.x, self._calibration.input_qparams(op)).sub_(call.x)
 
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
@@ -277,24 +291,6 @@ class Simulator:
         primitives: Any = torch.ops.quantized_decomposed
         scale, zero_point = primitives.choose_qparams_per_token(x, torch.int8)
         return _Rows(primitives.quantize_per_token(x, scale, zero_point, -128, 127, torch.int8), scale)
-
-    def _centred(self, op: str, call: Call) -> Tensor:
-        """Quantize the input of a convolution: integers less the zero point, fp32, laid out as the input is."""
-        # padding is with real zeros, which is integer zero once the zero point is taken off
-        x = self._calibration.input_qparams(op)
-        return torch.empty_like(call.x).copy_(quantize_activation(call.x, x).sub_(x.zero_point))
-
-    def _error(self, op: str, call: Call, integers: Tensor) -> Tensor:
-        """Tell what integers as they come from `_centred`, which it overwrites, differ by from the input."""
-        return integers.mul_(self._calibration.input_qparams(op).scale).sub_(call.x)
-
-    def _convolution(self, op: str, call: Call, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Multiply integers as they come from `_centred`; in float64 that is exact."""
-        weight = self._weight(op, call)
-        with profile.phase("local quantization", product=True):
-            products = CONVOLUTIONS[call.kind](x.to(dtype), weight.values.to(dtype), None, **(call.conv or {}))
-        scale = torch.tensor(self._calibration.input_qparams(op).scale, device=call.x.device)
-        return self._real(op, call.kind, products, scale, weight.scale, call.bias)
 
     def _linear(self, op: str, x: _Rows, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         products = _integer_linear(x.integers, weight.values)
@@ -349,3 +345,26 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return iter([tensors])
     rows = max(1, _CHUNK // max(1, tensors[0].shape[1:].numel()))
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+
+
+def _fake_quantized(values: Tensor, qparams: QParams) -> Tensor:
+    """Round to uint8 and back; the kernels' own rounding differs in the last place.
+
+    ``torch.fake_quantize_per_tensor_affine`` does the same, but value by value, which takes longer than a convolution.
+    """
+    integers = (values * (1 / qparams.scale)).round_().clamp_(-qparams.zero_point, 255 - qparams.zero_point)
+    return integers.mul_(qparams.scale)
+
+
+def _convolution(call: Call, weight: QuantizedWeight, x: QParams) -> Tensor:
+    """Sum (x - zero_point) * weight over integers, exactly: fp32 where that holds every sum, else float64."""
+    # padding is with real zeros, which is integer zero once the zero point is taken off
+    integers = quantize_activation(call.x, x).sub_(x.zero_point)
+    centred = torch.empty_like(call.x).copy_(integers)  # keeps the layout
+    largest = max(x.zero_point, 255 - x.zero_point) * int(weight.values.flatten(1).int().abs().sum(1).max())
+    with profile.phase("local quantization", product=True):
+        if largest < _FLOAT32_INTEGERS and centred.device.type == "cpu":
+            products = CONVOLUTIONS[call.kind](centred, weight.values.float(), None, **(call.conv or {}))
+            if torch.equal(products, products.round()):  # an algorithm with fractions in it, such as Winograd's, shows
+                return products
+        return CONVOLUTIONS[call.kind](centred.double(), weight.values.double(), None, **(call.conv or {}))
