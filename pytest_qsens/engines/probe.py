@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,16 @@ from torch import Tensor
 
 from pytest_qsens import profile
 from pytest_qsens.engines.delta import DeltaEngine
-from pytest_qsens.estimate import MEASURED, Estimate, Estimator, Evidence, shifted, spread_over
+from pytest_qsens.estimate import (
+    MEASURED,
+    MEASURED_FALLBACK,
+    Estimate,
+    Estimator,
+    Evidence,
+    added,
+    restored,
+    spread_over,
+)
 from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.calls import unquantized
 from pytest_qsens.graph.probes import Error, ProbedErrors, common_samples, fisher_root, signs
@@ -101,6 +109,7 @@ class ProbeEngine(DeltaEngine):
         self._wanted = [op for wave in self._waves for op in wave]
         self._estimates: dict[Mode, Estimates] = {}
         self._replayed: Mapping[str, Score] = {}
+        self._outputs = sum(run.graph.output.meta["val"].numel() for run in self._clean)
 
     def estimates(self, mode: Mode) -> Estimates:
         """Estimate all ops that are going to be scored, once."""
@@ -129,16 +138,16 @@ class ProbeEngine(DeltaEngine):
 
     def _isolated_estimates(self) -> Estimates:
         sums = self._sum(self._clean, None, self._rounding)
-        estimator = Estimator(sums.squares)
+        estimator = Estimator(sums.squares, self._outputs)
         chosen = spread_over(estimator.values, MEASURED)
         # replays: to find out whether differences are to be trusted would take more
         self._replayed = self._exact(chosen, self.isolated)
         exact = {op: found for op, score in self._replayed.items() if (found := score.related(1.0, 1)) is not None}
         by_metric = {"sse": estimator.corrected(_of_metric(exact, "sse"))}
         if self._logits:
-            by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
+            by_metric["kl"] = Estimator(sums.divergence, self._outputs).corrected(_of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add({}, self._left(estimates))
+        self._alone.add(self._replayed, self._left(estimates, self._replayed))
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -146,21 +155,26 @@ class ProbeEngine(DeltaEngine):
         errors = [run.output - clean.output for run, clean in zip(joint, self._clean, strict=True)]
         sums = self._sum(joint, errors, self._restoring)
         base = sum(map(energy, errors))
-        squares = Estimator(sums.squares).values
-        raw = {op: base + 2 * sums.products[op] + square for op, square in squares.items()}
-        scale = {op: math.sqrt(square * (square + base)) for op, square in squares.items()}
-        chosen = spread_over(raw, MEASURED)
-        scores = self._measure_others(None)(chosen) if self.distrusted is None else self._exact(chosen, self.fallback)
+        squares = Estimator(sums.squares, self._outputs).values
+        chosen = spread_over(added(base, sums.products, squares), MEASURED_FALLBACK)
+        scores = self._exact_others(chosen)
         exact = {op: score.sse for op, score in scores.items() if score.finite}
-        estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
+        estimates = _without({"sse": restored(base, sums.products, squares, exact)}, chosen, sums.refused)
         if self.distrusted is None:
-            self._with_others(None).add(scores, self._left(estimates))
+            self._with_others(None).add(scores, self._left(estimates, scores))
         return estimates
 
-    def _left(self, estimates: Estimates) -> list[list[str]]:
+    def _left(self, estimates: Estimates, known: Mapping[str, Score]) -> list[list[str]]:
         """Ops to be measured, a wave at a time."""
-        waves = ([op for op in wave if op not in estimates.found] for wave in self._waves)
+        waves = ([op for op in wave if op not in estimates.found and op not in known] for wave in self._waves)
         return [wave for wave in waves if wave]
+
+    def _exact_others(self, ops: Sequence[str]) -> Mapping[str, Score]:
+        """Measure with everything but each of these ops quantized: together, or one by one if that fails."""
+        if self.distrusted is None:
+            with suppress(Exception):
+                return self._measure_others(None)(ops)
+        return self._exact(ops, self.fallback)
 
     def _exact(self, ops: Sequence[str], outputs: Callable[[str], Iterable[Tensor]]) -> dict[str, Score]:
         """Measure some ops by replays; those that make the model fail are left out."""

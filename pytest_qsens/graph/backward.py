@@ -322,10 +322,11 @@ class _Tracer:
             if gradient is not None
         }
         entering = {node: found[id(leaf)] for node, leaf in self.leaves.items() if id(leaf) in found}
+        of_taps = [(tap, found.get(id(tap.output)), found.get(id(tap.input))) for tap in reversed(self._taps)]
         watched = [
-            Gradient(tap.node, passes, self._start, tap.call, tap.value, found[id(tap.output)], found.get(id(tap.input)))
-            for tap in reversed(self._taps)
-            if id(tap.output) in found
+            Gradient(tap.node, passes, self._start, tap.call, tap.value, output, entered)
+            for tap, output, entered in of_taps
+            if output is not None
         ]
         return entering, watched
 
@@ -371,21 +372,21 @@ class _OpCall(torch.autograd.Function):
     """A call whose gradient is computed by a function."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913 - what autograd is to know of, one by one
+    def forward(
         ctx: Any,  # noqa: ANN401 - torch's
-        x: Tensor,
+        _x: Tensor,
         _input_tap: Tensor | None,
         _output_tap: Tensor | None,
         value: Callable[[], Tensor],
         through: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return the value; ``x`` and the taps make it need a gradient."""
+        """Return the value; the input and the taps make it need a gradient."""
         ctx.through = through
         return value()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's
-        """Compute the gradient of ``x``, which its tap gets for itself."""
+        """Compute the gradient of the input, which its tap gets for itself."""
         of_x, of_input, of_output = ctx.needs_input_grad[:3]
         found = ctx.through(gradients[0]) if of_x or of_input else None
         return found if of_x else None, found if of_input else None, gradients[0] if of_output else None, None, None

@@ -54,12 +54,12 @@ class _Sums(NamedTuple):
     by_channel: Tensor | None
     products: Tensor
 
-    def __add__(self, other: object) -> _Sums:
+    def plus(self, other: _Sums) -> _Sums:
         """Add another call of the op: both share the errors of its weight."""
-        assert isinstance(other, _Sums)
+        one, two = self.by_channel, other.by_channel
         return _Sums(
             self.by_value + other.by_value,
-            None if self.by_channel is None else _added(self.by_channel, other.by_channel),
+            None if one is None or two is None else _added(one, two),
             _added(self.products, other.products),
         )
 
@@ -112,8 +112,13 @@ class ProbedErrors:
         by_op: dict[str, _Sums] = {}
         for node, parts in self._found.items():
             op = self._ops[node]
-            whole = _Sums(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))  # type: ignore[arg-type] # of tensors
-            by_op[op] = by_op[op] + whole if op in by_op else whole
+            channels = [part.by_channel for part in parts if part.by_channel is not None]
+            whole = _Sums(
+                torch.cat([part.by_value for part in parts]),
+                torch.cat(channels) if channels else None,
+                torch.cat([part.products for part in parts]),
+            )
+            by_op[op] = by_op[op].plus(whole) if op in by_op else whole
         return {op: (_squares(found).cpu(), found.products.cpu()) for op, found in by_op.items()}
 
     def _sums(self, gradient: Gradient, error: Error) -> _Sums:
@@ -140,9 +145,8 @@ def _squares(found: _Sums) -> Tensor:
     return found.by_value if found.by_channel is None else found.by_value + found.by_channel.square().sum((1, 2))
 
 
-def _added(one: Tensor, other: Tensor | None) -> Tensor:
+def _added(one: Tensor, other: Tensor) -> Tensor:
     """Add ``(passes, samples, *)``; where only one of them holds samples apart, all are added up."""
-    assert other is not None
     if one.shape == other.shape:
         return one + other
     return one.sum(1, keepdim=True) + other.sum(1, keepdim=True)
