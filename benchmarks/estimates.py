@@ -1,7 +1,9 @@
 """How good the estimates of engine probe are: python benchmarks/estimates.py [--json FILE] [--write] [MODEL...].
 
 Estimates all ops of each model with several seeds of the probes, and compares them with what engine delta measures.
-Needs scikit-learn for the digits, and the real weights of MiniLM. With --write it makes docs/estimates.md anew.
+Needs scikit-learn for the digits, and the real weights of MiniLM. With --write it makes docs/estimates.md anew. With
+--checkpoint it runs pytest with engine probe on a checkpoint of Qwen2.5-VL-3B instead (`qsens standin qwen2_5_vl_3b
+CHECKPOINT` makes one), and prints what that takes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -22,26 +25,26 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import scale
 from subjects import Subject, language_model
 from timing import Forwards, machine, seconds
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines import probe
-from pytest_qsens.engines.probe import ProbeEngine
-from pytest_qsens.graph.capture import run_model
-from pytest_qsens.graph.intercept import OpInterceptor
+from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
+from tests.architectures import ARCHITECTURES
 from tests.digits import digits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.graph.calls import Call
+    from pytest_qsens.graph.backward import Gradient
     from pytest_qsens.models.spec import ModelSpec
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +55,15 @@ MODELS: dict[str, Callable[[], ModelSpec]] = {
     "CNN trained on digits": digits,
     "causal LM, 6 layers": lambda: language_model(6, 4096, 64, 2).spec,
 }
+
+HELD_OUT: dict[str, Callable[[], ModelSpec]] = {
+    "another CNN trained on digits": lambda: digits(seed=1),
+    "small ViT": lambda: ARCHITECTURES["vit"].spec(),
+    "small GPT-2": lambda: ARCHITECTURES["gpt2"].spec(),
+    "small Whisper": lambda: ARCHITECTURES["whisper"].spec(),
+    "small Qwen3-VL": lambda: ARCHITECTURES["qwen3_vl"].spec(),
+}
+"""What no constant of the estimates was chosen on."""
 
 SEEDS = 5
 
@@ -64,63 +76,62 @@ def subject(spec: ModelSpec) -> Subject:
 
 
 def settle(model: CalibratedModel) -> None:
-    """Finish what belongs to calibration: the search for scales, and the check of differences."""
+    """Finish what belongs to calibration: the search for scales."""
     for ranges in (model._calibration._inputs, model._calibration._outputs):
         for observed in ranges.values():
             observed.qparams()
-    assert isinstance(model._engine, ProbeEngine)
-    model._engine.check()
 
 
 def exact_scores(spec: ModelSpec, mode: str) -> dict[str, float]:
-    """Measure all ops: op → sum of squared errors."""
+    """Measure all ops: op → sum of squared errors; noise with everything else quantized is left out."""
     ops = list_ops(spec.model)  # type: ignore[arg-type] # a module
     model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
-    found = {}
-    for op in ops:
-        scores = model.score(op, [mode]).modes.get(mode)  # type: ignore[list-item, call-overload] # a mode
-        if scores is not None and scores["sse"]:
-            found[op.name] = scores["sse"]
-    return found
+    engine: Any = model._engine
+    with torch.no_grad():
+        engine.check()
+        measure = engine.together if mode == "isolated" else engine.all_but
+        scores = {op.name: measure(op.name) for op in ops if op.name in engine.exercised}
+    return {op: score.sse for op, score in scores.items() if score.finite and score.sse}
 
 
-def peer_scores(spec: ModelSpec, model: CalibratedModel, ops: Mapping[str, float]) -> tuple[dict[str, float], float]:
+def peer_scores(model: CalibratedModel, ops: Mapping[str, float], *, logits: bool) -> dict[str, float]:
     """Score as ModelOpt does: the sum of squares of the loss's gradient times the change of an op's output.
 
     The loss is the cross entropy with the model's own most likely classes, or the mean square of an output without
-    classes. Returns op → score, and seconds.
+    classes. Gradients go through the same graph as those of the estimates, so that costs compare.
     """
-    start = time.perf_counter()
+    engine: Any = model._engine
     found = dict.fromkeys(ops, 0.0)
-    for batch in spec.evaluation:
-        outputs: list[tuple[str, Tensor, Tensor]] = []
+    for run in engine._clean:
+        named = {node: op for op in ops for node in run.graph.calls.get(op, ())}
 
-        def handler(op: str, call: Call, run: Callable[[], Tensor], outputs: list[Any] = outputs) -> Tensor:
-            output = run()
-            if op not in ops:
-                return output
-            with torch.no_grad():
-                change = model._simulator.output(op, call) - output
-            output = output.detach() + (output - output.detach() if output.requires_grad else 0)
-            tap = torch.zeros_like(output, requires_grad=True)
-            outputs.append((op, tap, change))
-            return output + tap
+        def watch(gradient: Gradient, named: Mapping[Any, str] = named) -> None:
+            op, call = named[gradient.node], gradient.call
+            if call.kind == "embedding":
+                quantized = model._simulator.output(op, call)
+            else:
+                quantized, _ = model._simulator.rounded(op, call)
+            found[op] += float((gradient.output[0] * (quantized - gradient.value)).double().square().sum())
 
-        with torch.enable_grad(), OpInterceptor(spec.model, handler):  # type: ignore[arg-type] # a module
-            output = run_model(spec.model, batch, spec.output)  # type: ignore[arg-type] # a module
-            flat = output.reshape(-1, output.shape[-1])
-            loss = functional.cross_entropy(flat, flat.detach().argmax(-1)) if spec.logits else (output**2).mean()
-        gradients = torch.autograd.grad(loss, [tap for _, tap, _ in outputs], allow_unused=True)
-        for (op, _, change), gradient in zip(outputs, gradients, strict=True):
-            if gradient is not None:
-                found[op] += float((gradient * change).double().square().sum())
-    return found, time.perf_counter() - start
+        start = loss_gradient(run.output, logits=logits)
+        Backward(run, engine._weights, engine._region, named).passes([lambda start=start: start], watch)  # type: ignore[misc] # a probe
+        run.release_all()
+    return found
+
+
+def loss_gradient(output: Tensor, *, logits: bool) -> Tensor:
+    """Gradient of the peer's loss."""
+    with torch.enable_grad():
+        values = output.detach().requires_grad_()
+        flat = values.reshape(-1, values.shape[-1])
+        loss = functional.cross_entropy(flat, flat.detach().argmax(-1)) if logits else (values**2).mean()
+        return torch.autograd.grad(loss, values)[0]
 
 
 def evaluate(name: str, mode: str) -> dict[str, Any]:
     """Estimate with several seeds."""
-    spec = MODELS[name]()
-    exact = exact_scores(MODELS[name](), mode)
+    make = (MODELS | HELD_OUT)[name]
+    spec, exact = make(), exact_scores(make(), mode)
     runs = []
     forwards = None
     peer: dict[str, float] = {}
@@ -148,21 +159,23 @@ def evaluate(name: str, mode: str) -> dict[str, Any]:
             }
         )
         if seed == 0 and mode == "isolated":
-            with forwards.around() as unit:
-                peer, spent = peer_scores(spec, model, exact)
+            with torch.no_grad(), forwards.around() as unit:
+                start = time.perf_counter()
+                peer = peer_scores(model, exact, logits=spec.logits)
+                spent = time.perf_counter() - start
             peer_cost = spent / unit.seconds
     found: dict[str, Any] = {"model": name, "mode": mode, "ops": len(exact), "runs": runs}
     for key in ("forwards", "spearman", "median", "median_estimated"):
         found[key] = statistics.median(run[key] for run in runs)
     found["worst_spearman"] = min(run["spearman"] for run in runs)
-    found["coverage"] = sum(run["within"] for run in runs) / sum(run["estimated"] for run in runs)
+    found["within"], found["estimated"] = (sum(run[key] for run in runs) for key in ("within", "estimated"))
     if peer:
         found["peer_spearman"] = float(spearmanr([peer[op] for op in exact], list(exact.values())).statistic)
         found["peer_forwards"] = peer_cost
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Iterable[dict[str, Any]]) -> str:
     """Write the results as a table."""
     lines = [
         "| model | mode | ops | forwards | Spearman (worst seed) | median log ratio | in the interval | peer |",
@@ -172,30 +185,78 @@ def table(rows: list[dict[str, Any]]) -> str:
         peer = f"{row['peer_spearman']:.3f} ({row['peer_forwards']:.1f})" if "peer_spearman" in row else "-"
         lines.append(
             f"| {row['model']} | {row['mode']} | {row['ops']} | {row['forwards']:.1f} | {row['spearman']:.4f} "
-            f"({row['worst_spearman']:.4f}) | {row['median_estimated']:.3f} | {row['coverage']:.0%} | {peer} |"
+            f"({row['worst_spearman']:.4f}) | {row['median_estimated']:.3f} | {share(row)} | {peer} |"
         )
     return "\n".join(lines)
+
+
+def share(row: Mapping[str, Any]) -> str:
+    """Share of intervals that hold the exact value."""
+    return f"{row['within'] / row['estimated']:.0%}"
+
+
+def pooled(rows: Iterable[dict[str, Any]], mode: str) -> str:
+    """Share over all held-out models."""
+    found = [row for row in rows if row["mode"] == mode and row["model"] in HELD_OUT]
+    return share({key: sum(row[key] for row in found) for key in ("within", "estimated")}) if found else "-"
+
+
+def full_size(checkpoint: Path) -> None:
+    """Estimate all ops of a checkpoint with pytest, in a process of its own, and print what that takes."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        files, result = scale.write_data(directory), directory / "result.json"
+        arguments = [
+            *(f"--rootdir={directory}", f"--qsens-model={scale.PRESET}", f"--qsens-checkpoint={checkpoint}"),
+            *(f"--qsens-calib={files['calib']}", f"--qsens-eval={files['eval']}", f"--qsens-json={result}"),
+            *("--qsens-engine=probe", "--qsens-no-cache", "--qsens-profile", str(directory)),
+        ]
+        found = scale.run(arguments, torch.get_num_threads(), None)
+        document = json.loads(result.read_text()) if result.exists() else {}
+    print("\n".join(found["end"]))
+    print(f"exit {found['exit']}; {found['seconds']:.0f} s in all; peak PSS {found['peak'] / 1e9:.2f} GB, ")
+    print(f"of which {found['files'] / 1e9:.2f} GB of files; largest private {found['largest_private'] / 1e9:.2f} GB")
+    if document:
+        print(json.dumps({key: document["run"][key] for key in ("engine", "cost", "profile")}, indent=1))
+        status = [op["status"] for op in document["ops"]]
+        print({kind: status.count(kind) for kind in sorted(set(status))})
 
 
 def main() -> None:
     """Read the command line, and measure."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS | HELD_OUT))
     parser.add_argument("--mode", choices=("isolated", "fallback", "both"), default="isolated")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--write", action="store_true", help="write docs/estimates.md")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="estimate a checkpoint of full size instead")
     options = parser.parse_args()
+    if options.checkpoint:
+        full_size(options.checkpoint.resolve())
+        return
     modes = ("isolated", "fallback") if options.mode == "both" else (options.mode,)
-    rows = [evaluate(name, mode) for mode in modes for name in options.models or MODELS]
-    about = machine()
+    about, rows = machine(), []
+    for mode in modes:
+        for name in options.models or MODELS | HELD_OUT:
+            took = seconds(lambda name=name, mode=mode: rows.append(evaluate(name, mode)))  # type: ignore[misc] # of strings
+            print(f"{table(rows[-1:]).splitlines()[-1]}  {took:.0f} s", flush=True)
     print(table(rows))
+    shares = {mode: pooled(rows, mode) for mode in modes}
+    print("held-out models together:", shares)
     if options.json:
         options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     if options.write:
         page = (HERE / "estimates.md.in").read_text()
-        place = f"{about['cpu']} ({about['capability']}), {about['threads']} threads, torch {about['torch']}"
-        text = page.replace("{machine}", place).replace("{table}", table(rows)).replace("{seeds}", str(SEEDS))
-        (HERE.parent / "docs" / "estimates.md").write_text(text)
+        values = {
+            "machine": f"{about['cpu']} ({about['capability']}), {about['threads']} threads, torch {about['torch']}",
+            "table": table(row for row in rows if row["model"] in MODELS),
+            "held_out": table(row for row in rows if row["model"] in HELD_OUT),
+            "pooled": " and ".join(f"{found} ({mode})" for mode, found in shares.items()),
+            "seeds": str(SEEDS),
+        }
+        for key, value in values.items():
+            page = page.replace(f"{{{key}}}", value)
+        (HERE.parent / "docs" / "estimates.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -311,6 +311,7 @@ def calibrate(
     memory: int | None = None,
     workers: int = 1,
     artifact: Artifact | None = None,
+    representatives: int | None = None,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -331,6 +332,7 @@ def calibrate(
         workers: How many processes share what is free.
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
             capture, for which it takes the threads of all workers, and the others run a graph once.
+        representatives: For ``probe``: parts of the depth in each of which one op of every layer type is measured.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -348,7 +350,16 @@ def calibrate(
         keep_narrow(model)
     limit = default_memory(workers, device, mapped_bytes(model)) if memory is None else memory
     setup = _Setup(
-        model, spec, ops, SCHEMES[scheme], engine, device, limit, expected, logits=spec.logits and divergence
+        model,
+        spec,
+        ops,
+        SCHEMES[scheme],
+        engine,
+        device,
+        limit,
+        expected,
+        logits=spec.logits and divergence,
+        strata=representatives,
     )
     with torch.no_grad():
         if artifact is None or not setup.captures:
@@ -389,8 +400,10 @@ class _Setup:
         expected: Collection[str] | None,
         *,
         logits: bool,
+        strata: int | None,
     ) -> None:
         self.scheme = scheme
+        self._strata = strata
         self.logits = logits
         self._engine = engine
         self.captures = engine not in (*KERNEL_ENGINES, "eager")
@@ -432,8 +445,8 @@ class _Setup:
             with threads_of(workers):
                 prepared = self.find_out()
                 built = self.build(prepared)
-                if isinstance(built.engine, DeltaEngine):
-                    built.engine.check()
+                if isinstance(built.engine, DeltaEngine) and not isinstance(built.engine, ProbeEngine):
+                    built.engine.check()  # estimates can do without
             verdict = built.engine.verdict if isinstance(built.engine, DeltaEngine) else None
             content = taken_apart(prepared, self._model, self._calibrating, verdict)
             if content is not None:
@@ -492,8 +505,8 @@ class _Setup:
             if self._engine == "replay":
                 return ReplayEngine(captured, simulator, quantizable, self._memory)
             expected = [op for op in quantizable if self._expected is None or op in self._expected] or quantizable
-            delta = ProbeEngine if self._engine == "probe" else DeltaEngine
-            return delta(
+            made = partial(ProbeEngine, strata=self._strata) if self._engine == "probe" else DeltaEngine
+            return made(
                 captured,
                 simulator,
                 quantizable,

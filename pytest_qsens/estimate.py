@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from statistics import fmean, variance
+from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from numpy import interp
@@ -19,7 +20,7 @@ from pytest_qsens.results import LEVEL
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-MEASURED = 5
+MEASURED = 3
 """Ops that are measured to correct the estimates of the others."""
 
 _BIAS = 0.05
@@ -31,11 +32,23 @@ _SPREAD = 0.08
 _SCATTER = 2.0
 """How much more passes of one op differ from the exact value than their scatter says: it is that of few."""
 
-_PRIOR = 10
+_PRIOR = 6
 """How many measured ops the expectations above count as much as."""
 
-_FALLBACK = 0.2
-"""As `_SPREAD`, of estimates with everything else quantized, relative to their scale."""
+MEASURED_FALLBACK = 5
+"""As `MEASURED`, with everything else quantized."""
+
+_REROUNDING = 0.02
+"""Standard deviation of an error with everything else quantized that no gradient tells, relative to the error of all.
+
+When an op is restored, values after it are rounded anew, and fall on the other side now and then.
+"""
+
+_CURVATURE = 0.1
+"""The part that goes with the size of what is restored: standard deviation relative to the terms of its estimate."""
+
+_FALLBACK_PRIOR = 2
+"""As `_PRIOR`, for the two: models differ more in them."""
 
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
@@ -63,15 +76,15 @@ class Evidence:
     passes: Sequence[Sequence[float]]
     squares: Sequence[float]
 
-    @property
+    @cached_property
     def total(self) -> float:
         """Sum over batches of the mean over passes."""
         return math.fsum(map(fmean, self.passes))
 
-    @property
+    @cached_property
     def scatter(self) -> float:
         """Variance of `total`, relative to its square."""
-        return math.fsum(variance(batch) / len(batch) for batch in self.passes) / self.total**2
+        return math.fsum(map(_variance_of_mean, self.passes)) / self.total**2
 
     @property
     def free(self) -> float:
@@ -86,6 +99,11 @@ class Evidence:
         """
         total = math.fsum(self.squares)
         return max(2 / 3 * math.fsum(square**2 for square in self.squares) / total**2, 2 / len(self.squares))
+
+
+def _variance_of_mean(values: Sequence[float]) -> float:
+    mean = fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 def spread_over(values: Mapping[str, float], count: int) -> list[str]:
@@ -138,16 +156,18 @@ class Estimator:
 
     Args:
         evidence: Op → what probes tell; positive numbers.
+        outputs: How many values the model gives for all batches.
 
     Attributes:
         values: Op → estimate.
+        variances: Op → variance of its logarithm, as far as probes tell.
 
     """
 
-    def __init__(self, evidence: Mapping[str, Evidence]) -> None:
+    def __init__(self, evidence: Mapping[str, Evidence], outputs: int) -> None:
         common = fmean(found.scatter for found in evidence.values()) if evidence else 0.0
-        logarithms = {op: _averaged(found, common) for op, found in evidence.items()}
-        self._variances = {op: spread for op, (_, spread) in logarithms.items()}
+        logarithms = {op: _averaged(found, common, outputs) for op, found in evidence.items()}
+        self.variances = {op: spread for op, (_, spread) in logarithms.items()}
         self.values = {op: math.exp(mean) for op, (mean, _) in logarithms.items()}
 
     def corrected(self, exact: Mapping[str, float]) -> dict[str, Estimate]:
@@ -162,18 +182,17 @@ class Estimator:
 
         """
         errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
-        weight = sum(1 / self._variances[op] for op in errors)
-        bias = sum(error / self._variances[op] for op, error in errors.items()) / (weight + _BIAS**-2)
+        weight = sum(1 / self.variances[op] for op in errors) + _BIAS**-2
+        bias = sum(error / self.variances[op] for op, error in errors.items()) / weight
         freedom = _PRIOR + len(errors)
-        squares = sum((error - bias) ** 2 / self._variances[op] for op, error in errors.items())
+        squares = sum((error - bias) ** 2 / self.variances[op] for op, error in errors.items()) + (bias / _BIAS) ** 2
         reach = quantile(freedom) * math.sqrt((_PRIOR + squares) / freedom)
         found = {}
         for op, value in self.values.items():
-            factor = math.exp(reach * math.sqrt(self._variances[op]))
+            factor = math.exp(reach * math.sqrt(self.variances[op] + 1 / weight))
             middle = value * math.exp(-bias)
             found[op] = Estimate(middle, middle / factor, middle * factor)
         return found
-
 
     def represented(self, exact: Mapping[str, float], types: Iterable[Sequence[str]]) -> dict[str, Estimate]:
         """Correct each op by those of its layer type that were measured, the nearest in depth before and after it.
@@ -207,39 +226,57 @@ class Estimator:
         return found
 
 
-def _averaged(found: Evidence, common: float) -> tuple[float, float]:
+def _averaged(found: Evidence, common: float, outputs: int) -> tuple[float, float]:
     """Average the logarithms of the two estimates of an op; returns the mean and its variance.
 
     Args:
         found: What probes tell of it.
         common: Mean `Evidence.scatter` of all ops: the scatter of few passes is known badly.
+        outputs: As for `Estimator`.
 
     """
-    assuming, free = _SPREAD**2 + _SCATTER * (found.scatter + common) / 2, found.free_scatter
+    # the exact value is that of one draw of the rounding errors: squares of so many normal numbers, added up
+    drawn = 2 / outputs
+    assuming, free = _SPREAD**2 + drawn + _SCATTER * (found.scatter + common) / 2, found.free_scatter
     share = free / (assuming + free)
     return share * math.log(found.total) + (1 - share) * math.log(found.free), assuming * share
 
 
-def shifted(raw: Mapping[str, float], scale: Mapping[str, float], exact: Mapping[str, float]) -> dict[str, Estimate]:
-    """Tell how far estimates may be off that are sums with terms of either sign.
+def restored(
+    base: float, products: Mapping[str, float], squares: Mapping[str, float], exact: Mapping[str, float]
+) -> dict[str, Estimate]:
+    """Estimate the error of the model with all but one op quantized, e + d, and tell how far that may be off.
+
+    What it may be off by is taken for normal, of a known standard deviation times a factor that measured ops tell, as
+    in `Estimator.corrected`.
 
     Args:
-        raw: Op → estimate.
-        scale: Op → what the size of its error goes by, positive.
+        base: |e|², of the model with all ops quantized.
+        products: Op → e·d, where d is what restoring it changes.
+        squares: Op → |d|², as estimated.
         exact: Op → exact value, for some of the ops.
 
     Returns:
-        Of all ops in ``raw``; no bound is below zero.
+        Of all ops in ``squares``; no bound is below zero.
 
     """
-    errors = [(raw[op] - value) / scale[op] for op, value in exact.items()]
-    freedom = _PRIOR + len(errors)
-    spread = math.sqrt((_PRIOR * _FALLBACK**2 + sum(error**2 for error in errors)) / freedom)
-    reach = quantile(freedom) * spread
+    raw = added(base, products, squares)
+    scale = {
+        op: math.hypot(_REROUNDING * base, _CURVATURE * math.sqrt(square * (square + base)))
+        for op, square in squares.items()
+    }
+    freedom = _FALLBACK_PRIOR + len(exact)
+    factor = math.sqrt((_FALLBACK_PRIOR + sum(((raw[op] - v) / scale[op]) ** 2 for op, v in exact.items())) / freedom)
+    reach = {op: quantile(freedom) * factor * one for op, one in scale.items()}
     return {
-        op: Estimate(max(value, 0.0), max(value - reach * scale[op], 0.0), max(value, 0.0) + reach * scale[op])
+        op: Estimate(max(value, 0.0), max(value - reach[op], 0.0), max(value + reach[op], 0.0))
         for op, value in raw.items()
     }
+
+
+def added(base: float, products: Mapping[str, float], squares: Mapping[str, float]) -> dict[str, float]:
+    """|e + d|² = |e|² + 2·e·d + |d|² of each op; arguments as for `restored`."""
+    return {op: base + 2 * products[op] + square for op, square in squares.items()}
 
 
 def quantile(freedom: int) -> float:

@@ -403,6 +403,7 @@ def _calibrate(
         memory=None if spec.memory is None else parse_memory(spec.memory, "memory"),
         workers=max(1, workers),
         artifact=artifact,
+        representatives=spec.representatives,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +13,18 @@ from torch import Tensor
 
 from pytest_qsens import profile
 from pytest_qsens.engines.delta import DeltaEngine
-from pytest_qsens.estimate import MEASURED, Estimate, Estimator, Evidence, shifted, spread_over
+from pytest_qsens.estimate import (
+    MEASURED,
+    MEASURED_FALLBACK,
+    Estimate,
+    Estimator,
+    Evidence,
+    added,
+    depths,
+    representatives,
+    restored,
+    spread_over,
+)
 from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.calls import unquantized
 from pytest_qsens.graph.probes import Error, ProbedErrors, common_samples, fisher_root, signs
@@ -81,6 +92,19 @@ class ProbeEngine(DeltaEngine):
 
     Some are measured, as engine ``delta`` does: those that correct the others, and those that gradients say nothing
     of. The same ops are chosen, and the same probes drawn, in every process.
+
+    Args:
+        captured: Every evaluation batch.
+        simulator: Gives the outputs of quantized ops.
+        quantizable: Names of ops that can be quantized.
+        memory: Bytes for values.
+        expected: Those that are going to be scored.
+        verdict: Whether differences are to be trusted; `check` finds out if it is not known.
+        logits: Whether outputs are compared as distributions of classes, too.
+        rows: Of each sample of every batch.
+        strata: Parts of the depth in each of which one op of every layer type is measured; ``None`` measures a few
+            over the range.
+
     """
 
     name: str = "probe"
@@ -96,12 +120,16 @@ class ProbeEngine(DeltaEngine):
         *,
         logits: bool,
         rows: Sequence[Rows],
+        strata: int | None = None,
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits, rows=rows)
+        self._strata = strata
         self._region = memory // _REGION_SHARE
         self._wanted = [op for wave in self._waves for op in wave]
         self._estimates: dict[Mode, Estimates] = {}
         self._exactly: set[str] = set()
+        self._replayed: Mapping[str, Score] = {}
+        self._outputs = sum(run.graph.output.meta["val"].numel() for run in self._clean)
 
     def estimates(self, mode: Mode) -> Estimates:
         """Estimate all ops that are going to be scored, once."""
@@ -131,18 +159,23 @@ class ProbeEngine(DeltaEngine):
         super()._distrust(why, modes)
         self.name = "probe"  # whatever measures those that correct the others
 
+    def together(self, op: str) -> Score | None:
+        """Score with only this op quantized: of one that corrects the others, it is known."""
+        return self._replayed.get(op) or super().together(op)
+
     def _isolated_estimates(self) -> Estimates:
-        self.check()
         sums = self._sum(self._clean, None, self._rounding)
-        estimator = Estimator(sums.squares)
-        chosen = spread_over(estimator.values, MEASURED)
-        scores = self._exact("isolated", chosen, self._measure_alone, self.isolated)
-        exact = {op: found for op, score in scores.items() if (found := score.related(1.0, 1)) is not None}
-        by_metric = {"sse": estimator.corrected(_of_metric(exact, "sse"))}
+        estimator = Estimator(sums.squares, self._outputs)
+        chosen = self._choose(estimator.values, MEASURED)
+        # replays: to find out whether differences are to be trusted would take more
+        self._replayed = self._exact(chosen, self.isolated)
+        exact = {op: found for op, score in self._replayed.items() if (found := score.related(1.0, 1)) is not None}
+        by_metric = {"sse": self._corrected(estimator, _of_metric(exact, "sse"))}
         if self._logits:
-            by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
+            divergence = Estimator(sums.divergence, self._outputs)
+            by_metric["kl"] = self._corrected(divergence, _of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(scores)
+        self._alone.add(self._replayed)
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -151,31 +184,42 @@ class ProbeEngine(DeltaEngine):
         errors = [run.output - clean.output for run, clean in zip(joint, self._clean, strict=True)]
         sums = self._sum(joint, errors, self._restoring)
         base = sum(map(energy, errors))
-        squares = Estimator(sums.squares).values
-        raw = {op: base + 2 * sums.products[op] + square for op, square in squares.items()}
-        scale = {op: math.sqrt(square * (square + base)) for op, square in squares.items()}
-        chosen = spread_over(raw, MEASURED)
-        scores = self._exact("fallback", chosen, self._measure_others(None), self.fallback)
+        squares = Estimator(sums.squares, self._outputs).values
+        chosen = self._choose(added(base, sums.products, squares), MEASURED_FALLBACK)
+        scores = self._exact_others(chosen)
         exact = {op: score.sse for op, score in scores.items() if score.finite}
-        estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
+        estimates = _without({"sse": restored(base, sums.products, squares, exact)}, chosen, sums.refused)
         if self.trusts("fallback"):
             self._with_others(None).add(scores)
         return estimates
 
-    def _exact(
-        self,
-        mode: Mode,
-        ops: Sequence[str],
-        together: Callable[[Sequence[str]], Mapping[str, Score]],
-        alone: Callable[[str], Iterable[Tensor]],
-    ) -> Mapping[str, Score]:
-        """Measure some ops, together if that is trusted."""
-        if self.trusts(mode):
-            return together(ops)
-        found = {op: Score(logits=self._logits) for op in ops}
-        for op, score in found.items():
-            for reference, output, rows in zip(self.references, alone(op), self._rows, strict=True):
-                score.add(reference, output, rows)
+    def _corrected(self, estimator: Estimator, exact: Mapping[str, float]) -> Mapping[str, Estimate]:
+        if self._strata is None:
+            return estimator.corrected(exact)
+        return estimator.represented(exact, depths(self._wanted))
+
+    def _choose(self, values: Mapping[str, float], count: int) -> list[str]:
+        """Choose the ops that are measured to correct the others."""
+        if self._strata is None:
+            return spread_over(values, count)
+        return [op for op in representatives(depths(self._wanted), self._strata) if op in values]
+
+    def _exact_others(self, ops: Sequence[str]) -> Mapping[str, Score]:
+        """Measure with everything but each of these ops quantized: together, or one by one if that fails."""
+        if self.trusts("fallback"):
+            with suppress(Exception):
+                return self._measure_others(None)(ops)
+        return self._exact(ops, self.fallback)
+
+    def _exact(self, ops: Sequence[str], outputs: Callable[[str], Iterable[Tensor]]) -> dict[str, Score]:
+        """Measure some ops by replays; those that make the model fail are left out."""
+        found = {}
+        for op in ops:
+            score = Score(logits=self._logits)
+            with suppress(Exception):  # it is told when the op is scored
+                for reference, output, rows in zip(self.references, outputs(op), self._rows, strict=True):
+                    score.add(reference, output, rows)
+                found[op] = score
         return found
 
     def _sum(
@@ -197,38 +241,42 @@ class ProbeEngine(DeltaEngine):
         samples = [common_samples(run.graph.inputs.values()) for run in runs]
         count = min(passes for least, passes in _PASSES.items() if sum(size or 1 for size in samples) >= least)
         collected = _Collected(count, fisher=fisher)
-        for number, run in enumerate(runs):
-            seeds = [SEED + 2 * count * number + i for i in range(2 * count)]
-            probes: list[Probe] = [partial(signs, run.output, seed) for seed in seeds[:count]]
-            probes += [partial(fisher_root, run.output, seed) for seed in seeds[count:] if fisher]
-            probes += [partial(_same, starts[number])] if starts is not None else []
-            ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
-            errors = ProbedErrors(ops, error, len(probes), samples[number])
-            backward = Backward(run, self._weights, self._region)
-            with self._simulator.passing():
+        with self._simulator.passing(self._region if len(runs) > 1 else 0):  # each batch takes all weights
+            for number, run in enumerate(runs):
+                seeds = [SEED + 2 * count * number + i for i in range(2 * count)]
+                probes: list[Probe] = [partial(signs, run.output, seed) for seed in seeds[:count]]
+                probes += [partial(fisher_root, run.output, seed) for seed in seeds[count:] if fisher]
+                probes += [partial(_same, starts[number])] if starts is not None else []
+                ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
+                errors = ProbedErrors(ops, error, len(probes), samples[number])
+                backward = Backward(run, self._weights, self._region, ops)
                 backward.passes(probes, errors.watch)
-            run.release_all()
-            collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
-            collected.matter(op for node, op in ops.items() if backward.matters(node))
+                run.release_all()
+                collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
+                collected.matter(op for node, op in ops.items() if backward.matters(node))
         return collected.sums(self._wanted, positions)
 
     def _rounding(self, op: str, gradient: Gradient) -> Error:
         """Tell what quantizing an op does, everything else unquantized."""
-        return self._error(op, gradient.call, gradient.value)
+        call = gradient.call
+        if call.kind == "embedding":
+            return Error(self._simulator.output(op, call).sub_(gradient.value))
+        quantized, rounding = self._simulator.rounded(op, call)
+        return Error(quantized.sub_(gradient.value).sub_(self._times_weight(call, rounding)), rounding)
 
     def _restoring(self, op: str, gradient: Gradient) -> Error:
         """Tell what not quantizing an op does, everything else quantized."""
-        error = self._error(op, gradient.call, unquantized(gradient.call), gradient.value)
-        return Error(error.whole.neg(), *(None if part is None else part.neg() for part in error[1:]))
-
-    def _error(self, op: str, call: Call, clean: Tensor, quantized: Tensor | None = None) -> Error:
-        whole = (self._simulator.output(op, call, convolved=torch.float32) if quantized is None else quantized) - clean
+        call = gradient.call
+        whole = unquantized(call).sub_(gradient.value)
         if call.kind == "embedding":
             return Error(whole)
         rounding = self._simulator.input_error(op, call)
+        return Error(whole.add_(self._times_weight(call, rounding)), rounding.neg_())
+
+    def _times_weight(self, call: Call, x: Tensor) -> Tensor:
         if call.kind == "linear":
-            return Error(whole, self._weights.product(rounding, call.weight), rounding)
-        return Error(whole, unquantized(replace(call, x=rounding, bias=None)), rounding)
+            return self._weights.product(x, call.weight)
+        return unquantized(replace(call, x=x, bias=None))
 
 
 class _Collected:
@@ -245,9 +293,8 @@ class _Collected:
 
     def add(self, errors: ProbedErrors, refused: Mapping[str, str]) -> None:
         """Take what one batch has brought."""
-        for op, squares in errors.squares().items():
+        for op, (squares, products) in errors.sums().items():
             self._squares[op].append(squares)
-        for op, products in errors.products().items():
             self._products[op].append(products)
         self._refused |= refused
 

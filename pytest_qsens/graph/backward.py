@@ -8,8 +8,7 @@ graph computes, not what a training run would see of it: ``detach`` passes gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pytest_qsens import profile
 from pytest_qsens.errors import first_line
-from pytest_qsens.graph.calls import Call, bind, unquantized
+from pytest_qsens.graph.calls import Call, bind, convolution_gradient
 from pytest_qsens.graph.closure import closure, downstream
 from pytest_qsens.graph.footprint import size
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR
@@ -48,22 +47,27 @@ Probe = Callable[[], Tensor]
 """Makes the gradient of the output that a backward pass starts from, of the output's shape."""
 
 
+_VALUES_PER_NODE = 4
+"""Gradients that a pass holds at a time, in sizes of what it goes through: autograd's own, and those that are taken."""
+
+
 class Gradient(NamedTuple):
-    """What a backward pass brings to one call of an op.
+    """What backward passes bring to one call of an op.
 
     Attributes:
         node: The call.
-        probe: Number of the pass.
+        passes: Numbers of the passes; if not all, others come later, before any of another region.
         region: The same for calls that are told of together.
         call: Its arguments.
         value: What it gives in the run.
-        output: Gradient of its output.
-        input: Gradient of its input, for itself and not for others that read the same; ``None`` for an embedding.
+        output: Gradients of its output, ``(passes, *output)``.
+        input: Gradients of its input, for itself and not for others that read the same, ``(passes, *input)``; ``None``
+            for an embedding.
 
     """
 
     node: Node
-    probe: int
+    passes: range
     region: int
     call: Call
     value: Tensor
@@ -78,7 +82,8 @@ class Backward:
         run: Where op calls compute something else than in the model (`Run`, ``overrides``), the derivative is that of
             the original call at the values of the run: the straight-through estimator.
         weights: How gradients are multiplied by weights.
-        memory: Bytes of values to compute at a time, if segments are that small.
+        memory: Bytes of values to compute at a time, if segments are that small, and a few times as many of gradients.
+        watched: Calls of ops that gradients are wanted at; ``None`` for all.
 
     Attributes:
         blocked: Op calls whose gradient says nothing, or not all, of what a change does → why: on the way to the output
@@ -86,14 +91,16 @@ class Backward:
 
     """
 
-    def __init__(self, run: Run, weights: Weights, memory: int) -> None:
+    def __init__(self, run: Run, weights: Weights, memory: int, watched: Collection[Node] | None = None) -> None:
         self._run = run
         self._weights = weights
         self._memory = memory
-        self._dependent = downstream(run.call_nodes)
+        self._watched = frozenset(run.call_nodes if watched is None else watched)
+        self._dependent = downstream(self._watched)
         self._wanted = closure([run.graph.output], lambda node: node.all_input_nodes)
         self._groups = self._find_groups()
         self._written = frozenset(chain.from_iterable(self._groups))
+        self._sizes = list(map(size, run.graph.nodes))
         self._regions = list(self._find_regions())
         self.blocked: dict[Node, str] = {}
         for node in run.graph.nodes:
@@ -108,14 +115,15 @@ class Backward:
         """Run one backward pass for each probe, all of them together.
 
         Args:
-            probes: Where they start; each is called once.
-            watch: Is told of every gradient that reaches a call of an op; all of one segment, then the one before it.
+            probes: Where they start; each gives the same whenever it is called.
+            watch: Is told of the gradients at every watched call that they reach; all of one region, then the one
+                before it.
 
         """
         output = self._run.graph.output
-        pending: dict[Node, list[Tensor | None]] = {}
+        pending: dict[Node, list[Tensor]] = {}  # those of some passes, then those of others
         for region in reversed(self._regions):
-            arrived = {node: pending.pop(node) for node in list(pending) if self._run.order[node] in region}
+            arrived = {node: torch.cat(pending.pop(node)) for node in list(pending) if self._run.order[node] in region}
             starts = probes if self._run.order[output] in region else None
             if not arrived and starts is None:
                 continue
@@ -126,47 +134,53 @@ class Backward:
                 self._block(outputs, f"{self._culprit(region)} cannot be differentiated ({first_line(error)})")
                 continue
             for node, gradients in found.items():
-                known = pending.get(node, [None] * len(probes))
-                pending[node] = [_sum(one, other) for one, other in zip(gradients, known, strict=True)]
+                pending[node] = [torch.cat(pending[node]) + torch.cat(gradients)] if node in pending else gradients
 
     def _through(
         self,
         region: range,
-        arrived: Mapping[Node, Sequence[Tensor | None]],
+        arrived: Mapping[Node, Tensor],
         starts: Sequence[Probe] | None,
         count: int,
         watch: Callable[[Gradient], None],
-    ) -> dict[Node, list[Tensor | None]]:
+    ) -> dict[Node, list[Tensor]]:
         """Carry gradients from what leaves a region to what enters it."""
         run = self._run
         segments = {segment for position in region if (segment := run.segment_of[position]) is not None}
-        tracer = _Tracer(run, self._weights, self._dependent, self._written, watch)
-        found: dict[Node, list[Tensor | None]] = {}
+        tracer = _Tracer(run, self._weights, self._dependent, self._written, self._watched)
+        found: dict[Node, list[Tensor]] = {}
         try:
             run.require(segments)
             with torch.enable_grad():
                 values = tracer.run(region, self._wanted)
-            found = {node: [None] * count for node in tracer.leaves}
-            for probe in range(count):
-                tracer.probe = probe
-                sources = [(values[node], gradients[probe]) for node, gradients in arrived.items()]
+            together = self._together(region, count)
+            first = 0
+            while first < count:
+                passes = range(first, min(first + together, count))
+                sources = [(values[node], gradients[first : passes.stop]) for node, gradients in arrived.items()]
                 if starts is not None:
-                    sources.append((values[run.graph.output], starts[probe]()))
-                sources = [(value, g) for value, g in sources if g is not None and value.requires_grad]
-                if not sources:
+                    started = torch.stack([starts[number]() for number in passes])
+                    sources.append((values[run.graph.output], started))
+                try:
+                    entering, gradients_of_ops = tracer.carry(sources, passes)
+                except RuntimeError:  # some operators can be differentiated for one pass at a time only
+                    if together == 1:
+                        raise
+                    together = 1
                     continue
-                gradients = torch.autograd.grad(
-                    [value for value, _ in sources],
-                    tracer.inputs,
-                    [gradient for _, gradient in sources],
-                    retain_graph=probe + 1 < count,
-                    allow_unused=True,
-                )
-                for node, gradient in zip(tracer.leaves, gradients, strict=False):  # the anchor's comes last
-                    found[node][probe] = gradient
+                for node, gradient in entering.items():
+                    found.setdefault(node, []).append(gradient)
+                for gradient in gradients_of_ops:
+                    watch(gradient)
+                first = passes.stop
         finally:
             run.release(segments)
-        return {node: gradients for node, gradients in found.items() if any(g is not None for g in gradients)}
+        return found
+
+    def _together(self, region: range, count: int) -> int:
+        """How many passes go through a region together."""
+        held = sum(self._sizes[region.start : region.stop])
+        return max(1, min(count, _VALUES_PER_NODE * self._memory // max(1, held)))
 
     def _culprit(self, region: range) -> str:
         """Name the first call of a region that cannot be differentiated by itself."""
@@ -174,15 +188,12 @@ class Backward:
             node = self._run.graph.nodes[position]
             if node.op != "call_function" or node not in self._dependent or node not in self._wanted:
                 continue
-            tracer = _Tracer(self._run, self._weights, self._dependent, frozenset(), lambda _: None)
+            tracer = _Tracer(self._run, self._weights, self._dependent, frozenset(), frozenset())
             try:
                 with torch.enable_grad():
                     values = tree_leaves(tracer.run(range(position, position + 1), {node})[node])
-                for value in values:
-                    if isinstance(value, Tensor) and value.requires_grad:
-                        torch.autograd.grad(
-                            value, tracer.inputs, torch.ones_like(value), retain_graph=True, allow_unused=True
-                        )
+                real = [(value, torch.ones_like(value)[None]) for value in values if isinstance(value, Tensor)]
+                tracer.carry(real, range(1))
             except RuntimeError:
                 return str(node.target)
         return "a part of the model"
@@ -218,7 +229,7 @@ class Backward:
             places = [run.order[node] for node in nodes if node.op == "call_function"]
             spans.append((min(places), max(places)))
         cuts = [end for end in run.ends if not any(low <= end < high for low, high in spans)]
-        sizes = list(accumulate(map(size, run.graph.nodes)))
+        sizes = list(accumulate(self._sizes))
         start, before = 0, 0
         for end, following in pairwise([*cuts, len(sizes) - 1]):
             if sizes[following] - before > self._memory:
@@ -227,12 +238,21 @@ class Backward:
         yield range(start, len(sizes))
 
 
+class _Tap(NamedTuple):
+    """Where gradients are taken: tensors that an op call seems to read, of the shapes of its input and its output."""
+
+    node: Node
+    call: Call
+    value: Tensor
+    input: Tensor | None
+    output: Tensor
+
+
 class _Tracer:
     """Computes a region with autograd watching.
 
     Attributes:
         leaves: Nodes from before the region that changes come in by → their values, which gradients are taken of.
-        probe: Number of the pass that goes on.
 
     """
 
@@ -242,24 +262,17 @@ class _Tracer:
         weights: Weights,
         dependent: Collection[Node],
         written: Collection[Node],
-        watch: Callable[[Gradient], None],
+        watched: Collection[Node],
     ) -> None:
         self._run = run
         self._weights = weights
         self._dependent = dependent
         self._written = written
-        self._watch = watch
+        self._watched = watched
         self._ops = frozenset(run.call_nodes)
-        # makes calls of ops differentiable that have no input to differentiate by, such as embeddings
-        self._anchor = torch.zeros((), requires_grad=True, device=run.output.device)
         self._start = 0
+        self._taps: list[_Tap] = []
         self.leaves: dict[Node, Tensor] = {}
-        self.probe = 0
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """All that gradients can be taken of, the leaves first."""
-        return [*self.leaves.values(), self._anchor]
 
     def run(self, region: range, wanted: Collection[Node]) -> dict[Node, Any]:
         """Compute the values of a region that changes reach, and what shares memory with them."""
@@ -275,6 +288,47 @@ class _Tracer:
                     values[argument] = self._entering(argument)
             values[node] = self._value(node, values)
         return values
+
+    def carry(
+        self, sources: Sequence[tuple[Tensor, Tensor]], passes: range
+    ) -> tuple[dict[Node, Tensor], list[Gradient]]:
+        """Carry gradients back through what was computed.
+
+        Args:
+            sources: Values, and the gradients that passes bring to them, ``(passes, *value)``.
+            passes: Their numbers.
+
+        Returns:
+            Gradients of leaves, ``(passes, *value)``, and at watched calls, the last first; those that are reached.
+
+        """
+        reached = [(value, gradient) for value, gradient in sources if value.requires_grad]
+        taken = [*self.leaves.values(), *chain.from_iterable((tap.output, tap.input) for tap in self._taps)]
+        taken = [value for value in taken if value is not None]
+        if not reached or not taken:
+            return {}, []
+        several = len(passes) > 1
+        gradients = torch.autograd.grad(
+            [value for value, _ in reached],
+            taken,
+            [gradient if several else gradient[0] for _, gradient in reached],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=several,
+        )
+        found = {
+            id(value): gradient if several else gradient[None]
+            for value, gradient in zip(taken, gradients, strict=True)
+            if gradient is not None
+        }
+        entering = {node: found[id(leaf)] for node, leaf in self.leaves.items() if id(leaf) in found}
+        of_taps = [(tap, found.get(id(tap.output)), found.get(id(tap.input))) for tap in reversed(self._taps)]
+        watched = [
+            Gradient(tap.node, passes, self._start, tap.call, tap.value, output, entered)
+            for tap, output, entered in of_taps
+            if output is not None
+        ]
+        return entering, watched
 
     def _entering(self, node: Node) -> Any:  # noqa: ANN401 - a value of any node
         value = self._run.values(node)
@@ -296,24 +350,21 @@ class _Tracer:
         return profile.call(node, target, args, kwargs)
 
     def _op(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Compute a call of an op, or take what the run has, with a gradient that is watched."""
+        """Compute a call of an op, or take what the run has, with taps for its gradients if they are wanted."""
         call = bind(node.target, args, kwargs)
-
         with torch.no_grad():
             # what the run has of a group was written into since; so will be what is returned here
             written = node in self._run.groups
             value: Tensor = self._run.call(node)(*args, **kwargs) if written else self._run.values(node)
-        through = None if call.kind == "embedding" else _InputGradient(call, self._weights)
-        back = partial(self._back, node, call, value, through)
-        found: Tensor = _OpCall.apply(call.x, self._anchor, value.clone if written else value.detach, back)  # type: ignore[no-untyped-call] # torch's
-        return found
-
-    def _back(
-        self, node: Node, call: Call, value: Tensor, through: _InputGradient | None, gradient: Tensor
-    ) -> Tensor | None:
-        found = None if through is None else through(gradient)
-        if node in self._ops:
-            self._watch(Gradient(node, self.probe, self._start, call, value, gradient, found))
+        input_tap = output_tap = None
+        if node in self._watched:
+            input_tap = None if call.kind == "embedding" else _tap(call.x)
+            output_tap = _tap(value)
+            self._taps.append(_Tap(node, call, value, input_tap, output_tap))
+        through = partial(_input_gradient, call, self._weights)
+        found: Tensor = _OpCall.apply(  # type: ignore[no-untyped-call] # torch's
+            call.x, input_tap, output_tap, value.clone if written else value.detach, through
+        )
         return found
 
 
@@ -323,58 +374,36 @@ class _OpCall(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - torch's
-        x: Tensor,
-        _anchor: Tensor,
+        _x: Tensor,
+        _input_tap: Tensor | None,
+        _output_tap: Tensor | None,
         value: Callable[[], Tensor],
-        back: Callable[[Tensor], Tensor | None],
+        through: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return the value; ``x`` and the anchor make it need a gradient."""
-        ctx.needed = x.requires_grad
-        ctx.back = back
+        """Return the value; the input and the taps make it need a gradient."""
+        ctx.through = through
         return value()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:  # noqa: ANN401 - torch's
-        """Compute the gradient of ``x``."""
-        found = ctx.back(gradients[0])
-        return (found if ctx.needed else None), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's
+        """Compute the gradient of the input, which its tap gets for itself."""
+        of_x, of_input, of_output = ctx.needs_input_grad[:3]
+        found = ctx.through(gradients[0]) if of_x or of_input else None
+        return found if of_x else None, found if of_input else None, gradients[0] if of_output else None, None, None
 
 
-class _InputGradient:
-    """Multiplies gradients of an op's output by its Jacobian with respect to its input.
+def _tap(value: Tensor) -> Tensor:
+    """Make a tensor of the same shape that takes no memory."""
+    return value.new_zeros(()).expand(value.shape).requires_grad_()
 
-    Args:
-        call: A linear or a convolution.
-        weights: In which dtype to multiply by a narrow weight.
 
-    """
-
-    def __init__(self, call: Call, weights: Weights) -> None:
-        self._call = call
-        self._weights = weights
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the input, fp32."""
-        if self._call.kind == "linear":
-            return self._weights.transposed(gradient, self._call.weight)
-        x, output = self._convolution
-        found: Tensor = torch.autograd.grad(output, x, gradient, retain_graph=True)[0]
-        return found
-
-    @cached_property
-    def _convolution(self) -> tuple[Tensor, Tensor]:
-        x = self._call.x.detach().requires_grad_()
-        with torch.enable_grad():
-            return x, unquantized(replace(self._call, x=x, bias=None))
+def _input_gradient(call: Call, weights: Weights, gradient: Tensor) -> Tensor:
+    """Multiply the gradient of an op's output by its Jacobian with respect to its input; fp32."""
+    if call.kind == "linear":
+        return weights.transposed(gradient, call.weight)
+    return convolution_gradient(call, gradient)
 
 
 def _is_real(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Add up gradients that come from several regions."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other

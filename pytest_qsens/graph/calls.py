@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,37 @@ def unquantized(call: Call) -> Tensor:
         found: Tensor = LINEAR(call.x, call.weight, call.bias)
         return found
     return CONVOLUTIONS[call.kind](call.x, call.weight, call.bias, **(call.conv or {}))
+
+
+def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
+    """Multiply the gradient of a convolution's output by its Jacobian: the gradient of its input, of that shape."""
+    dims, options, x = int(call.kind[4]), call.conv or {}, call.x
+    stride, dilation = (_for_each(options[name], dims) for name in ("stride", "dilation"))
+    before = after = [0] * dims
+    if options["padding"] == "same":
+        reach = [step * (size - 1) for step, size in zip(dilation, call.weight.shape[2:], strict=True)]
+        before, after = [total // 2 for total in reach], [total - total // 2 for total in reach]
+    elif options["padding"] != "valid":
+        before = after = _for_each(options["padding"], dims)
+    if before != after:  # the operator pads both sides alike: take the gradient of the padded input
+        padded = [size + one + other for size, one, other in zip(x.shape[-dims:], before, after, strict=True)]
+        whole = replace(call, x=x.new_empty(()).expand(*x.shape[:-dims], *padded), conv={**options, "padding": 0})
+        found = convolution_gradient(whole, gradient)
+        for dim, (start, size) in enumerate(zip(before, x.shape[-dims:], strict=True), -dims):
+            found = found.narrow(dim, start, size)
+        return found
+    single = x.dim() == dims + 1  # no batch
+    found, _, _ = aten.convolution_backward(
+        *(value.unsqueeze(0) if single else value for value in (gradient, x)),
+        *(call.weight, None, stride, before, dilation, False, [0] * dims, options["groups"], [True, False, False]),
+    )
+    return found.squeeze(0) if single else found
+
+
+def _for_each(value: int | Sequence[int], dims: int) -> list[int]:
+    """Spread an option of a convolution over its dimensions."""
+    found = [value] if isinstance(value, int) else list(value)
+    return found * dims if len(found) == 1 else found
 
 
 def is_op_call(target: object) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch.fx import Node
 
@@ -28,18 +28,40 @@ if TYPE_CHECKING:
 
 
 class Error(NamedTuple):
-    """How a quantized call differs from what it is compared with.
+    """How a quantized call differs from what it is compared with: what its input's rounding makes of it, and the rest.
 
     Attributes:
-        whole: Difference of its outputs.
-        by_input: The part of it that comes from rounding the input; ``None`` for an embedding.
+        rest: Difference of its outputs, without the part that comes from rounding the input.
         input: The rounding of the input itself, of the input's shape; ``None`` for an embedding.
 
     """
 
-    whole: Tensor
-    by_input: Tensor | None = None
+    rest: Tensor
     input: Tensor | None = None
+
+
+class _Sums(NamedTuple):
+    """What passes bring to one call.
+
+    Attributes:
+        by_value: Sum of squares of gradient times rounding, over the values of the input, ``(passes,)``.
+        by_channel: Gradient times the rest of the error, summed over rows, ``(passes, samples, channels)``.
+        products: g·δ, ``(passes, samples)``.
+
+    """
+
+    by_value: Tensor
+    by_channel: Tensor | None
+    products: Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Add another call of the op: both share the errors of its weight."""
+        one, two = self.by_channel, other.by_channel
+        return _Sums(
+            self.by_value + other.by_value,
+            None if one is None or two is None else _added(one, two),
+            _added(self.products, other.products),
+        )
 
 
 class ProbedErrors:
@@ -66,68 +88,84 @@ class ProbedErrors:
         self._samples = samples
         self._region: object = None
         self._errors: dict[Node, Error] = {}
-        self._by_value: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(probes, dtype=torch.float64))
-        self._by_channel: defaultdict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        self._whole: defaultdict[str, list[list[Tensor]]] = defaultdict(lambda: [[] for _ in range(probes)])
+        self._found: defaultdict[Node, list[_Sums]] = defaultdict(list)
 
     @torch.no_grad()
     def watch(self, gradient: Gradient) -> None:
-        """Take the gradient at one call of an op; see `pytest_qsens.graph.backward.Backward.passes`."""
-        op = self._ops.get(gradient.node)
-        if op is None:
-            return
-        if gradient.region != self._region:  # no other pass comes back to those
+        """Take the gradients at one call of an op; see `pytest_qsens.graph.backward.Backward.passes`."""
+        if gradient.region != self._region:
             self._region = gradient.region
             self._errors.clear()
-        if gradient.node not in self._errors:
-            self._errors[gradient.node] = self._error(op, gradient)
-        error, call, probe = self._errors[gradient.node], gradient.call, gradient.probe
-        product = gradient.output * error.whole
-        self._whole[op][probe].append(self._apart(product).sum(1))
-        if error.by_input is None or error.input is None or gradient.input is None:
-            self._by_value[op][probe] += _by_row(product, call.x)
-            return
-        self._by_value[op][probe] += float((gradient.input * error.input).square_().sum())
-        channel = -1 if call.kind == "linear" else -1 - int(call.kind[4])
-        of_weight = self._apart(product.sub_(gradient.output * error.by_input).movedim(channel, -1))
-        self._by_channel[op, probe].append(of_weight.view(len(of_weight), -1, product.shape[channel]).sum(1))
+        error = self._errors.get(gradient.node)
+        if error is None:
+            error = self._error(self._ops[gradient.node], gradient)
+            if len(gradient.passes) < self._probes:  # others come later
+                self._errors[gradient.node] = error
+        self._found[gradient.node].append(self._sums(gradient, error))
 
-    def squares(self) -> dict[str, Tensor]:
-        """By op: an estimate of δᵀJᵀMJδ for each pass, with rounding errors taken for independent; ``(probes,)``."""
-        found = {}
-        for op, by_value in self._by_value.items():
-            by_channel = [_summed(self._by_channel[op, probe]).square().sum().cpu() for probe in range(self._probes)]
-            found[op] = by_value + torch.stack(by_channel)
-        return found
+    def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By op, float64: an estimate of δᵀJᵀMJδ for each pass, and g·δ for each pass and sample.
 
-    def products(self) -> dict[str, Tensor]:
-        """By op: g·δ for each pass and sample, ``(probes, samples)``; its squares add up to one without assumptions."""
-        return {op: torch.stack([_summed(calls) for calls in passes]).cpu() for op, passes in self._whole.items()}
+        The former, ``(probes,)``, takes rounding errors for independent; the squares of the latter,
+        ``(probes, samples)``, add up to an estimate without that assumption.
+        """
+        by_op: dict[str, _Sums] = {}
+        for node, parts in self._found.items():
+            op = self._ops[node]
+            channels = [part.by_channel for part in parts if part.by_channel is not None]
+            whole = _Sums(
+                torch.cat([part.by_value for part in parts]),
+                torch.cat(channels) if channels else None,
+                torch.cat([part.products for part in parts]),
+            )
+            by_op[op] = by_op[op].plus(whole) if op in by_op else whole
+        return {op: (_squares(found).cpu(), found.products.cpu()) for op, found in by_op.items()}
 
-    def _apart(self, values: Tensor) -> Tensor:
-        """Flatten what is of one sample: ``(samples, values of each)``, or ``(1, values)``."""
-        return values.reshape(self._samples if values.shape[0] == self._samples else 1, -1)
+    def _sums(self, gradient: Gradient, error: Error) -> _Sums:
+        call = gradient.call
+        rest = gradient.output * error.rest
+        if error.input is None or gradient.input is None:
+            by_value = torch.stack([_by_row(part, call.x) for part in rest])
+            return _Sums(by_value, None, self._by_sample(rest).double())
+        by_channel = self._by_sample(rest, -1 if call.kind == "linear" else -1 - int(call.kind[4])).double()
+        rounding = gradient.input * error.input
+        products = _added(by_channel.sum(-1), self._by_sample(rounding).double())
+        return _Sums(rounding.flatten(1).square_().sum(1).double(), by_channel, products)
+
+    def _by_sample(self, values: Tensor, channel: int | None = None) -> Tensor:
+        """Sum over what is of one sample, and maybe channel: ``(passes, *)`` → ``(passes, samples[, channels])``."""
+        kept = None if channel is None else channel % values.dim()
+        apart = self._samples == values.shape[1] and kept != 1
+        dims = [dim for dim in range(1, values.dim()) if dim != kept and not (apart and dim == 1)]
+        found = values.sum(dims) if dims else values
+        return found if apart else found.unsqueeze(1)
 
 
-def _by_row(product: Tensor, indices: Tensor) -> float:
+def _squares(found: _Sums) -> Tensor:
+    return found.by_value if found.by_channel is None else found.by_value + found.by_channel.square().sum((1, 2))
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """Add ``(passes, samples, *)``; where only one of them holds samples apart, all are added up."""
+    if one.shape == other.shape:
+        return one + other
+    return one.sum(1, keepdim=True) + other.sum(1, keepdim=True)
+
+
+def _by_row(product: Tensor, indices: Tensor) -> Tensor:
     """Sum of squares over what is looked up in an embedding, summed before over equal indices: their errors are equal.
 
     Args:
         product: ``(*, dim)``.
         indices: ``(*,)``.
 
+    Returns:
+        float64, ``()``.
+
     """
     flat = product.reshape(-1, product.shape[-1]).double()
     rows, place = torch.unique(indices.reshape(-1), return_inverse=True)
-    return float(flat.new_zeros((len(rows), flat.shape[1])).index_add_(0, place, flat).square_().sum())
-
-
-def _summed(calls: Sequence[Tensor]) -> Tensor:
-    """Sum over the calls of an op, ``(samples, *)``, float64: they share the errors of its weight."""
-    if not calls:
-        return torch.zeros(1, dtype=torch.float64)
-    alike = all(call.shape == calls[0].shape for call in calls)
-    return torch.stack([(call if alike else call.sum(0, keepdim=True)).double() for call in calls]).sum(0)
+    return flat.new_zeros((len(rows), flat.shape[1])).index_add_(0, place, flat).square().sum()
 
 
 def common_samples(inputs: Iterable[Tensor]) -> int | None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import pickle
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines import probe
-from pytest_qsens.estimate import MEASURED
+from pytest_qsens.estimate import MEASURED, MEASURED_FALLBACK
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.probes import fisher_root, signs
 from pytest_qsens.models.spec import ModelSpec
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pytest_qsens.results import Mode, OpResult
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scores(spec: ModelSpec, engine: str, mode: Mode = "isolated", **options: Any) -> dict[str, OpResult]:  # noqa: ANN401 - of `calibrate`
@@ -54,8 +64,8 @@ def deep(between: Callable[[Tensor], Tensor] = torch.tanh) -> ModelSpec:
 
 
 def test_estimates_are_near_and_marked() -> None:
-    """A few ops are measured, with the very scores of engine delta; the others have an interval."""
-    found, exact = scores(deep(), "probe"), scores(deep(), "delta")
+    """A few ops are measured, with the very scores of engine replay; the others have an interval."""
+    found, exact = scores(deep(), "probe"), scores(deep(), "replay")
     measured = [op for op, result in found.items() if result.status == "measured"]
     assert len(measured) == MEASURED
     for op, result in found.items():
@@ -69,14 +79,72 @@ def test_estimates_are_near_and_marked() -> None:
             assert result.status == "estimated"
             low, high = result.intervals["isolated"]
             assert low < nmse < high
-            assert nmse == pytest.approx(expected, rel=0.5)
+            assert nmse == pytest.approx(expected, rel=0.6)
             assert result.isolated["kl"] == pytest.approx(exact[op].isolated["kl"], rel=0.8)
 
 
-def test_the_same_in_every_process() -> None:
-    """The same probes are drawn, and the same ops chosen; other seeds give other estimates."""
-    one, again = scores(deep(), "probe"), scores(deep(), "probe")
-    assert [(r.status, r.isolated) for r in one.values()] == [(r.status, r.isolated) for r in again.values()]
+def _told(found: Mapping[str, OpResult]) -> list[tuple[Any, ...]]:
+    return [(op, r.status, r.isolated, r.intervals) for op, r in found.items()]
+
+
+def _in_a_process_of_its_own(threads: int) -> list[tuple[Any, ...]]:
+    """Estimate in a fresh interpreter, with other random numbers drawn before."""
+    script = (
+        "import pickle, sys, torch; from tests.engines.test_probe import _told, llama, scores;"
+        f"torch.set_num_threads({threads}); torch.randn(7);"
+        "sys.stdout.buffer.write(pickle.dumps(_told(scores(llama(), 'probe'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT)
+    found: list[tuple[Any, ...]] = pickle.loads(done.stdout)
+    return found
+
+
+def llama() -> ModelSpec:
+    """Two layers with attention, of random weights."""
+    return ARCHITECTURES["llama"].spec()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about this configuration
+def test_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process draws the same probes and chooses the same ops, to the last bit; other seeds tell otherwise."""
+    torch.manual_seed(99)
+    one = _told(scores(llama(), "probe"))
+    assert _in_a_process_of_its_own(torch.get_num_threads()) == one
+    monkeypatch.setattr(probe, "SEED", 1)
+    other = _told(scores(llama(), "probe"))
+    assert [op for op, *_ in other] == [op for op, *_ in one]
+    assert other != one
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "vit", "whisper"])
+@pytest.mark.filterwarnings("ignore")  # of transformers, about these configurations
+def test_divergence_of_true_architectures(name: str) -> None:
+    """The divergence is estimated, too: ops come in about its order, and half are within a factor of 1.5."""
+    found, exact = scores(ARCHITECTURES[name].spec(), "probe"), scores(ARCHITECTURES[name].spec(), "replay")
+    pairs = [
+        (result.isolated["kl"], expected)
+        for op, result in found.items()
+        if result.status == "estimated" and result.isolated and (expected := (exact[op].isolated or {}).get("kl"))
+    ]
+    assert len(pairs) >= len(found) - MEASURED - 2
+    assert statistics.median(abs(math.log(one / other)) for one, other in pairs) < math.log(1.5)
+    assert spearmanr([one for one, _ in pairs], [other for _, other in pairs]).statistic > 0.8
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
+@pytest.mark.filterwarnings("ignore")  # of transformers, about these configurations
+def test_fallback_of_true_architectures(name: str) -> None:
+    """With everything else quantized, intervals hold most exact values, and are narrower than the range of them."""
+    found, exact = (
+        scores(ARCHITECTURES[name].spec(), engine, "fallback", divergence=False) for engine in ("probe", "replay")
+    )
+    values = {op: float((result.fallback or {})["nmse"] or 0) for op, result in exact.items() if result.fallback}
+    intervals = {op: result.intervals["fallback"] for op, result in found.items() if result.intervals}
+    assert len(intervals) >= len(values) - MEASURED_FALLBACK - 2
+    inside = [low <= values[op] <= high for op, (low, high) in intervals.items()]
+    assert sum(inside) >= 0.7 * len(inside)
+    widths = [high - low for low, high in intervals.values()]
+    assert statistics.median(widths) < max(values.values()) - min(values.values())
 
 
 def test_estimates_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +199,7 @@ def test_fallback_is_estimated_from_the_quantized_model() -> None:
         for op, result in found.items()
         for low, high in result.intervals.values()
     ]
-    assert len(inside) == len(found) - MEASURED
+    assert len(inside) == len(found) - MEASURED_FALLBACK
     assert sum(inside) >= len(inside) - 1
     assert all("gain" in (result.fallback or {}) for result in found.values())
 

@@ -41,8 +41,11 @@ def by_segments(run: Run, start: Tensor, memory: int) -> tuple[dict[str, list[Gr
     found: dict[str, list[Gradient]] = {}
 
     def watch(gradient: Gradient) -> None:
-        if gradient.probe == 1:
-            found.setdefault(names[gradient.node], []).append(gradient)
+        if 1 in gradient.passes:
+            second = gradient.passes.index(1)
+            parts = (gradient.output, gradient.input)
+            output, entering = (None if part is None else part[second] for part in parts)
+            found.setdefault(names[gradient.node], []).append(gradient._replace(output=output, input=entering))
 
     backward = Backward(run, Weights(fast_bf16=False), memory)
     backward.passes([lambda: start, lambda: 2 * start], watch)
