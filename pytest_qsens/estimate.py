@@ -12,7 +12,6 @@ from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from numpy import interp
 from scipy.special import stdtrit
 
 from pytest_qsens.results import LEVEL
@@ -195,10 +194,11 @@ class Estimator:
         return found
 
     def represented(self, exact: Mapping[str, float], types: Iterable[Sequence[str]]) -> dict[str, Estimate]:
-        """Correct each op by those of its layer type that were measured, the nearest in depth before and after it.
+        """Correct by the ratio at the ops that were measured, each layer type by that of its own as far as they differ.
 
-        The logarithm of the ratio is interpolated between them. How far off that is, every measured op tells that is
-        left out and predicted by the others of its type; it is taken for a factor to the variance, as in `corrected`.
+        The logarithm of the ratio is taken for the sum of a mean common to all ops, one of the type and a rest, all
+        normal: a model with random effects (Gelman et al., Bayesian Data Analysis, section 5.4). How much types differ
+        is what their means scatter more than the rest explains; if they do not, all ops are corrected alike.
 
         Args:
             exact: Op → exact value, for some of the ops; those of zero say nothing.
@@ -206,23 +206,29 @@ class Estimator:
 
         """
         errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
-        common = fmean(errors.values()) if errors else 0.0
-        found, residuals, estimated = {}, [], {}
-        for ops in types:
-            places = {op: place for place, op in enumerate(ops) if op in errors}
+        weight = sum(1 / self.variances[op] for op in errors) + _BIAS**-2
+        bias = sum(error / self.variances[op] for op, error in errors.items()) / weight
+        groups = [[op for op in ops if op in self.values] for ops in types]
+        told = [[op for op in ops if op in errors] for ops in groups]
+        means = [fmean(errors[op] - bias for op in ops) if ops else 0.0 for ops in told]
+        within = [
+            (errors[op] - bias - mean) ** 2 / self.variances[op]
+            for ops, mean in zip(told, means, strict=True)
+            for op in ops
+        ]
+        freedom = _PRIOR + len(within) - sum(map(bool, told))
+        factor = (_PRIOR + sum(within)) / freedom
+        rests = [factor * fmean(self.variances[op] for op in ops) / len(ops) if ops else math.inf for ops in told]
+        between = [mean**2 - rest for mean, rest in zip(means, rests, strict=True) if rest < math.inf]
+        scatter = max(0.0, fmean(between)) if between else 0.0
+        found = {}
+        for ops, mean, rest in zip(groups, means, rests, strict=True):
+            share = scatter / (scatter + rest) if scatter else 0.0
             for op in ops:
-                if op not in self.values:
-                    continue
-                others = {place: errors[other] for other, place in places.items() if other != op}
-                error = float(interp(ops.index(op), list(others), list(others.values()))) if others else common
-                if op in errors:
-                    residuals.append((errors[op] - error) ** 2 / self.variances[op])
-                estimated[op] = self.values[op] * math.exp(-error)
-        freedom = _PRIOR + len(residuals)
-        reach = quantile(freedom) * math.sqrt((_PRIOR + sum(residuals)) / freedom)
-        for op, middle in estimated.items():
-            factor = math.exp(reach * math.sqrt(self.variances[op]))
-            found[op] = Estimate(middle, middle / factor, middle * factor)
+                variance = factor * (self.variances[op] + 1 / weight) + scatter * (1 - share)
+                reach = math.exp(quantile(freedom) * math.sqrt(variance))
+                middle = self.values[op] * math.exp(-bias - share * mean)
+                found[op] = Estimate(middle, middle / reach, middle * reach)
         return found
 
 
