@@ -144,10 +144,14 @@ class CalibratedModel:
         return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
 
     def estimated(self, op: Op, mode: Mode) -> OpResult | None:
-        """Estimate of an op, if there is one; the first call estimates all ops."""
+        """Tell what is known of an op without measuring it, if anything is; the first call estimates all ops.
+
+        Those that were measured to correct the estimates are known exactly.
+        """
         with self._profiled(self._engine.phase), torch.no_grad():
             found = self._engine.estimate(op.name, mode)
-        return None if found is None else self.score(op, (mode,))
+            refused = self._engine.why_measured(op.name, mode)
+        return self.score(op, (mode,)) if found is not None or refused is None else None
 
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Measure these ops, when they are scored next, and together, instead of estimating them."""

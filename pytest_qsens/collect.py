@@ -623,7 +623,7 @@ def check_refinement(model: Model, options: Options) -> None:
         )
     if options.gate_estimates and not options.estimating:
         raise QsensError(
-            f"{options.origins['gate_estimates']}: engine {options.engine} measures all ops, and there are no estimates "
+            f"{options.origins['gate_estimates']}: engine {options.engine} measures all, and there are no estimates "
             "to gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
         )
     if options.top is None:

@@ -147,7 +147,9 @@ class Bench:
         if found is None:
             estimate = None if part == "total" else self.calibrated(spec, model).estimated(op, part)
             without = OpResult(op.name, op.type, op.block, "unrun")
-            found = Measured(replace(estimate or without, reason=refined.why), 0.0)
+            found = Measured(estimate or without, 0.0)
+            if found.result.status != "measured":
+                found = replace(found, result=replace(found.result, reason=refined.why))
         return refined.charge(found)
 
     def _refine(self, spec: RunSpec, model: Model) -> Refined:

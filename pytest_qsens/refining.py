@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_qsens import time_budget
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.refinement import (
     CERTAIN,
@@ -20,7 +21,6 @@ from pytest_qsens.refinement import (
 )
 from pytest_qsens.results import LEFT_OUT
 from pytest_qsens.shards import predicted_costs
-from pytest_qsens.time_budget import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -158,8 +158,12 @@ class _Sought:
                 continue
             if mode in known:
                 self._learn(op.name, known[mode])
-            elif (estimate := calibrated.estimated(op, mode)) is not None:
-                self.beliefs[op.name] = estimated(mode, estimate.intervals[mode])
+            elif (told := calibrated.estimated(op, mode)) is None:
+                continue
+            elif told.status == "estimated":
+                self.beliefs[op.name] = estimated(mode, told.intervals[mode])
+            else:
+                self._learn(op.name, told)
 
     def measure(self, ops: Collection[str], measure: Callable[[Op, Part], OpResult]) -> None:
         """Measure these."""
@@ -190,5 +194,5 @@ class _Sought:
 def _too_short(budget: str | None, when: str, reference: float) -> str:
     return (
         f"the time budget of {budget} ended {when}, so there is nothing to tell and nothing is written. One forward "
-        f"takes {told(reference)}, and estimating all ops {_ESTIMATE} to 20 of them: give more time"
+        f"takes {time_budget.told(reference)}, and estimating all ops {_ESTIMATE} to 20 of them: give more time"
     )
