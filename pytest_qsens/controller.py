@@ -545,7 +545,11 @@ class Controller:
         run.ranks = found
         for verdict in found:
             if verdict.state in ("failed", "not judged"):
-                self.problems.append(f"the order of the ops of {run.model}: {verdict.gate} {verdict.state}, see above")
+                next_step = "; measure all ops, or give this run only thresholds, such as --qsens-fail nmse:5%"
+                self.problems.append(
+                    f"the order of the ops of {run.model}: {verdict.gate} {verdict.state}, see above"
+                    f"{next_step * (verdict.state == 'not judged')}"
+                )
 
     @property
     def _accepts_all(self) -> bool:

@@ -141,8 +141,8 @@ class RankVerdict:
 
 
 def is_rank(name: str) -> bool:
-    """Whether the part of a rule before the colon names a gate of ranks."""
-    return name == _KENDALL or re.fullmatch(r"top[0-9]*", name, re.ASCII) is not None
+    """Whether the part of a rule before the colon names a gate of ranks; ``top1`` is a metric, top-1 agreement."""
+    return name == _KENDALL or (name != "top1" and re.fullmatch(r"top[0-9]*", name, re.ASCII) is not None)
 
 
 def parse_rank(name: str, amount: str, where: str) -> RankGate:
@@ -165,7 +165,7 @@ def parse_rank(name: str, amount: str, where: str) -> RankGate:
     if not 1 <= least <= places:
         raise QsensError(
             f"{where}: '{name}:{amount}' is no gate. Write top10:9, at least 9 of the snapshot's 10 most sensitive ops "
-            "are still among the 10 most sensitive: two whole numbers from 1, the second not larger than the first."
+            "are still among the 10 most sensitive: whole numbers from 2 and from 1, the second not larger."
         )
     return Top(places, least)
 

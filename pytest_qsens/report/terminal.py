@@ -156,7 +156,7 @@ def _number(value: float | None) -> float:
 
 
 def _order(run: Run) -> Iterator[str]:
-    """What gates of the order of ops found, if nobody has to do anything about it."""
+    """Tell what gates of the order of ops found, if nobody has to do anything about it."""
     return (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
 
 
