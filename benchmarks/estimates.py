@@ -58,10 +58,10 @@ MODELS: dict[str, Callable[[], ModelSpec]] = {
 
 HELD_OUT: dict[str, Callable[[], ModelSpec]] = {
     "another CNN trained on digits": lambda: digits(seed=1),
-    "small ViT": lambda: ARCHITECTURES["vit"].spec(),
-    "small GPT-2": lambda: ARCHITECTURES["gpt2"].spec(),
-    "small Whisper": lambda: ARCHITECTURES["whisper"].spec(),
-    "small Qwen3-VL": lambda: ARCHITECTURES["qwen3_vl"].spec(),
+    "small ViT": ARCHITECTURES["vit"].spec,
+    "small GPT-2": ARCHITECTURES["gpt2"].spec,
+    "small Whisper": ARCHITECTURES["whisper"].spec,
+    "small Qwen3-VL": ARCHITECTURES["qwen3_vl"].spec,
 }
 """What no constant of the estimates was chosen on."""
 

@@ -170,8 +170,8 @@ class Backward:
                     continue
                 for node, gradient in entering.items():
                     found.setdefault(node, []).append(gradient)
-                for gradient in gradients_of_ops:
-                    watch(gradient)
+                for brought in gradients_of_ops:
+                    watch(brought)
                 first = passes.stop
         finally:
             run.release(segments)
@@ -303,8 +303,8 @@ class _Tracer:
 
         """
         reached = [(value, gradient) for value, gradient in sources if value.requires_grad]
-        taken = [*self.leaves.values(), *chain.from_iterable((tap.output, tap.input) for tap in self._taps)]
-        taken = [value for value in taken if value is not None]
+        taps = chain.from_iterable((tap.output, tap.input) for tap in self._taps)
+        taken = [*self.leaves.values(), *(tap for tap in taps if tap is not None)]
         if not reached or not taken:
             return {}, []
         several = len(passes) > 1

@@ -152,11 +152,11 @@ def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
             found = found.narrow(dim, start, size)
         return found
     single = x.dim() == dims + 1  # no batch
-    found, _, _ = aten.convolution_backward(
+    gradients: tuple[Tensor, ...] = aten.convolution_backward(
         *(value.unsqueeze(0) if single else value for value in (gradient, x)),
         *(call.weight, None, stride, before, dilation, False, [0] * dims, options["groups"], [True, False, False]),
     )
-    return found.squeeze(0) if single else found
+    return gradients[0].squeeze(0) if single else gradients[0]
 
 
 def _for_each(value: int | Sequence[int], dims: int) -> list[int]:

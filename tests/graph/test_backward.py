@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.backward import Backward, Gradient
+from pytest_qsens.graph.calls import CONVOLUTIONS, Call, convolution_gradient
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.delta import Weights
 from pytest_qsens.graph.intercept import OpInterceptor
@@ -22,7 +23,6 @@ from tests.architectures import ARCHITECTURES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_qsens.graph.calls import Call
     from pytest_qsens.graph.replay import Run
 
 
@@ -162,6 +162,75 @@ def test_what_cannot_be_differentiated_is_told(between: Callable[[Tensor], Tenso
     assert "before" in blocked
     assert "after" not in blocked
     assert reason in blocked["before"]
+
+
+@torch.library.custom_op("qsens_tests::tripled", mutates_args=())
+def tripled(x: Tensor) -> Tensor:
+    """Triple a tensor; the derivative leaves torch, and cannot be taken for several passes together."""
+    return x * 3
+
+
+@tripled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+tripled.register_autograd(lambda _, gradient: torch.from_numpy(3 * gradient.numpy()))
+
+
+def test_passes_one_by_one_where_they_cannot_go_together() -> None:
+    """What can be differentiated for one pass at a time only stops nothing, and gives the same."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 8)}
+    model = _Odd(tripled).requires_grad_(requires_grad=False)
+    spec = ModelSpec(model, [batch], [batch], lambda out, _: out)
+    run = clean_run(spec)
+    found, backward = by_segments(run, torch.ones_like(run.output), 10**9)
+    assert not backward.blocked
+    assert found["before"][0].passes == range(1, 2)
+    torch.testing.assert_close(found["before"][0].output, 3 * found["beside"][0].output)
+
+
+def test_only_what_is_watched_is_told_of() -> None:
+    """Of other calls no gradient is taken, nor of what is before them all."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 8)}
+    spec = ModelSpec(_Odd(torch.tanh).requires_grad_(requires_grad=False), [batch], [batch], lambda out, _: out)
+    run = clean_run(spec)
+    nodes = run.graph.calls["beside"]
+    told: list[Gradient] = []
+    Backward(run, Weights(fast_bf16=False), 10**9, nodes).passes([lambda: torch.ones_like(run.output)] * 3, told.append)
+    assert [(gradient.node, gradient.passes) for gradient in told] == [(nodes[0], range(3))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "weight", "options"),
+    [
+        pytest.param(
+            *("conv1d", (2, 4, 9), (6, 4, 4), {"padding": "same"}),
+            marks=pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+        ),
+        ("conv1d", (4, 9), (6, 4, 3), {"padding": (1,)}),
+        ("conv1d", (2, 4, 9), (6, 4, 3), {"padding": "same", "dilation": 2}),
+        ("conv2d", (2, 4, 8, 7), (6, 2, 3, 2), {"stride": (2, 1), "padding": 1, "groups": 2}),
+        ("conv2d", (4, 8, 7), (6, 4, 2, 3), {"padding": "same"}),
+        ("conv2d", (2, 4, 8, 7), (6, 4, 3, 3), {"padding": "valid", "dilation": (1, 2)}),
+        ("conv3d", (2, 3, 4, 4, 4), (5, 3, 2, 2, 2), {"stride": 2}),
+    ],
+)
+def test_gradients_of_convolutions(
+    kind: str, shape: tuple[int, ...], weight: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """They are those of autograd, whatever the padding, with a batch or without, for several passes together, too."""
+    torch.manual_seed(0)
+    conv = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options
+    call = Call(kind, torch.randn(shape), torch.randn(weight), None, conv)
+    x = call.x.clone().requires_grad_()
+    output = CONVOLUTIONS[kind](x, call.weight, None, **conv)
+    starts = torch.randn(3, *output.shape)
+    expected = torch.stack([torch.autograd.grad(output, x, start, retain_graph=True)[0] for start in starts])
+    torch.testing.assert_close(convolution_gradient(call, starts[0]), expected[0])
+    torch.testing.assert_close(torch.vmap(lambda start: convolution_gradient(call, start))(starts), expected)
 
 
 def test_detached_values_pass_gradients() -> None:

@@ -133,6 +133,70 @@ def test_channels_by_themselves(scheme: str, bias: bool, channels: int) -> None:
     assert torch.cat(blocks, -1).isnan().all(-1).sum() == whole.isnan().all(-1).sum() == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        *(("linear", scheme) for scheme in SCHEMES),
+        *((kind, scheme) for kind in ("conv1d", "conv2d") for scheme in ("w8a8", "w8a8_static")),
+    ],
+)
+def test_rounded_for_estimates(kind: str, scheme: str) -> None:
+    """It is what is simulated exactly, but for few values in the last integer, and the rounding of the input."""
+    if kind == "linear":
+        call = Call(kind, randn(5, 9, 33, seed=1), randn(16, 33, seed=2), randn(16, seed=3))
+        plain = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    else:
+        options = {"stride": 1, "padding": 1, "dilation": 1, "groups": 2}
+        call = Call(kind, randn(2, 8, *[13] * int(kind[4]), seed=1), randn(16, 4, *[3] * int(kind[4])), None, options)
+        plain = getattr(torch.nn.functional, kind)(call.x, call.weight, None, **options)
+    calibration = Calibration(SCHEMES[scheme])
+    calibration.observe("op", call, plain)
+    simulator = Simulator(SCHEMES[scheme], calibration)
+    exact, (output, rounding) = simulator.output("op", call), simulator.rounded("op", call)
+    assert float((output - exact).abs().gt(1e-4).sum()) <= 0.005 * exact.numel()
+    torch.testing.assert_close(rounding, simulator.input_error("op", call))
+    if SCHEMES[scheme].activation == "static":
+        qparams = calibration.input_qparams("op")
+        real = (quantize_activation(call.x, qparams) - qparams.zero_point) * qparams.scale
+        assert float((call.x + rounding - real).abs().gt(1e-4).sum()) <= 0.005 * real.numel()
+    assert 0 < float(rounding.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("channels", [4, 512])
+def test_convolutions_of_any_size_are_exact(channels: int) -> None:
+    """Integers are those of a product of integers, whether fp32 holds their sums or not."""
+    torch.manual_seed(0)
+    x, weight = 1 - torch.rand(2, channels, 9, 9) / 4, 1 - torch.rand(8, channels, 3, 3) / 4
+    call = Call("conv2d", x, weight, None, {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
+    calibration = Calibration(SCHEMES["w8a8_static"])
+    calibration.observe("op", call, x)
+    qparams, quantized = calibration.input_qparams("op"), quantize_weight(weight)
+    integers = (quantize_activation(x, qparams) - qparams.zero_point).long()
+    columns = torch.nn.functional.unfold(integers.double(), 3, padding=1)
+    products = (quantized.values.flatten(1).double() @ columns).view(2, 8, 9, 9)
+    assert (products.abs().max() > 2**24) == (channels == 512)
+    scale = torch.tensor(qparams.scale) * quantized.scale
+    expected = products.float() * scale.view(-1, 1, 1)
+    assert torch.equal(Simulator(SCHEMES["w8a8_static"], calibration).output("op", call), expected)
+
+
+def test_weights_in_passing() -> None:
+    """As many are kept as there is room for, until the end; those that were there before stay."""
+    calibration, calls = Calibration(SCHEMES["w8a8"]), {}
+    for i in range(3):
+        calls[f"op{i}"] = Call("linear", randn(4, 8), randn(3, 8, seed=i))
+        calibration.observe(f"op{i}", calls[f"op{i}"], torch.nn.functional.linear(randn(4, 8), randn(3, 8, seed=i)))
+    simulator = Simulator(SCHEMES["w8a8"], calibration)
+    kept = [simulator._weight("op0", calls["op0"])]
+    with simulator.passing(24):
+        kept += [simulator._weight(op, calls[op]) for op in ("op1", "op2")]
+        again = [simulator._weight(op, call) for op, call in calls.items()]
+        assert [one is other for one, other in zip(kept, again, strict=True)] == [True, True, False]
+    assert [simulator._weight(op, call) is one for (op, call), one in zip(calls.items(), kept, strict=True)] == [
+        *(True, False, False)
+    ]
+
+
 def test_long_sums_do_not_overflow() -> None:
     """Sums that do not fit into int32 are exact as well."""
     x, weight = torch.ones(2, 200_000), torch.ones(3, 200_000)
