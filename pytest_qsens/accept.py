@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.snapshot import Entry, accepted, adopt, changed, load, merge, write
+from pytest_qsens.snapshot import Entry, accepted, adopt, changed, file_name, load, merge, write
 from pytest_qsens.thresholds import judge
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def accept(
     result: RunResult, directory: Path, thresholds: Sequence[Threshold], *, allow_ci: bool = False
 ) -> tuple[Path, list[str]]:
-    """Write what was measured into the snapshot of its model and scheme.
+    """Write what was measured into the snapshot of its model, scheme and granularity.
 
     As with ``--snapshot-update``, lines within their thresholds stay as they are, and so do those of ops that were not
     measured. The environment is replaced only with every line of the file.
@@ -41,7 +41,7 @@ def accept(
 
     """
     run = result.run
-    path = directory / run.model / f"{run.scheme}.json"
+    path = directory / run.model / file_name(run.scheme, run.granularity)
     if os.environ.get("CI") and not allow_ci:
         raise QsensError(
             f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {path} would accept "
@@ -61,8 +61,9 @@ def accept(
         news[:] = changed(old, new)
         return new
 
-    load(path, model=run.model, scheme=run.scheme)  # a file that cannot be used is refused before anything is made
-    write(path, update, model=run.model, scheme=run.scheme)
+    # a file that cannot be used is refused before anything is made
+    load(path, model=run.model, scheme=run.scheme, granularity=run.granularity)
+    write(path, update, model=run.model, scheme=run.scheme, granularity=run.granularity)
     return path, news
 
 

@@ -64,7 +64,7 @@ class Bench:
         self._facts: Payload = {}
         self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
+        self._described: set[tuple[RunSpec, str, str, str, str, bool]] = set()
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
         self._warnings: list[str] = []
@@ -112,14 +112,14 @@ class Bench:
         scores = self._known(spec, model)
         if not scores.sure:
             self.calibrated(spec, model)
-        found = scores.get(op.name, part)
+        found = scores.get(op, part)
         if found is None:
             calibrated = self.calibrated(spec, model)
             result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
             self._check_unchanged(spec, model)
-            found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+            found = scores.add(op, part, result, self._facts_of(calibrated), spec.scheme)
             if part != "total":
-                self._keep_others(spec, model, calibrated.measured_with(op.name, part), part)
+                self._keep_others(spec, model, op, part)
         return found
 
     def _check_unchanged(self, spec: RunSpec, model: Model) -> None:
@@ -137,19 +137,20 @@ class Bench:
             )
             raise RunAborted(self._aborted[spec])
 
-    def _keep_others(self, spec: RunSpec, model: Model, others: Collection[str], mode: Mode) -> None:
+    def _keep_others(self, spec: RunSpec, model: Model, measured: Op, mode: Mode) -> None:
         """Keep what was measured together with an op at once: this process may not live to be asked for it."""
         scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
-        for op in model.ops:
-            if op.name in others and scores.get(op.name, mode) is None:
+        wanted = expected(self._config, model.label, spec.scheme).parts
+        others = (op for op in dict.fromkeys((*model.ops, *wanted)) if op.name != TOTAL)
+        for op in calibrated.measured_with(measured, mode, others):
+            if scores.get(op, mode) is None:
                 result = calibrated.score(op, (mode,))
-                scores.add(op.name, mode, result, self._facts_of(calibrated), spec.scheme)
+                scores.add(op, mode, result, self._facts_of(calibrated), spec.scheme)
 
     def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:
             options = base_options(self._config)
             self._scores[spec] = KnownScores(
-                (*model.ops, Op(TOTAL, TOTAL)),
                 expected(self._config, model.label, spec.scheme),
                 partial(_look, options, model),
                 partial(_open_cache, options, spec, model),
@@ -196,7 +197,7 @@ class Bench:
         facts = self._facts_of(self._calibrated) if self._calibrated is not None and loaded else scores.facts
         if facts is None:
             return None
-        key = spec, options.mode, facts["reference"], facts["engine"], loaded
+        key = spec, options.granularity, options.mode, facts["reference"], facts["engine"], loaded
         if key in self._described:
             return None
         self._described.add(key)
@@ -204,6 +205,7 @@ class Bench:
         return facts | {
             "model": model.label,
             "scheme": options.scheme,
+            "granularity": options.granularity,
             "mode": options.mode,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
@@ -321,7 +323,7 @@ def environment(device: str, engine: str) -> dict[str, str]:
 
 
 def _calibrate(
-    spec: RunSpec, model: Model, ops: Collection[str], workers: int, artifact: Artifact | None
+    spec: RunSpec, model: Model, ops: Collection[Op], workers: int, artifact: Artifact | None
 ) -> CalibratedModel:
     import torch
 

@@ -1,4 +1,4 @@
-"""The fast engine: the ops of a block scored together, by the differences they make."""
+"""The fast engine: the ops of a block, or groups of them, scored together, by the differences they make."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
+    from pytest_qsens.engines import Unit
     from pytest_qsens.engines.replay import Captured
     from pytest_qsens.graph.capture import Graph
     from pytest_qsens.graph.replay import Change
@@ -67,30 +68,35 @@ class Verdict(NamedTuple):
     logits: bool
     """Whether that was found out with all logits made, and not by way of their errors alone."""
 
+    groups: bool = False
+    """Whether a change of several ops at once was compared as well."""
+
 
 class Waves:
-    """Scores of ops that are measured a wave at a time, and kept.
+    """Scores of units that are measured a wave at a time, and kept.
 
     Args:
-        waves: Ops that are measured together.
-        measure: Measures some ops.
+        waves: Units that are measured together.
+        measure: Measures some units.
 
     """
 
-    def __init__(self, waves: Iterable[Sequence[str]], measure: Callable[[Sequence[str]], Mapping[str, Score]]) -> None:
+    def __init__(
+        self, waves: Iterable[Sequence[Unit]], measure: Callable[[Sequence[Unit]], Mapping[Unit, Score]]
+    ) -> None:
         self._waves = list(waves)
         self._measure = measure
-        self._scores: dict[str, Score] = {}
+        self._scores: dict[Unit, Score] = {}
 
-    def add(self, scores: Mapping[str, Score], waves: Iterable[Sequence[str]]) -> None:
+    def add(self, scores: Mapping[Unit, Score], waves: Iterable[Sequence[Unit]]) -> None:
         """Take scores that were measured otherwise; what is left to be measured comes in these waves."""
         self._scores |= scores
         self._waves = list(waves)
 
-    def score(self, op: str) -> Score:
-        """Measure an op with those of its wave, unless it has been."""
-        if op not in self._scores:
-            wave = next((wave for wave in self._waves if op in wave), [op])
+    def score(self, unit: Unit) -> Score:
+        """Measure a unit with those of its wave, unless it has been."""
+        if unit not in self._scores:
+            wave = next((wave for wave in self._waves if unit in wave), [unit])
             try:
                 self._scores |= self._measure(wave)
             except Exception:  # one of them makes the model fail: the others shall have their scores
@@ -98,13 +104,13 @@ class Waves:
                     raise
                 self._waves.remove(wave)
                 self._waves += [[other] for other in wave]
-                return self.score(op)
-        return self._scores[op]
+                return self.score(unit)
+        return self._scores[unit]
 
-    def measured_with(self, op: str) -> Collection[str]:
+    def measured_with(self, unit: Unit) -> Collection[Unit]:
         """Others of its wave that have a score."""
-        wave = next((wave for wave in self._waves if op in wave), [])
-        return [other for other in wave if other != op and other in self._scores]
+        wave = next((wave for wave in self._waves if unit in wave), [])
+        return [other for other in wave if other != unit and other in self._scores]
 
 
 class DeltaEngine(ReplayEngine):
@@ -118,7 +124,7 @@ class DeltaEngine(ReplayEngine):
         simulator: Gives the outputs of quantized ops.
         quantizable: Names of ops that can be quantized.
         memory: Bytes for values.
-        expected: Those that are going to be scored.
+        expected: Units that are going to be scored, of quantizable ops: neighbours in a block come together.
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
 
@@ -132,7 +138,7 @@ class DeltaEngine(ReplayEngine):
         simulator: Simulator,
         quantizable: Collection[str],
         memory: int,
-        expected: Collection[str],
+        expected: Sequence[Unit],
         verdict: Verdict | None,
         *,
         logits: bool,
@@ -143,16 +149,17 @@ class DeltaEngine(ReplayEngine):
         self._deltas = [DeltaRun(run, self._weights) for run in self._clean]
         widest = max(1, *(delta.bytes_per_change() for delta in self._deltas))
         self._waves = list(self._find_waves(expected, max(1, memory // _WAVE_SHARE // widest)))
+        self._groups = [unit for wave in self._waves for unit in wave if len(unit) > 1]
         self._alone = Waves(self._waves, self._measure_alone)
         self._others: dict[int | None, Waves] = {}
         self._checked = False
         self.verdict: Verdict | None = None
         """What others can take over: it was found out by comparing, here or by another process."""
-        if verdict is not None and verdict.logits == logits:
+        if verdict is not None and verdict.logits == logits and (verdict.groups or not self._groups):
             self._settle(verdict)
 
     def check(self) -> None:
-        """See whether differences are to be trusted, by replays of two ops, unless that is known."""
+        """See whether differences are to be trusted, by replays of two ops and a group, unless that is known."""
         if not self._checked:
             try:
                 self._settle(self._find_verdict())
@@ -171,44 +178,48 @@ class DeltaEngine(ReplayEngine):
         self.name = "replay"
         self._deltas.clear()
 
-    def together(self, op: str) -> Score | None:
-        """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
+    def together(self, *ops: str) -> Score | None:
+        """Score with only these ops quantized, measured with others of their block; the first time after `check`."""
         self.check()
-        return self._alone.score(op) if self.distrusted is None else None
+        return self._alone.score(ops) if self.distrusted is None else None
 
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
+    def measured_with(self, unit: Unit, mode: Mode) -> Collection[Unit]:
         """Others of its block."""
         waves = self._alone if mode == "isolated" else self._others.get(None)
-        return () if waves is None or self.distrusted is not None else waves.measured_with(op)
+        return () if waves is None or self.distrusted is not None else waves.measured_with(unit)
 
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:
-        """Score with everything but this op quantized, measured with the others of its block."""
+    def all_but(self, *ops: str, seed: int | None = None) -> Score | None:
+        """Score with everything but these ops quantized, measured with others of their block."""
         if self.distrusted is not None:
             return None
-        return self._with_others(seed).score(op)
+        return self._with_others(seed).score(ops)
 
     def _with_others(self, seed: int | None) -> Waves:
         if seed not in self._others:
             self._others[seed] = Waves(self._waves, self._measure_others(seed))
         return self._others[seed]
 
-    def _find_waves(self, expected: Collection[str], most: int) -> Iterator[list[str]]:
-        """Group the expected ops of each block, at most so many together."""
-        wanted = (op for op in self._quantizable if op in self.exercised and op in expected)
-        for _, block in groupby(wanted, key=lambda op: Op(op, "").block):
-            ops = list(block)
-            yield from (ops[i : i + most] for i in range(0, len(ops), most))
+    def _find_waves(self, expected: Iterable[Unit], most: int) -> Iterator[list[Unit]]:
+        """Put the expected units of each block together, at most so many.
 
-    def _measure_alone(self, ops: Sequence[str]) -> dict[str, Score]:
-        return self._measure(ops, self._deltas, lambda graph, op: self._quantize(graph, [op]))
+        A unit that spans blocks is a wave by itself: the scheduler gives each to a worker of its own.
+        """
+        able = self.exercised.intersection(self._quantizable)
+        for block, members in groupby(expected, key=_block):
+            wave = [unit for unit in (tuple(op for op in unit if op in able) for unit in members) if unit]
+            size = 1 if block is None else most
+            yield from (wave[i : i + size] for i in range(0, len(wave), size))
 
-    def _measure_others(self, seed: int | None) -> Callable[[Sequence[str]], dict[str, Score]]:
+    def _measure_alone(self, units: Sequence[Unit]) -> dict[Unit, Score]:
+        return self._measure(units, self._deltas, self._quantize)
+
+    def _measure_others(self, seed: int | None) -> Callable[[Sequence[Unit]], dict[Unit, Score]]:
         moved = None if seed is None else partial(factors, seed=seed)
         runs = [
             JointRun(run, clean.output, self._row_wise(run.graph), moved)
             for run, clean in zip(self._joint_runs(seed), self._clean, strict=True)
         ]
-        return lambda ops: self._measure(ops, runs, lambda graph, op: self._unquantized(graph, op, seed))
+        return lambda units: self._measure(units, runs, lambda graph, unit: self._unquantized(graph, unit, seed))
 
     def _row_wise(self, graph: Graph) -> dict[Node, RowWise]:
         return {
@@ -221,12 +232,12 @@ class DeltaEngine(ReplayEngine):
         return self._simulator.blocks(op, bind(target, args, {}), channels)
 
     def _measure(
-        self, ops: Sequence[str], runs: Sequence[Together], change: Callable[[Graph, str], Change]
-    ) -> dict[str, Score]:
-        found = {op: Score(logits=self._logits) for op in ops}
+        self, units: Sequence[Unit], runs: Sequence[Together], change: Callable[[Graph, Unit], Change]
+    ) -> dict[Unit, Score]:
+        found = {unit: Score(logits=self._logits) for unit in units}
         for together in runs:
             run, reference = together.run, together.reference
-            changes = [change(run.graph, op) for op in ops]
+            changes = [change(run.graph, unit) for unit in units]
             try:
                 with self._threads():
                     if self._logits:
@@ -241,32 +252,46 @@ class DeltaEngine(ReplayEngine):
 
     @profile.phase("replay")
     def _find_verdict(self) -> Verdict | None:
-        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be."""
-        candidates = [op for op in self._quantizable if op in self.exercised]
+        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be.
+
+        And for the largest of the groups that are going to be scored: its errors meet on their way, and may cancel.
+        """
+        candidates = [(op,) for op in self._quantizable if op in self.exercised]
         ends = (candidates, candidates[:-1][::-1])
         compared = [next(filter(None, map(self._compared, end[:_TRIES])), None) for end in ends]
-        found = [verdict for verdict in compared if verdict is not None]
-        return next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
+        largest = sorted(self._groups, key=len, reverse=True)
+        with self._simulator.passing():  # the weights of a group may be most of the model
+            group = next(filter(None, map(self._compared, largest[:_TRIES])), None)
+        found = [verdict for verdict in (*compared, group) if verdict is not None]
+        verdict = next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
+        return None if verdict is None else verdict._replace(groups=group is not None)
 
-    def _compared(self, op: str) -> Verdict | None:
+    def _compared(self, unit: Unit) -> Verdict | None:
         """Compare with a replay; ``None`` if its output cannot be scored."""
         exact = Score(logits=False)
         try:
-            for reference, output in zip(self.references, self.isolated(op), strict=True):
+            for reference, output in zip(self.references, self.isolated(*unit), strict=True):
                 exact.add(reference, output)
         except Exception:  # noqa: BLE001 - quantized values can make a model raise anything: it is told when op is scored
             return None
         if not exact.finite:
             return None
         try:
-            found = self._alone.score(op)
+            found = self._alone.score(unit)
         except Exception as error:
             raise _CannotFollow(f"differences cannot be followed ({first_line(error)})") from error
         size = sum(map(energy, self.references))
         nmse, expected = found.sse / size, exact.sse / size
-        fault = f"the NMSE of {op} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
+        name = unit[0] if len(unit) == 1 else f"{unit[0]} to {unit[-1]} ({len(unit)} ops)"
+        fault = f"the NMSE of {name} comes out as {nmse:.3e}, but {expected:.3e} in an exact replay"
         agrees = abs(nmse - expected) <= tolerance(expected)  # false for NaN
         return Verdict(None if agrees else fault, self._logits)
+
+
+def _block(unit: Unit) -> str | None:
+    """Return the block of all ops of a unit, ``None`` if it spans several."""
+    blocks = {Op(op, "").block for op in unit}
+    return blocks.pop() if len(blocks) == 1 else None
 
 
 class _CannotFollow(Exception):  # noqa: N818 - no fault of the model: a replay raises nothing

@@ -23,6 +23,7 @@ from pytest_qsens.results import CANNOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+    from pytest_qsens.engines import Unit
     from pytest_qsens.engines.delta import Verdict
     from pytest_qsens.engines.replay import Captured
     from pytest_qsens.graph.backward import Gradient, Probe
@@ -90,14 +91,14 @@ class ProbeEngine(DeltaEngine):
         simulator: Simulator,
         quantizable: Collection[str],
         memory: int,
-        expected: Collection[str],
+        expected: Sequence[Unit],
         verdict: Verdict | None,
         *,
         logits: bool,
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits)
         self._region = memory // _REGION_SHARE
-        self._wanted = [op for wave in self._waves for op in wave]
+        self._wanted = [op for wave in self._waves for (op,) in wave]  # groups are refused
         self._estimates: dict[Mode, Estimates] = {}
 
     def estimates(self, mode: Mode) -> Estimates:
@@ -132,7 +133,7 @@ class ProbeEngine(DeltaEngine):
         if self._logits:
             by_metric["kl"] = Estimator(sums.divergence).corrected(_of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(scores, self._left(estimates))
+        self._alone.add(_by_unit(scores), self._left(estimates))
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -148,23 +149,23 @@ class ProbeEngine(DeltaEngine):
         exact = {op: score.sse for op, score in scores.items() if score.finite}
         estimates = _without({"sse": shifted(raw, scale, exact)}, chosen, sums.refused)
         if self.distrusted is None:
-            self._with_others(None).add(scores, self._left(estimates))
+            self._with_others(None).add(_by_unit(scores), self._left(estimates))
         return estimates
 
-    def _left(self, estimates: Estimates) -> list[list[str]]:
+    def _left(self, estimates: Estimates) -> list[list[Unit]]:
         """Ops to be measured, a wave at a time."""
-        waves = ([op for op in wave if op not in estimates.found] for wave in self._waves)
+        waves = ([unit for unit in wave if unit[0] not in estimates.found] for wave in self._waves)
         return [wave for wave in waves if wave]
 
     def _exact(
         self,
         ops: Sequence[str],
-        together: Callable[[Sequence[str]], Mapping[str, Score]],
+        together: Callable[[Sequence[Unit]], Mapping[Unit, Score]],
         alone: Callable[[str], Iterable[Tensor]],
     ) -> Mapping[str, Score]:
         """Measure some ops, together if differences are trusted."""
         if self.distrusted is None:
-            return together(ops)
+            return {op: score for (op,), score in together([(op,) for op in ops]).items()}
         found = {op: Score(logits=self._logits) for op in ops}
         for op, score in found.items():
             for reference, output in zip(self.references, alone(op), strict=True):
@@ -272,6 +273,10 @@ class _Collected:
             [(found[passes] * factor).tolist() for found in self._squares[op]],
             (products.square() * factor).tolist(),
         )
+
+
+def _by_unit(scores: Mapping[str, Score]) -> dict[Unit, Score]:
+    return {(op,): score for op, score in scores.items()}
 
 
 def _same(value: Tensor) -> Tensor:

@@ -244,11 +244,11 @@ class Simulator:
     @contextmanager
     def passing(self) -> Iterator[None]:
         """Keep none of the weights that are quantized meanwhile."""
-        self._keeps = False
+        before, self._keeps = self._keeps, False
         try:
             yield
         finally:
-            self._keeps = True
+            self._keeps = before
 
     def forget(self, op: str) -> None:
         """Free the quantized weight of an op that is done."""
