@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import TOTAL, Op, numbered_block
+from pytest_qsens.ops import Op, numbered_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -122,7 +122,7 @@ def grouped(ops: Sequence[Op], granularity: str, fused: Sequence[Fused] = ()) ->
         fused: Patterns that go before `FUSED`: the first one that matches an op decides.
 
     Raises:
-        QsensError: If two groups, or a group and an op, or a group and the whole model would have the same name.
+        QsensError: If two groups, or a group and an op, would have the same name.
 
     """
     if granularity == "op":
@@ -137,7 +137,7 @@ def grouped(ops: Sequence[Op], granularity: str, fused: Sequence[Fused] = ()) ->
         found = find[granularity](op.name)
         groups.setdefault(("", op.name) if found is None else (granularity, found), []).append(op)
     units = tuple(_group(granularity, key, members) for key, members in groups.items())
-    names = Counter([TOTAL, *(unit.name for unit in units)])
+    names = Counter(unit.name for unit in units)
     for unit in units:
         if names[unit.name] > 1:
             raise QsensError(
