@@ -20,6 +20,7 @@ from pytest_qsens.artifact import Artifact, Content
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.groups import grouped
 from pytest_qsens.ops import Op
 from tests.architectures import ARCHITECTURES
 
@@ -96,6 +97,19 @@ def test_what_was_not_compared_is_no_verdict(tmp_path: Path, monkeypatch: pytest
     for name, engine in (("replay", "replay"), ("logits", "replay"), ("few", "delta")):
         model = made(tmp_path / name, divergence=False)
         measured(model, 20)
+        assert model.engine == engine, name
+
+
+def test_groups_are_compared_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out of single ops says nothing of groups; what was found out of both is believed for both."""
+    groups = grouped(list_ops(ARCHITECTURES["qwen2_5_vl"].build()), "fused")
+    made(tmp_path / "ops", divergence=False)
+    made(tmp_path / "groups", divergence=False, expected=groups)
+    monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
+    for name, expected, engine in (("ops", groups, "replay"), ("groups", groups, "delta"), ("groups", None, "delta")):
+        model = made(tmp_path / name, divergence=False, expected=expected)
+        for op in groups[:9]:
+            model.score(op, ["isolated"])
         assert model.engine == engine, name
 
 
