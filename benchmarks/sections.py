@@ -88,8 +88,7 @@ def spread(ops: Sequence[Op], count: int) -> list[Op]:
 
 def calibrated(subject: Subject, engine: str, *, divergence: bool = False) -> CalibratedModel:
     """Prepare the model for its ops to be scored."""
-    expected = [op.name for op in subject.ops]
-    return calibrate(subject.spec, subject.listed, SCHEME, engine=engine, divergence=divergence, expected=expected)
+    return calibrate(subject.spec, subject.listed, SCHEME, engine=engine, divergence=divergence, expected=subject.ops)
 
 
 def errors(model: CalibratedModel, ops: Sequence[Op], mode: Mode = "isolated") -> dict[str, float]:

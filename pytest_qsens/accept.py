@@ -9,7 +9,18 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
 from pytest_qsens.rank_gates import judge_ranks
-from pytest_qsens.snapshot import EVALUATION, Entry, accepted, adopt, changed, load, merge, on_other_data, write
+from pytest_qsens.snapshot import (
+    EVALUATION,
+    Entry,
+    accepted,
+    adopt,
+    changed,
+    file_name,
+    load,
+    merge,
+    on_other_data,
+    write,
+)
 from pytest_qsens.thresholds import judge
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool = False) -> tuple[Path, list[str]]:
-    """Write what was measured into the snapshot of its model and scheme.
+    """Write what was measured into the snapshot of its model, scheme and granularity.
 
     As with ``--snapshot-update``, lines within their thresholds stay as they are, and so do those of ops that were not
     measured; all that was measured is written if the order of the ops is gated and is another one. The environment is
@@ -43,7 +54,7 @@ def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool =
 
     """
     run = result.run
-    path = directory / run.model / f"{run.scheme}.json"
+    path = directory / run.model / file_name(run.scheme, run.granularity)
     if os.environ.get("CI") and not allow_ci:
         raise QsensError(
             f"CI is set to {os.environ['CI']!r}, and there snapshots are compared, not written: {path} would accept "
@@ -67,8 +78,9 @@ def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool =
         news[:] = changed(old, new)
         return new
 
-    load(path, model=run.model, scheme=run.scheme)  # a file that cannot be used is refused before anything is made
-    write(path, update, model=run.model, scheme=run.scheme)
+    # a file that cannot be used is refused before anything is made
+    load(path, model=run.model, scheme=run.scheme, granularity=run.granularity)
+    write(path, update, model=run.model, scheme=run.scheme, granularity=run.granularity)
     return path, news
 
 

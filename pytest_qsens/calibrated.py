@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
-from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine, check_group
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pytest_qsens.artifact import Artifact
-    from pytest_qsens.engines import Engine
+    from pytest_qsens.engines import Engine, Unit
     from pytest_qsens.engines.fx import FxEngine
     from pytest_qsens.engines.inc import IncEngine
     from pytest_qsens.engines.replay import Captured
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 _NOT_FINITE = "the output holds NaN or infinite values"
 _QUANTIZED = {"isolated": "only this op is", "fallback": "everything but this op is"}
+_NAMED = 3
+"""Members of a group that are named for one reason."""
 
 
 class CalibratedModel:
@@ -107,27 +109,31 @@ class CalibratedModel:
         )
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
-        """Measure one op in each of the modes; an op that has no score says why."""
+        """Measure one op, or group, in each of the modes; one that has no score says why.
+
+        A group is measured with the members that can be, and says which were not.
+        """
         return self.refused(op) or self._scored(op, modes)
 
     def refused(self, op: Op) -> OpResult | None:
-        """Say of an op that has no score why that is."""
-        refusal = self._scheme.refusal(op.type)
-        refusal = refusal or self._engine.out_of_reach.get(op.name)
-        if refusal is not None:
-            return _result(op, "unquantizable", reason=refusal)
-        if op.name not in self._engine.exercised:
-            return _result(op, "unexercised", reason="the evaluation data never reached it")
-        if op.name not in self._calibration.reached:
-            return _result(op, "unexercised", reason="the calibration data never reached it, so it has no scales")
-        return None
+        """Say of an op, or group, that has no score why that is."""
+        if self._flipped(op):
+            return None
+        without = self._left_out(op)
+        statuses = {status for status, _ in without.values()}
+        return _result(op, "unexercised" if "unexercised" in statuses else "unquantizable", reason=_told(op, without))
+
+    def _left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
+        """Members that cannot be measured → why."""
+        return {member.name: why for member in op.ops if (why := self._why_not(member)) is not None}
 
     def _scored(self, op: Op, modes: Sequence[Mode]) -> OpResult:
+        unit = self._flipped(op)
         start = time.perf_counter()
         with self._profiled(self._engine.phase), torch.no_grad():
             estimates = {mode: found for mode in modes if (found := self._engine.estimate(op.name, mode)) is not None}
             measured = {
-                mode: self._estimated(estimates[mode], mode) if mode in estimates else self._measure(op.name, mode)
+                mode: self._estimated(estimates[mode], mode) if mode in estimates else self._measure(op, unit, mode)
                 for mode in modes
             }
             notes = [self._engine.why_measured(op.name, mode) for mode in modes]
@@ -139,6 +145,8 @@ class CalibratedModel:
         notes += [self._engine.note] if "fallback" in measured else []
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
+        if without := self._left_out(op):
+            result = replace(result, reason="; ".join(filter(None, (result.reason, f"without {_told(op, without)}"))))
         size = self._reference_size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
         return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
@@ -157,9 +165,25 @@ class CalibratedModel:
         """Measure these ops, when they are scored next, and together, instead of estimating them."""
         self._engine.measure_exactly(ops)
 
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
-        """Names of other ops that were measured together with one just scored in this mode: they take no time now."""
-        return self._engine.measured_with(op, mode)
+    def measured_with(self, op: Op, mode: Mode, others: Iterable[Op]) -> list[Op]:
+        """Return those of ``others`` that were measured together with what was just scored: they take no time now."""
+        found = self._engine.measured_with(self._flipped(op), mode)
+        return [other for other in others if self._flipped(other) in found] if found else []
+
+    def _flipped(self, op: Op) -> Unit:
+        """Names of what is quantized, or not, when a score is measured."""
+        return tuple(member.name for member in op.ops if self._why_not(member) is None)
+
+    def _why_not(self, op: Op) -> tuple[Status, str] | None:
+        """Tell the status of an op that cannot be measured, and the reason."""
+        refusal = self._scheme.refusal(op.type) or self._engine.out_of_reach.get(op.name)
+        if refusal is not None:
+            return "unquantizable", refusal
+        if op.name not in self._engine.exercised:
+            return "unexercised", "the evaluation data never reached it"
+        if op.name not in self._calibration.reached:
+            return "unexercised", "the calibration data never reached it, so it has no scales"
+        return None
 
     def total(self) -> OpResult:
         """Measure the model with everything quantized at once."""
@@ -177,20 +201,22 @@ class CalibratedModel:
         with profile.running(self._profiler), profile.phase(phase):
             yield
 
-    def _measure(self, op: str, mode: Mode) -> Scores | str:
+    def _measure(self, op: Op, unit: Unit, mode: Mode) -> Scores | str:
         if mode == "isolated":
-            result = self._measured_with_others(lambda: self._engine.together(op)) or self._scores(
-                self._engine.isolated(op)
-            )
-            if not self._joint:  # nothing else needs this weight quantized
-                self._simulator.forget(op)
+            # a group that spans blocks would keep as many weights as the model has blocks
+            with self._simulator.passing() if op.spans_blocks else nullcontext():
+                result = self._measured_with_others(lambda: self._engine.together(*unit)) or self._scores(
+                    self._engine.isolated(*unit)
+                )
+            for name in () if self._joint else unit:  # nothing else needs these weights quantized
+                self._simulator.forget(name)
             return result
         joint = self._joint_scores()
-        result = self._all_but(op, None)
+        result = self._all_but(unit, None)
         if not isinstance(result, str) and not isinstance(joint, str):
             result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
             if self._engine.perturbs:
-                self._add_noise(op, result)
+                self._add_noise(unit, result)
         return result
 
     def _estimated(self, estimate: Mapping[str, Estimate], mode: Mode) -> Scores | str:
@@ -205,9 +231,9 @@ class CalibratedModel:
                 result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
         return result
 
-    def _all_but(self, op: str, seed: int | None) -> Scores | str:
-        return self._measured_with_others(lambda: self._engine.all_but(op, seed)) or self._scores(
-            self._engine.fallback(op, seed)
+    def _all_but(self, unit: Unit, seed: int | None) -> Scores | str:
+        return self._measured_with_others(lambda: self._engine.all_but(*unit, seed=seed)) or self._scores(
+            self._engine.fallback(*unit, seed=seed)
         )
 
     def _measured_with_others(self, measure: Callable[[], Score | None]) -> Scores | str | None:
@@ -233,11 +259,11 @@ class CalibratedModel:
             [energy for size, _ in sizes for energy in size.samples],
         )
 
-    def _add_noise(self, op: str, result: Scores) -> None:
+    def _add_noise(self, unit: Unit, result: Scores) -> None:
         """Say how far the score, and the gain, move when values move in their last digits."""
         draws, gains = [_number(result["nmse"])], [_number(result["gain"])]
         for seed in SEEDS:
-            joint, other = self._joint_scores(seed), self._all_but(op, seed)
+            joint, other = self._joint_scores(seed), self._all_but(unit, seed)
             if not isinstance(joint, str) and not isinstance(other, str):
                 draws.append(_number(other["nmse"]))
                 gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
@@ -283,7 +309,21 @@ def _number(value: float | None) -> float:
 
 
 def _result(op: Op, status: Status, *, reason: str) -> OpResult:
-    return OpResult(op.name, op.type, op.block, status, reason)
+    return OpResult(op.name, op.type, op.block, status, reason, ops=op.member_names)
+
+
+def _told(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
+    """Say why an op was not measured, or which members of a group were not, and why."""
+    if not op.members:
+        _, reason = without[op.name]
+        return reason
+    by_reason: dict[tuple[Status, str], list[str]] = {}
+    for name, why in without.items():
+        by_reason.setdefault(why, []).append(name)
+    return ", ".join(
+        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)} ({status}: {reason})"
+        for (status, reason), names in by_reason.items()
+    )
 
 
 def _measured(
@@ -300,6 +340,7 @@ def _measured(
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
         seconds=seconds,
+        ops=op.member_names,
     )
 
 
@@ -311,7 +352,7 @@ def calibrate(
     engine: str = "auto",
     device: str = "cpu",
     divergence: bool = True,
-    expected: Collection[str] | None = None,
+    expected: Collection[Op] | None = None,
     memory: int | None = None,
     workers: int = 1,
     artifact: Artifact | None = None,
@@ -330,8 +371,8 @@ def calibrate(
             ``probe`` estimates; ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
         divergence: Whether logits are compared as distributions, too, which takes all of them.
-        expected: Names of the ops that are going to be scored, if that is known: an engine that measures several
-            together leaves out the others, unless that are all.
+        expected: The ops, or groups of them, that are going to be scored, if that is known: an engine that measures
+            several together leaves out the others, unless that are all.
         memory: Bytes for values that could be computed again; by default a third of what the weights leave free.
         workers: How many processes share what is free.
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
@@ -345,6 +386,8 @@ def calibrate(
 
     """
     check_engine(engine, scheme, device)
+    for op in expected or ():
+        check_group(engine, op)
     reproducible_sums()
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
     model = model.to(device).eval().requires_grad_(False)
@@ -401,7 +444,7 @@ class _Setup:
         engine: str,
         device: str,
         memory: int,
-        expected: Collection[str] | None,
+        expected: Collection[Op] | None,
         *,
         logits: bool,
         strata: int | None,
@@ -508,18 +551,26 @@ class _Setup:
         with profile.phase("capture"):
             if self._engine == "replay":
                 return ReplayEngine(captured, simulator, quantizable, self._memory)
-            expected = [op for op in quantizable if self._expected is None or op in self._expected] or quantizable
             made = partial(ProbeEngine, strata=self._strata) if self._engine == "probe" else DeltaEngine
             return made(
                 captured,
                 simulator,
                 quantizable,
                 self._memory,
-                expected,
+                self._units(quantizable) or [(op,) for op in quantizable],
                 prepared.verdict,
                 logits=self.logits,
                 rows=rows,
             )
+
+    def _units(self, quantizable: Sequence[str]) -> list[Unit]:
+        """What is going to be scored, in the order of the model; what spans several blocks comes last."""
+        places = {name: place for place, name in enumerate(quantizable)}
+        units = []
+        for op in self._ops if self._expected is None else self._expected:
+            unit = tuple(member.name for member in op.ops if member.name in places)
+            units += [(op.spans_blocks, places[unit[0]], unit)] if unit else []
+        return [unit for *_, unit in sorted(units)]
 
 
 def _kernel_engine(name: str) -> type[FxEngine | IncEngine]:

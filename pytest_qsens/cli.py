@@ -15,6 +15,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
+from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
@@ -322,11 +323,14 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         columns["gain"] = lambda op: _cell(op.fallback, "gain") + " ~" * lost_in_noise(op.fallback)
     if any(op.fallback and "noise" in op.fallback for op in ops):
         columns["noise"] = lambda op: _cell(op.fallback, "noise")
+    if any(op.ops for op in ops):
+        columns["ops"] = lambda op: str(len(op.ops) or 1) if op.type != TOTAL else "-"
     header = ["op", "type", "status", *columns, "reason"]
     rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
     return [
-        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}",
-        *(_LEGEND[name] for name in columns),
+        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}"
+        f"{'' if run.granularity == 'op' else f', granularity {run.granularity}'}",
+        *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),
     ]

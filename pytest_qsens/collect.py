@@ -8,12 +8,13 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pytest
 
-from pytest_qsens.engines.availability import check_engine
+from pytest_qsens.engines.availability import check_engine, check_group
 from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
+    from pytest_qsens.groups import Fused
     from pytest_qsens.models.source import ModelRequest, ModelSource
     from pytest_qsens.options import RunSpec
     from pytest_qsens.result_cache import Part
@@ -45,24 +47,46 @@ _CATALOGUE = pytest.StashKey["Catalogue"]()
 _SELECTION = pytest.StashKey[tuple[str, ...]]()
 _PLANNED = pytest.StashKey[dict[str, Options]]()
 _WANTED = pytest.StashKey[dict[tuple[str, str], "Wanted"]]()
-_MADE = pytest.StashKey[dict[tuple[str, str], "_Made"]]()
-_ELSEWHERE = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+_MADE = pytest.StashKey[dict["Subject", "_Made"]]()
+_ELSEWHERE = pytest.StashKey[dict["Subject", set[str]]]()
+
+
+class Subject(NamedTuple):
+    """What has a snapshot, a section of the summary and a result file of its own."""
+
+    model: str
+    scheme: str
+    granularity: str = "op"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one test measures: an op of a model under a scheme, or the whole model (`TOTAL`)."""
+    """What one test measures: an op of a model under a scheme, a group of ops, or the whole model (`TOTAL`)."""
 
     model: str
     scheme: str
     op: str
+    granularity: str = "op"
+    members: tuple[str, ...] = ()
+    """Of a group."""
+
+    @property
+    def subject(self) -> Subject:
+        """Where its result belongs."""
+        return Subject(self.model, self.scheme, self.granularity)
+
+    @property
+    def unit(self) -> Op:
+        """The op or group, without types."""
+        return Op(self.op, "", tuple(Op(member, "") for member in self.members))
 
 
 @dataclass
 class _Made:
-    """What tests were made for of one model under one scheme: names of ops, and `TOTAL`."""
+    """What tests were made for of one model under one scheme: names of ops or groups, and `TOTAL`."""
 
     model: Model
+    units: tuple[Op, ...]
     engine: str
     names: set[str]
 
@@ -71,8 +95,8 @@ class _Made:
 class Wanted:
     """What the collected tests need of a model under a scheme."""
 
-    parts: dict[str, set[Part]] = field(default_factory=dict)
-    """Op → its scores; the whole model's under `TOTAL`."""
+    parts: dict[Op, set[Part]] = field(default_factory=dict)
+    """Op or group → its scores; the whole model's under the op `TOTAL`."""
     model: bool = False
     """Whether a test takes the calibrated model itself."""
 
@@ -87,6 +111,19 @@ class Model:
 
     source: ModelSource
     ops: tuple[Op, ...]
+    _units: dict[tuple[str, tuple[Fused, ...]], tuple[Op, ...]] = field(default_factory=dict)
+
+    def units(self, options: Options) -> tuple[Op, ...]:
+        """What is measured as one: the ops, or groups of them.
+
+        Raises:
+            QsensError: If two would have one name.
+
+        """
+        key = options.granularity, options.fused
+        if key not in self._units:
+            self._units[key] = grouped(self.ops, *key)
+        return self._units[key]
 
     @property
     def label(self) -> str:
@@ -127,7 +164,8 @@ class Catalogue:
         """
         check_engine(options.engine, options.scheme, options.device)
         model = self._models.get(options.request) or self._look_up(options)
-        select(model, options)
+        for unit in select(model, options):
+            check_group(options.engine, unit)
         self.snapshot(options, model)
         path = options.snapshot_path(model.label)
         other = self._measured.setdefault(path, options.run_spec)
@@ -165,7 +203,9 @@ class Catalogue:
                     "would accept whatever was measured. Update it on your own machine and commit it, or add "
                     "--qsens-allow-ci-update"
                 )
-            self._snapshots[key] = load(key[0], model=model.label, scheme=options.scheme)
+            self._snapshots[key] = load(
+                key[0], model=model.label, scheme=options.scheme, granularity=options.granularity
+            )
             if self._updating and not self._apart:
                 check_writable(key[0].resolve().parent)  # where its lock goes, too
         return self._snapshots[key]
@@ -196,14 +236,30 @@ def _near(glob: str, names: Iterable[str]) -> str:
     return f" (near: {', '.join(near)})" if near else ""
 
 
-def check_overrides(options: Options, models: Iterable[Model]) -> None:
-    """Check that every glob of ``qsens_fail_overrides`` means something in this run.
+def check_fused(options: Options, models: Iterable[Model]) -> None:
+    """Check that every pattern of ``qsens_fused`` means something in this run.
 
     Raises:
-        QsensError: Naming the first that matches neither an op of any model nor ``total``.
+        QsensError: Naming the first that matches no op of any model.
 
     """
     names = [op.name for model in models for op in model.ops]
+    for pattern in options.fused:
+        if not any(pattern.parts(name) for name in names):
+            raise QsensError(
+                f"qsens_fused: {pattern.text!r} matches no op of this run's models, so it would group nothing. Correct "
+                "the line, or give this run others with -o qsens_fused=..."
+            )
+
+
+def check_overrides(options: Options, models: Iterable[Model], units: Iterable[Op]) -> None:
+    """Check that every glob of ``qsens_fail_overrides`` means something in this run.
+
+    Raises:
+        QsensError: Naming the first that matches neither an op of any model nor a group of ``units`` nor ``total``.
+
+    """
+    names = list(dict.fromkeys(op.name for op in (*(op for model in models for op in model.ops), *units)))
     for glob, _ in options.overrides().rules:
         if not any(matches(name, glob) for name in (*names, TOTAL)):
             raise QsensError(
@@ -214,13 +270,16 @@ def check_overrides(options: Options, models: Iterable[Model]) -> None:
 
 
 def select(model: Model, options: Options) -> tuple[Op, ...]:
-    """Ops that the options ask for, in model order.
+    """Ops, or groups of them, that the options ask for, in model order.
+
+    A glob asks for a group by its name, or by that of any member.
 
     Raises:
         QsensError: If a glob matches neither an op nor ``total``.
 
     """
-    names = [op.name for op in model.ops]
+    units = model.units(options)
+    names = list(dict.fromkeys(op.name for op in (*model.ops, *units)))
     for glob in options.ops:
         if not any(matches(name, glob) for name in (*names, TOTAL)):
             hint = _near(glob, names)
@@ -228,7 +287,12 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
                 f"{options.origins['ops']} {glob!r} matches none of the {len(names)} ops of {model.label}{hint}. "
                 "List them with --collect-only -q"
             )
-    chosen = [op for op in model.ops if not options.ops or any(matches(op.name, glob) for glob in options.ops)]
+    chosen = [
+        unit
+        for unit in units
+        if not options.ops
+        or any(matches(name, glob) for glob in options.ops for name in (unit.name, *unit.member_names))
+    ]
     return tuple(chosen[: options.max_ops])
 
 
@@ -330,7 +394,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     suite = metafunc.definition.parent
     if not isinstance(suite, Suite) or suite.wants(metafunc.function.__name__, options):
         made = metafunc.config.stash.setdefault(_MADE, {})
-        names = made.setdefault((model.label, options.scheme), _Made(model, options.engine, set())).names
+        key = Subject(model.label, options.scheme, options.granularity)
+        names = made.setdefault(key, _Made(model, model.units(options), options.engine, set())).names
         names.update(op.name for op in ops)
         names.update([TOTAL] * ("qsens_total" in metafunc.fixturenames))
     if "qsens_op" in metafunc.fixturenames:
@@ -347,7 +412,7 @@ def planned(item: pytest.Function) -> Options:
     """
     options = options_for(item)
     made = item.config.stash[_PLANNED][_definition(item)]
-    if (options.run_spec, options.ops, options.max_ops) != (made.run_spec, made.ops, made.max_ops):
+    if any(getattr(options, name) != getattr(made, name) for name in ("run_spec", "ops", "max_ops", "granularity")):
         raise QsensError(
             f"{item.nodeid}: a qsens marker chooses another model or other ops than this test was made for. It came "
             "too late, with a single parameter (pytest.param) or by add_marker: put it on the function, class or module"
@@ -363,12 +428,12 @@ def _definition(item: pytest.Function) -> str:
 def plan(session: pytest.Session) -> Payload | None:
     """Tell what the collected tests are going to measure, in builtin values; ``None`` if they measure nothing.
 
-    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme, ops, and names of what other
-    shards measure; ``refusal`` is what is wrong with all of it together, if something is.
+    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme, granularity, ops or groups, and
+    names of what other shards measure; ``refusal`` is what is wrong with all of it together, if something is.
     """
     config = session.config
-    cases: dict[str, tuple[str, str, str]] = {}
-    models: dict[tuple[str, str], Model] = {}
+    cases: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {}
+    models: dict[Subject, tuple[Op, ...]] = {}
     for item in session.items:
         names = getattr(item, "fixturenames", ())
         if not isinstance(item, pytest.Function) or SPEC not in names:
@@ -379,23 +444,29 @@ def plan(session: pytest.Session) -> Payload | None:
         wanted = config.stash.setdefault(_WANTED, {}).setdefault((model.label, spec.scheme), Wanted())
         wanted.model = wanted.model or "qsens_model" in names
         if op is not None and "qsens_score" in names:
-            wanted.parts.setdefault(op.name, set()).update(_modes(item))
+            wanted.parts.setdefault(op, set()).update(_modes(item))
         if "qsens_total" in names:
-            wanted.parts.setdefault(TOTAL, set()).add("total")
+            wanted.parts.setdefault(Op(TOTAL, TOTAL), set()).add("total")
         if "qsens_score" in names or "qsens_total" in names:
-            cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL)
-            models[model.label, spec.scheme] = model
+            made = config.stash[_PLANNED][_definition(item)]
+            members = op.member_names if op else ()
+            cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL, made.granularity, members)
+            models[Subject(model.label, spec.scheme, made.granularity)] = model.units(made)
     if not cases:
         return None
     refusal = None
     try:
-        check_overrides(base_options(config), catalogue(config).models)
+        units = [unit for found in models.values() for unit in found]
+        check_overrides(base_options(config), catalogue(config).models, units)
+        if any(subject.granularity == "fused" for subject in models):
+            check_fused(base_options(config), catalogue(config).models)
     except QsensError as error:
         refusal = str(error)
     elsewhere = config.stash.get(_ELSEWHERE, {})
     listed = [
-        [*key, [[op.name, op.type] for op in model.ops], sorted(elsewhere.get(key, ()))]
-        for key, model in models.items()
+        [*key, [[unit.name, unit.type, [[op.name, op.type] for op in unit.members]] for unit in units], sorted(others)]
+        for key, units in models.items()
+        for others in (elsewhere.get(key, ()),)
     ]
     return {"cases": cases, "models": listed, "refusal": refusal}
 
@@ -566,14 +637,14 @@ def _keep_part(config: pytest.Config, items: list[pytest.Item]) -> None:
     shard = base_options(config).shard
     if shard is None:
         return
-    mine: dict[tuple[str, str], frozenset[str]] = {}
+    mine: dict[Subject, frozenset[str]] = {}
     for key, made in config.stash.get(_MADE, {}).items():
-        ops = [op for op in made.model.ops if op.name in made.names]
-        costs = predicted_costs(made.model.ops, made.engine)
+        ops = [unit for unit in made.units if unit.name in made.names]
+        costs = predicted_costs(made.model.ops, made.engine, made.units)
         parts = split(ops, costs, shard.count, total=TOTAL in made.names)
         mine[key] = parts[shard.index - 1]
         config.stash.setdefault(_ELSEWHERE, {})[key] = made.names - mine[key]
-    dropped = [item for item in items if (case := _case(item)) and case.op not in mine[case.model, case.scheme]]
+    dropped = [item for item in items if (case := _case(item)) and case.op not in mine[case.subject]]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         gone = set(map(id, dropped))
@@ -589,7 +660,8 @@ def _case(item: pytest.Item) -> Case | None:
         return None
     options = item.config.stash[_PLANNED][_definition(item)]
     model = catalogue(item.config).known(options.request)
-    return Case(model.label, options.scheme, op.name if isinstance(op, Op) else TOTAL)
+    name, members = (op.name, op.member_names) if isinstance(op, Op) else (TOTAL, ())
+    return Case(model.label, options.scheme, name, options.granularity, members)
 
 
 def check_shard(model: Model, options: Options) -> None:
@@ -692,11 +764,14 @@ def _suite_wanted(config: pytest.Config, options: Options) -> bool:
 
 
 def _replaced(options: Options, items: Iterable[pytest.Item]) -> frozenset[str]:
-    """Names of the built-in tests whose work the user's tests of the same model and scheme do."""
+    """Names of the built-in tests whose work the user's tests of the same model, scheme and granularity do."""
     scores = {"qsens_score": "test_op", "qsens_total": "test_total"}
     found: set[str] = set()
     for item in items:
         spec = item.callspec.params.get(SPEC) if hasattr(item, "callspec") else None
-        if spec is not None and (spec.request, spec.scheme) == (options.request, options.scheme):
+        if spec is None or (spec.request, spec.scheme) != (options.request, options.scheme):
+            continue
+        made = item.config.stash[_PLANNED][_definition(cast("pytest.Function", item))]
+        if made.granularity == options.granularity:
             found.update(scores[name] for name in getattr(item, "fixturenames", ()) if name in scores)
     return frozenset(found)

@@ -14,6 +14,7 @@ import pytest
 from pytest_qsens.cache import trim
 from pytest_qsens.collect import (
     Case,
+    Subject,
     base_options,
     catalogue,
     check_ranks,
@@ -56,12 +57,13 @@ _STOPPED = "nothing can be measured, see the error below"
 
 @dataclass
 class Run:
-    """What the reports of one (model, scheme) have told so far."""
+    """What the reports of one (model, scheme, granularity) have told so far."""
 
     model: str
     scheme: str
     path: Path
     ops: tuple[Op, ...] = ()
+    """Of the model; groups of them, where these are measured as one."""
     elsewhere: frozenset[str] = frozenset()
     """Ops that other shards measure, and `TOTAL` if one of them does."""
     facts: list[Payload] = field(default_factory=list)
@@ -82,6 +84,7 @@ class Run:
     """What gates of the order of ops found, once all ops are through."""
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""
+    granularity: str = "op"
 
     @property
     def engines(self) -> list[str]:
@@ -233,7 +236,8 @@ class Run:
 def _without_score(op: Op, status: str, reason: str) -> OpResult:
     from pytest_qsens.results import OpResult
 
-    return OpResult(op.name, op.type, op.block, status, reason)  # type: ignore[arg-type]  # callers write literals
+    names = op.member_names
+    return OpResult(op.name, op.type, op.block, status, reason, ops=names)  # type: ignore[arg-type]  # literals
 
 
 def _joined(old: OpResult | None, new: OpResult) -> OpResult:
@@ -243,12 +247,20 @@ def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
 
 
+def _subject(payload: Payload) -> Subject:
+    return Subject(payload["model"], payload["scheme"], payload["granularity"])
+
+
+def _named(subject: Subject) -> str:
+    return " ".join(subject[:2] if subject.granularity == "op" else subject)
+
+
 class Controller:
     """Registered in every process but xdist's workers. Does nothing unless a report carries something of ours."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.runs: dict[tuple[str, str], Run] = {}
+        self.runs: dict[Subject, Run] = {}
         self.problems: list[str] = []
         """What went wrong after measuring, for the summary."""
         self.written: dict[Path, str] = {}
@@ -392,23 +404,30 @@ class Controller:
 
     def _prepare(self, planned: Payload) -> None:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
-        for label, scheme, ops, elsewhere in planned["models"]:
-            run = self._run(label, scheme)
-            run.ops, run.elsewhere = tuple(Op(name, kind) for name, kind in ops), frozenset(elsewhere)
+        for label, scheme, granularity, units, elsewhere in planned["models"]:
+            run = self._run(Subject(label, scheme, granularity))
+            run.ops = tuple(Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units)
+            run.elsewhere = frozenset(elsewhere)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
         self._show_progress()
         options = base_options(self.config)
         if options.json is None:
             return
-        chosen = None if options.model is None else (self._model(options).label, options.scheme)
+        chosen = self._chosen(options)
         if chosen not in self.runs and len(self.runs) > 1:
-            names = ", ".join(f"{model} {scheme}" for model, scheme in self.runs)
+            names = ", ".join(map(_named, self.runs))
             raise QsensError(
                 f"{options.json} cannot be written: a result file holds one model and scheme, this run has {names}. "
                 "Select the tests of one with -k, or name the one to write with --qsens-model and --qsens-scheme"
             )
         self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
+
+    def _chosen(self, options: Options) -> Subject | None:
+        """What the options of the command line and the ini file are about."""
+        if options.model is None:
+            return None
+        return Subject(self._model(options).label, options.scheme, options.granularity)
 
     def _show_progress(self) -> None:
         """Follow the tests of ops, unless nothing is to be printed: with ``-qq``, or without a terminal plugin."""
@@ -418,12 +437,12 @@ class Controller:
 
             self.config.pluginmanager.register(Progress(terminal, self._cases), "qsens-progress")
 
-    def _run(self, model: str, scheme: str) -> Run:
-        key = model, scheme
-        if key not in self.runs:
-            path = replace(base_options(self.config), scheme=scheme).snapshot_path(model)
-            self.runs[key] = Run(model, scheme, path)
-        return self.runs[key]
+    def _run(self, subject: Subject) -> Run:
+        if subject not in self.runs:
+            model, scheme, granularity = subject
+            options = replace(base_options(self.config), scheme=scheme, granularity=granularity)
+            self.runs[subject] = Run(model, scheme, options.snapshot_path(model), granularity=granularity)
+        return self.runs[subject]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take what a report carries, whichever process it comes from."""
@@ -434,7 +453,7 @@ class Controller:
                 self._stop(payload["abort"])
                 return
             for facts in payload["facts"]:
-                run = self._run(facts["model"], facts["scheme"])
+                run = self._run(_subject(facts))
                 run.facts.append(facts)
                 if run.contradictory:
                     self._stop(
@@ -442,11 +461,13 @@ class Controller:
                         "unquantized outputs differ. Seed what is random where it is made, such as weights and batches"
                     )
                     return
-            for told in payload["profiles"]:
-                self._run(told["model"], told["scheme"]).profiles[told["process"]] = told["profile"]
+            for told in payload["profiles"]:  # a process measures ops and groups of one model in turn
+                for subject, run in self.runs.items():
+                    if subject[:2] == (told["model"], told["scheme"]):
+                        run.profiles[told["process"]] = told["profile"]
             self.warnings |= dict.fromkeys(payload["warnings"])
             for record in payload["records"]:
-                self._run(record["model"], record["scheme"]).add(record, passed=report.passed)
+                self._run(_subject(record)).add(record, passed=report.passed)
         elif report.when not in ("setup", "call", "teardown") and report.failed:
             # xdist's report of a worker that died: "worker 'gw0' crashed while running ...". A plugin that repeats
             # the test makes another outcome of it.
@@ -455,7 +476,7 @@ class Controller:
     def _crashed(self, nodeid: str, reason: str) -> None:
         case = self._cases.get(nodeid)
         if case is not None:
-            self._run(case.model, case.scheme).crashed(case.op, reason)
+            self._run(case.subject).crashed(case.op, reason)
 
     def _stop(self, message: str) -> None:
         if self._abort is None:
@@ -578,9 +599,10 @@ class Controller:
             return new
 
         changing = updating(self.config) and (run.compared or kept is not None)
-        if changing and write(run.path, update, model=run.model, scheme=run.scheme):
+        kind = {"model": run.model, "scheme": run.scheme, "granularity": run.granularity}
+        if changing and write(run.path, update, **kind):
             self.written[run.path] = news
-        now = load(run.path, model=run.model, scheme=run.scheme)
+        now = load(run.path, **kind)
         if now.ops and run.facts:
             run.mismatch = environment_diff(now.environment, run.environment)
         run.gone = sorted(set(now.ops) - {TOTAL} - {op.name for op in run.ops}) if run.ops else []
@@ -614,7 +636,7 @@ class Controller:
         if path is None:
             return
         chosen: set[str] = set()
-        if options.model is not None and (run.model, run.scheme) == (self._model(options).label, options.scheme):
+        if (run.model, run.scheme, run.granularity) == self._chosen(options):
             chosen = {op.name for op in select(self._model(options), options)}
 
         def reason(op: Op) -> str:
@@ -640,6 +662,7 @@ class Controller:
             checkpoint=run.checkpoint,
             shard=options.shard,
             cached=len(run.cached),
+            granularity=run.granularity,
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""

@@ -47,6 +47,7 @@ class _Record:
         return {
             "model": self.model.label,
             "scheme": self.options.scheme,
+            "granularity": self.options.granularity,
             "result": to_payload(self.result),
             "spent": None if self.spent is None else float(self.spent),
             "verdict": verdict.kind if verdict else None,
@@ -71,7 +72,7 @@ def qsens_model(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> Calibra
 
 @pytest.fixture
 def qsens_op(request: pytest.FixtureRequest) -> Op:
-    """One op of the model (`pytest_qsens.ops.Op`); a test that takes it runs once for each op."""
+    """One op of the model, or group (`pytest_qsens.ops.Op`); a test that takes it runs once for each."""
     return cast("Op", _parameter(request, "qsens_op"))
 
 
@@ -84,7 +85,8 @@ def qsens_score(request: pytest.FixtureRequest, _qsens_spec: RunSpec, qsens_op: 
     options = _options(request)
     model = catalogue(request.config).model(options)
     measured = bench(request.config).score(_qsens_spec, model, qsens_op, options.modes)
-    return _score(request, options, model, measured, options.thresholds_for(qsens_op.name))
+    thresholds = options.thresholds_for(qsens_op.name, qsens_op.member_names)
+    return _score(request, options, model, measured, thresholds)
 
 
 @pytest.fixture
@@ -156,6 +158,7 @@ def _score(
             path=options.snapshot_path(model.label),
             model=model.label,
             scheme=options.scheme,
+            granularity=options.granularity,
             accept=accept_command(request.config.invocation_params.args),
             evaluation=model.evaluation,
             estimated=estimated,

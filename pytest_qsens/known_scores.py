@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from pytest_qsens.collect import Wanted
     from pytest_qsens.ops import Op
@@ -33,7 +33,6 @@ class KnownScores:
     """What is known under one `RunSpec`: measured in this process, or by an earlier run.
 
     Args:
-        ops: Those of the model, and the whole model.
         wanted: What the collected tests need.
         look: Tells what model and data look like now; ``None`` if nothing is to be cached, or they cannot tell.
         open_cache: Finds the scores of earlier runs of a model and data that look so.
@@ -42,18 +41,16 @@ class KnownScores:
 
     def __init__(
         self,
-        ops: Iterable[Op],
         wanted: Wanted,
         look: Callable[[], Look | None],
         open_cache: Callable[[Look], ResultCache],
     ) -> None:
-        self._ops = {op.name: op for op in ops}
         self._wanted = wanted
         self._look = look
         self._open_cache = open_cache
         self.seen = look()
         """What they looked like last."""
-        self._found: dict[tuple[str, Part], Measured] = {}
+        self._found: dict[tuple[Op, Part], Measured] = {}
         self.cache = None if self.seen is None else open_cache(self.seen)
         self.facts = None if self.cache is None else self.cache.facts()
         """What the cache tells beside scores."""
@@ -61,19 +58,19 @@ class KnownScores:
         self.sure = self.cache is None or (self.facts is not None and not self.missing() and not wanted.model)
         """Whether what the cache says needs no look at the model."""
 
-    def missing(self) -> set[str]:
-        """Names of the wanted ops with a score that has to be measured."""
+    def missing(self) -> set[Op]:
+        """Tell the wanted ops and groups with a score that has to be measured."""
         return {op for op, parts in self._wanted.parts.items() if any(self.get(op, part) is None for part in parts)}
 
-    def get(self, op: str, part: Part) -> Measured | None:
+    def get(self, op: Op, part: Part) -> Measured | None:
         """Score that is known."""
         if (op, part) not in self._found and self.cache is not None:
-            result = self.cache.get(self._ops[op], part)
+            result = self.cache.get(op, part)
             if result is not None:
                 self._found[op, part] = Measured(result, None)
         return self._found.get((op, part))
 
-    def add(self, op: str, part: Part, result: OpResult, facts: Payload, scheme: str) -> Measured:
+    def add(self, op: Op, part: Part, result: OpResult, facts: Payload, scheme: str) -> Measured:
         """Take a score just measured, and keep it for later runs."""
         if self.cache is not None:
             self.cache.keep_facts(scheme, facts)

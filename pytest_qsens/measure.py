@@ -72,7 +72,7 @@ class Bench:
         self._facts: Payload = {}
         self._scores: dict[RunSpec, KnownScores] = {}
         self._aborted: dict[RunSpec, str] = {}
-        self._described: set[tuple[RunSpec, str, str, str, bool]] = set()
+        self._described: set[tuple[RunSpec, str, str, str, str, bool]] = set()
         self._refined: dict[RunSpec, Refined] = {}
         self._profilers: dict[tuple[str, str], Profiler] = {}
         self._told: dict[Profiler, float | None] = {}
@@ -123,14 +123,14 @@ class Bench:
             self.calibrated(spec, model)
         if base_options(self._config).refined:
             return self._refined_part(spec, model, op, part)
-        found = scores.get(op.name, part)
+        found = scores.get(op, part)
         if found is None:
             calibrated = self.calibrated(spec, model)
             result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
             self._check_unchanged(spec, model)
-            found = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+            found = scores.add(op, part, result, self._facts_of(calibrated), spec.scheme)
             if part != "total":
-                self._keep_others(spec, model, calibrated.measured_with(op.name, part), part)
+                self._keep_others(spec, model, op, part)
         return found
 
     def _refined_part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
@@ -139,11 +139,11 @@ class Bench:
         if scores.missing() and spec not in self._refined:
             self._refined[spec] = self._refine(spec, model)
         refined = self._refined.get(spec)
-        known = scores.get(op.name, part)
+        known = scores.get(op, part)
         if refined is None:
             assert known is not None  # noqa: S101 - nothing is missing
             return known
-        found = refined.fresh.pop((op.name, part), known)
+        found = refined.fresh.pop((op, part), known)
         if found is None:
             estimate = None if part == "total" else self.calibrated(spec, model).estimated(op, part)
             without = OpResult(op.name, op.type, op.block, "unrun")
@@ -160,16 +160,15 @@ class Bench:
         def measure(op: Op, part: Part) -> OpResult:
             result = calibrated.total() if part == "total" else calibrated.score(op, (part,))
             self._check_unchanged(spec, model)
-            fresh[op.name, part] = scores.add(op.name, part, result, self._facts_of(calibrated), spec.scheme)
+            fresh[op, part] = scores.add(op, part, result, self._facts_of(calibrated), spec.scheme)
             return result
 
-        fresh: dict[tuple[str, Part], Measured] = {}
+        fresh: dict[tuple[Op, Part], Measured] = {}
         wanted = expected(self._config, model.label, spec.scheme).parts
         index, count = getattr(self._config, "workerinput", {}).get(SHARE, (0, 1))
         work = Work(
-            ops=[op for op in (*model.ops, Op(TOTAL, TOTAL)) if op.name in wanted],
             parts=wanted,
-            own={name for name in wanted if owner(name, wanted, count) == index},
+            own={op.name for op in wanted if owner(op.name, [other.name for other in wanted], count) == index},
             known=scores.get,
             costs=forwards(model.ops, spec.engine),
             left=partial(left, self._config, options),
@@ -195,19 +194,20 @@ class Bench:
             )
             raise RunAborted(self._aborted[spec])
 
-    def _keep_others(self, spec: RunSpec, model: Model, others: Collection[str], mode: Mode) -> None:
+    def _keep_others(self, spec: RunSpec, model: Model, measured: Op, mode: Mode) -> None:
         """Keep what was measured together with an op at once: this process may not live to be asked for it."""
         scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
-        for op in model.ops:
-            if op.name in others and scores.get(op.name, mode) is None:
+        wanted = expected(self._config, model.label, spec.scheme).parts
+        others = (op for op in dict.fromkeys((*model.ops, *wanted)) if op.name != TOTAL)
+        for op in calibrated.measured_with(measured, mode, others):
+            if scores.get(op, mode) is None:
                 result = calibrated.score(op, (mode,))
-                scores.add(op.name, mode, result, self._facts_of(calibrated), spec.scheme)
+                scores.add(op, mode, result, self._facts_of(calibrated), spec.scheme)
 
     def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:
             options = base_options(self._config)
             self._scores[spec] = KnownScores(
-                (*model.ops, Op(TOTAL, TOTAL)),
                 expected(self._config, model.label, spec.scheme),
                 partial(_look, options, model),
                 partial(_open_cache, options, spec, model),
@@ -254,7 +254,7 @@ class Bench:
         facts = self._facts_of(self._calibrated) if self._calibrated is not None and loaded else scores.facts
         if facts is None:
             return None
-        key = spec, options.mode, facts["reference"], facts["engine"], loaded
+        key = spec, options.granularity, options.mode, facts["reference"], facts["engine"], loaded
         if key in self._described:
             return None
         self._described.add(key)
@@ -263,6 +263,7 @@ class Bench:
         return facts | {
             "model": model.label,
             "scheme": options.scheme,
+            "granularity": options.granularity,
             "mode": options.mode,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
             "data": data,
@@ -382,7 +383,7 @@ def environment(device: str, engine: str) -> dict[str, str]:
 
 
 def _calibrate(
-    spec: RunSpec, model: Model, ops: Collection[str], workers: int, artifact: Artifact | None
+    spec: RunSpec, model: Model, ops: Collection[Op], workers: int, artifact: Artifact | None
 ) -> CalibratedModel:
     import torch
 

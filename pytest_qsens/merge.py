@@ -116,16 +116,17 @@ def _check_same_run(first: Part, other: Part) -> None:
     def facts(part: Part) -> dict[str, object]:
         run = part.result.run
         versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
-        same = {name: getattr(run, name) for name in ("model", "scheme", "mode", "engine", "data", "checkpoint")}
+        names = ("model", "scheme", "granularity", "mode", "engine", "data", "checkpoint")
+        same = {name: getattr(run, name) for name in names}
         return {"number of shards": part.shard.count, **same, **versions}
 
     one, two = facts(first), facts(other)
     for name in dict.fromkeys((*one, *two)):
         if one.get(name) != two.get(name):
             raise _foreign(first, other, f"{name} {_shown(one, name)} and {_shown(two, name)}")
-    ops, others = (tuple((op.op, op.type) for op in part.result.ops) for part in (first, other))
+    ops, others = (tuple((op.op, op.type, op.ops) for op in part.result.ops) for part in (first, other))
     if ops != others:
-        differing = [name for name, _ in (*(set(ops) - set(others)), *(set(others) - set(ops)))]
+        differing = [name for name, *_ in (*(set(ops) - set(others)), *(set(others) - set(ops)))]
         what = f"in one of them only: {_listed(sorted(differing))}" if differing else "the same in another order"
         raise _foreign(first, other, f"ops of the model, {len(ops)} and {len(others)}, {what}")
 

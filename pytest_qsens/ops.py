@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"(.*?\.\d+)(?:[.:]|$)")
 
 @dataclass(frozen=True)
 class Op:
-    """One quantizable call site.
+    """One quantizable call site, or a group of some that are measured as one.
 
     ``name`` is the fully qualified name of the module that owns it; functional ops append their kind
     (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding`` or the
@@ -23,21 +23,47 @@ class Op:
 
     name: str
     type: str
+    members: tuple[Op, ...] = ()
+    """Of a group, at least two ops that are flipped together, and scored as one (`pytest_qsens.groups`)."""
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The ops that are flipped: the members of a group, else the op itself."""
+        return self.members or (self,)
+
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        """Names of the members of a group; empty for an op."""
+        return tuple(member.name for member in self.members)
 
     @property
     def block(self) -> str:
         """The repeated unit the op belongs to: its name up to the first index, else its parent module.
+
+        A group belongs to the block of its members; one that spans several is a block of its own.
 
         >>> Op("encoder.layer.3.output.dense", "linear").block
         'encoder.layer.3'
         >>> Op("pooler.dense", "linear").block
         'pooler'
         """
-        match = _BLOCK.match(self.name)
-        return match.group(1) if match else self.name.rpartition(".")[0]
+        if self.members:
+            return self.name if self.spans_blocks else self.members[0].block
+        return numbered_block(self.name) or self.name.rpartition(".")[0]
+
+    @property
+    def spans_blocks(self) -> bool:
+        """Whether it is a group with members in several blocks."""
+        return len({member.block for member in self.members}) > 1
 
     def __str__(self) -> str:
         return self.name
+
+
+def numbered_block(name: str) -> str | None:
+    """Return the name up to the first index: that of an encoder's or decoder's block; ``None`` if there is no index."""
+    match = _BLOCK.match(name)
+    return match.group(1) if match else None
 
 
 def matches(name: str, glob: str) -> bool:

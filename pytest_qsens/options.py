@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import GRANULARITIES, Fused
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.shards import Shard
@@ -72,6 +73,14 @@ _DECLARATIONS = (
     ),
     _Declaration("ops", "list", "only ops whose name matches GLOB; repeatable", "GLOB", marker=True),
     _Declaration("max_ops", "count", "only the first N ops", "N", marker=True),
+    _Declaration(
+        "granularity",
+        "text",
+        "what is measured as one: op (default); fused: ops that read the same values, such as q, k and v; block: all "
+        "ops of a block; type: the same op of all layers",
+        "GRANULARITY",
+        marker=True,
+    ),
     _Declaration(
         "calib",
         "path",
@@ -190,6 +199,7 @@ class Options:
     mode: str
     ops: tuple[str, ...]
     max_ops: int | None
+    granularity: str
     calib: Path | None
     calib_samples: int | None
     eval: Path | None
@@ -213,6 +223,8 @@ class Options:
     allow_ci_update: bool
     snapshot_prune: bool
     fail_overrides: tuple[str, ...]
+    fused: tuple[Fused, ...]
+    """Patterns of the ini file, which go before those of `pytest_qsens.groups`."""
     root: Path
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Where a value was given, for messages: the option, the ini key or the marker's keyword."""
@@ -239,9 +251,12 @@ class Options:
             values[declared.name] = _parse(declared, given, origin, base)
             origins[declared.name] = origin
         overrides = tuple(_from_ini(config, "qsens_fail_overrides", "list") or ())
+        lines = _from_ini(config, "qsens_fused", "list") or ()
+        fused = tuple(Fused.parse(line, "qsens_fused in the ini file") for line in lines)
         defaults: dict[str, object] = {
             "scheme": "w8a8",
             "mode": "isolated",
+            "granularity": "op",
             "engine": "auto",
             "fail": "nmse:5%",
             "device": "cpu",
@@ -250,7 +265,7 @@ class Options:
             "snapshot_dir": config.rootpath / "qsens_snapshots",
         }
         values |= {name: default for name, default in defaults.items() if values[name] is None}
-        options = cls(**values, fail_overrides=overrides, root=config.rootpath, origins=origins)
+        options = cls(**values, fail_overrides=overrides, fused=fused, root=config.rootpath, origins=origins)
         options.overrides()
         return options
 
@@ -372,13 +387,15 @@ class Options:
 
         return parse_gates(self.fail)
 
-    def thresholds_for(self, op: str) -> tuple[Threshold, ...]:
-        """Thresholds that make this op (or ``total``) count as worse."""
-        return self.overrides().thresholds_for(op, self.gates.thresholds)
+    def thresholds_for(self, op: str, members: Sequence[str] = ()) -> tuple[Threshold, ...]:
+        """Thresholds that make this op (or ``total``, or a group of these members) count as worse."""
+        return self.overrides().thresholds_for(op, self.gates.thresholds, members)
 
     def snapshot_path(self, label: str) -> Path:
         """Snapshot file of a model under these options."""
-        return self.snapshot_dir / label / f"{self.scheme}.json"
+        from pytest_qsens.snapshot import file_name
+
+        return self.snapshot_dir / label / file_name(self.scheme, self.granularity)
 
 
 def declare(parser: pytest.Parser) -> None:
@@ -402,6 +419,12 @@ def declare(parser: pytest.Parser) -> None:
     parser.addini(
         "qsens_fail_overrides",
         "per-op thresholds, one 'GLOB = METRIC:TOLERANCE' a line; the first glob that matches an op decides",
+        type="linelist",
+    )
+    parser.addini(
+        "qsens_fused",
+        "what --qsens-granularity fused measures as one beside what it knows, one pattern such as "
+        "'*.attn.{wq,wk,wv}' a line; the first that matches an op decides",
         type="linelist",
     )
 
@@ -545,6 +568,7 @@ def _check_memory(text: str, origin: str) -> None:
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     "scheme": _check_choice(SCHEMES),
     "mode": _check_choice(MODES),
+    "granularity": _check_choice(GRANULARITIES),
     "engine": _check_choice(ENGINES),
     "fail": _check_fail,
     "device": _check_device,

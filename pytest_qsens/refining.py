@@ -43,8 +43,7 @@ class Work(NamedTuple):
     """What is to be found out.
 
     Attributes:
-        ops: All that tests ask for, by all processes, in model order; the whole model is one of them.
-        parts: Name → the scores that they ask for.
+        parts: All that tests ask for, of all processes, the whole model among them → the scores that they ask for.
         own: Names of those that this process measures.
         known: Gives what is known of an op already.
         costs: Name → forwards of the model that measuring it takes, as predicted.
@@ -52,10 +51,9 @@ class Work(NamedTuple):
 
     """
 
-    ops: Sequence[Op]
-    parts: Mapping[str, Collection[Part]]
+    parts: Mapping[Op, Collection[Part]]
     own: Collection[str]
-    known: Callable[[str, Part], Measured | None]
+    known: Callable[[Op, Part], Measured | None]
     costs: Mapping[str, float]
     left: Callable[[], float]
 
@@ -73,7 +71,7 @@ class Refined:
 
     why: str
     seconds: float
-    fresh: dict[tuple[str, Part], Measured] = field(default_factory=dict)
+    fresh: dict[tuple[Op, Part], Measured] = field(default_factory=dict)
 
     def charge(self, found: Measured) -> Measured:
         """Take what was asked for first as what took all the time: the sum is what counts."""
@@ -122,7 +120,7 @@ def refine(
     sought.open.discard(TOTAL)
     while True:
         rest = sought.open if options.top is None else sought.open & sought.deciding(options.top)
-        candidates = steps([op.name for op in work.ops], rest, work.costs)
+        candidates = steps([op.name for op in work.parts], rest, work.costs)
         if not candidates:
             break
         step = choose(candidates, sought.beliefs, work.left(), pace)
@@ -147,12 +145,12 @@ class _Sought:
 
     def __init__(self, calibrated: CalibratedModel, work: Work, mode: Mode) -> None:
         self._work, self._mode = work, mode
-        self._ops = {op.name: op for op in work.ops}
+        self._ops = {op.name: op for op in work.parts}
         self.open: set[str] = set()
         self.beliefs: dict[str, Belief] = {}
-        for op in work.ops:
-            known = {part: found.result for part in work.parts[op.name] if (found := work.known(op.name, part))}
-            if len(known) < len(work.parts[op.name]) and op.name in work.own:
+        for op, parts in work.parts.items():
+            known = {part: found.result for part in parts if (found := work.known(op, part))}
+            if len(known) < len(parts) and op.name in work.own:
                 self.open.add(op.name)
             if op.name == TOTAL or calibrated.refused(op) is not None:
                 continue
@@ -167,11 +165,11 @@ class _Sought:
 
     def measure(self, ops: Collection[str], measure: Callable[[Op, Part], OpResult]) -> None:
         """Measure these."""
-        for op in ops:
+        for op in map(self._ops.__getitem__, ops):
             for part in sorted(self._work.parts[op]):
                 if self._work.known(op, part) is None:
-                    self._learn(op, measure(self._ops[op], part), part)
-            self.open.discard(op)
+                    self._learn(op.name, measure(op, part), part)
+            self.open.discard(op.name)
 
     def deciding(self, count: int) -> set[str]:
         """Names of ops to be measured to tell the most sensitive ones; none if they are certain.

@@ -5,7 +5,7 @@ directory (`pytest_qsens.cache`) holds small files::
 
     results/<run key>/entry.json                        the model, and the hash of its unquantized outputs
     results/<run key>/<scheme key>.scheme.json          what a run under these schemes tells beside its scores
-    results/<run key>/<op>.<mode>.<scheme key>.json     one score
+    results/<run key>/<op>.<mode>.<scheme key>.json     one score, of an op or of a group of ops
 
 A score with only its op quantized depends on the op's own scheme, every other one on the schemes of all ops. What is
 read is believed only if it is whole, was written for this very place, and comes from the unquantized outputs that
@@ -25,7 +25,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.results import from_payload, to_payload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from pytest_qsens.ops import Op
@@ -66,9 +66,11 @@ class SchemeKeys:
         self.joint = digest(self._own)
         """Key of the schemes of all ops."""
 
-    def key(self, op: str, part: Part) -> str:
-        """Key of what one score depends on."""
-        return self._own[op] if part == "isolated" else self.joint
+    def key(self, op: str, part: Part, members: Sequence[str] = ()) -> str:
+        """Key of what one score depends on; ``members`` are those of a group."""
+        if part != "isolated":
+            return self.joint
+        return digest({member: self._own[member] for member in members}) if members else self._own[op]
 
 
 class ResultCache:
@@ -124,7 +126,7 @@ class ResultCache:
 
     def get(self, op: Op, part: Part) -> OpResult | None:
         """Score of an op, or of the whole model, measured before; ``None`` if there is none that can be believed."""
-        place = self._place(op.name, part)
+        place = self._place(op.name, op.member_names, part)
         payload = self._believed(self._file(place), place)
         if payload is None:
             return None
@@ -133,21 +135,23 @@ class ResultCache:
         except QsensError:
             return None
         scores = result.fallback if part == "fallback" else result.isolated
-        right = (result.op, result.type) == (op.name, op.type) and result.status in _KEPT
+        expected = (op.name, op.type, op.member_names)
+        right = (result.op, result.type, result.ops) == expected and result.status in _KEPT
         return result if right and (scores is not None or result.status != "measured") else None
 
     def keep(self, result: OpResult, part: Part) -> None:
         """Keep a score, unless it is a failure."""
-        place = self._place(result.op, part)
+        place = self._place(result.op, result.ops, part)
         if result.status in _KEPT:
             self._write(self._file(place), {**place, "value": to_payload(result)})
 
-    def _place(self, op: str, part: Part) -> dict[str, str]:
-        return {"op": op, "part": part, "schemes": self._keys.key(op, part)}
+    def _place(self, op: str, members: tuple[str, ...], part: Part) -> dict[str, str]:
+        place = {"op": op, "part": part, "schemes": self._keys.key(op, part, members)}
+        return {**place, "members": digest([op, *members])} if members else place
 
     @staticmethod
     def _file(place: Mapping[str, str]) -> str:
-        return f"{digest(place['op'])}.{place['part']}.{place['schemes']}.json"
+        return f"{place.get('members') or digest(place['op'])}.{place['part']}.{place['schemes']}.json"
 
     def _believed(self, name: str, place: Mapping[str, str]) -> Any:  # noqa: ANN401  # what was given to be kept
         """Value in a file, if it was written for this place and comes from the outputs that are known."""

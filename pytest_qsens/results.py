@@ -85,6 +85,8 @@ class OpResult:
     fallback: Scores | None = None
     seconds: float = 0.0
     intervals: Mapping[Mode, Interval] = field(default_factory=dict, hash=False)
+    ops: tuple[str, ...] = ()
+    """Of a group, the ops that were flipped together; empty for an op."""
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -122,7 +124,8 @@ class RunInfo:
     comes from a factory; ``engine_reason`` says why another engine than the usual one was used; ``profile`` is there if
     it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
     where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
-    ``cached`` is how many of the ops were measured by an earlier run and taken from the cache.
+    ``cached`` is how many of the ops were measured by an earlier run and taken from the cache. ``granularity`` says
+    what was measured as one, see `pytest_qsens.groups`.
     """
 
     model: str
@@ -138,6 +141,7 @@ class RunInfo:
     checkpoint: str | None = None
     shard: Shard | None = None
     cached: int = 0
+    granularity: str = "op"
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ def to_payload(result: OpResult) -> Payload:
 
     """
     payload = asdict(result)
-    del payload["intervals"]
+    del payload["intervals"], payload["ops"]
+    if result.ops:
+        payload["ops"] = list(result.ops)
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
         payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}
@@ -227,9 +233,15 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         fallback=_optional_scores(fields, "fallback", intervals),
         seconds=fields.number("seconds"),
         intervals=intervals,
+        ops=_optional_names(fields, "ops"),
     )
     fields.end()
     return result
+
+
+def _optional_names(fields: Fields, key: str) -> tuple[str, ...]:
+    value, where = fields.take(key), fields.at(key)
+    return () if value is None else tuple(typed(name, str, where) for name in typed(value, list, where))
 
 
 def _optional_scores(fields: Fields, mode: Mode, intervals: dict[Mode, Interval]) -> Scores | None:
@@ -279,6 +291,8 @@ def dump(result: RunResult) -> str:
     for name in ("profile", "reference", "checkpoint", "shard"):
         if facts[name] is None:
             del facts[name]
+    if result.run.granularity == "op":
+        del facts["granularity"]
     if result.run.cost.machine_seconds is None:
         del facts["cost"]["machine_seconds"]
     run = json.dumps(facts, ensure_ascii=False, indent=2).replace("\n", "\n  ")
@@ -343,6 +357,7 @@ def _read_run(fields: Fields) -> RunInfo:
         checkpoint=fields.optional_text("checkpoint"),
         shard=_optional_shard(fields),
         cached=int(fields.optional_number("cached") or 0),
+        granularity=fields.optional_text("granularity") or "op",
     )
     cost.end()
     fields.end()

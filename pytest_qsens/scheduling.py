@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it ships no types
 
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import TOTAL
 from pytest_qsens.refinement import owner
 from pytest_qsens.workers import position
 
@@ -42,7 +42,7 @@ class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped 
         case = self._cases.get(nodeid)
         if case is None or case.op == TOTAL:
             return nodeid
-        return f"{case.model}-{case.scheme}-{Op(case.op, '').block}"
+        return f"{case.model}-{case.scheme}-{case.unit.block}"
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Take a worker out; what it had not finished goes to others, except the test it crashed in.

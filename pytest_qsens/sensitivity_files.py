@@ -88,12 +88,23 @@ def read_pair(
 
     """
     files = _read(left), _read(right)
+    _check_granularity(*files)
     if (mode or metric) and not any(isinstance(file, _Results) for file in files):
         option = "--mode" if mode else "--metric"
         raise QsensError(
             f"{option} chooses from result files of pytest-qsens, and neither {left} nor {right} is one. Leave it out."
         )
     return _chosen(files[0], files[1], mode, metric), _chosen(files[1], files[0], mode, metric)
+
+
+def _check_granularity(left: _Results | Sensitivities, right: _Results | Sensitivities) -> None:
+    """Check that both files are of ops, or both of groups of one kind; files of other tools are of ops."""
+    one, two = (file.run.run.granularity if isinstance(file, _Results) else "op" for file in (left, right))
+    if one != two:
+        raise QsensError(
+            f"{left.path} is of granularity {one!r} and {right.path} of {two!r}: the score of a group says nothing of "
+            "its ops. Measure both with the same --qsens-granularity"
+        )
 
 
 def _read(path: Path) -> _Results | Sensitivities:

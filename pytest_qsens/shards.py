@@ -52,22 +52,26 @@ class Shard:
         return f"{self.index}/{self.count}"
 
 
-def predicted_costs(ops: Sequence[Op], engine: str) -> dict[str, int]:
+def predicted_costs(ops: Sequence[Op], engine: str, units: Sequence[Op] | None = None) -> dict[str, int]:
     """Predict what each op, and `TOTAL`, costs with an engine, in a unit of its own.
 
     What is downstream of an op is known by its place in the model alone: cost falls linearly from the first op to the
-    last. Whole numbers, so that every machine comes to the same sums.
+    last. A group costs what is downstream of its first op, and the quantizing of all. Whole numbers, so that every
+    machine comes to the same sums.
 
     Args:
         ops: All ops of the model, in its order.
         engine: One of `pytest_qsens.options.ENGINES`.
+        units: What is measured, where that are groups.
 
     """
+    units = ops if units is None else units
     if engine in WHOLE_RUNS:
-        return {**dict.fromkeys((op.name for op in ops), 1), TOTAL: 1}
+        return {**dict.fromkeys((unit.name for unit in units), 1), TOTAL: 1}
     count, finest = len(ops), round(1 / _LOCAL)
     downstream = {op.name: finest * (count - place) for place, op in enumerate(ops)}
-    return {**{name: cost + count for name, cost in downstream.items()}, TOTAL: _TOTAL * finest * count}
+    costs = {unit.name: max(downstream[op.name] for op in unit.ops) + count * len(unit.ops) for unit in units}
+    return {**costs, TOTAL: _TOTAL * finest * count}
 
 
 def split(ops: Sequence[Op], costs: Mapping[str, int], count: int, *, total: bool) -> tuple[frozenset[str], ...]:

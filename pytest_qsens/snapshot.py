@@ -114,6 +114,9 @@ class Entry:
 class Snapshot:
     """A snapshot file. ``ops`` maps the names of ops, and `TOTAL` for the whole model, to their entries.
 
+    Where groups of ops are measured as one (`pytest_qsens.groups`), ``granularity`` says of which kind, and ``ops``
+    holds them: a group is never compared with an op, nor with a group of another kind.
+
     ``environment`` is where all of it was measured at first. What was accepted elsewhere since does not change it,
     until all of it is measured in one place again: see `adopt`.
     """
@@ -122,6 +125,12 @@ class Snapshot:
     scheme: str
     environment: Mapping[str, str] = field(default_factory=dict)
     ops: Mapping[str, Entry] = field(default_factory=dict)
+    granularity: str = "op"
+
+
+def file_name(scheme: str, granularity: str) -> str:
+    """Name of the snapshot file of a scheme: groups have one of their own."""
+    return f"{scheme}.json" if granularity == "op" else f"{scheme}-{granularity}.json"
 
 
 def dumps(snapshot: Snapshot) -> str:
@@ -133,6 +142,7 @@ def dumps(snapshot: Snapshot) -> str:
         "schema": str(SCHEMA),
         "model": _quoted(snapshot.model),
         "scheme": _quoted(snapshot.scheme),
+        **({} if snapshot.granularity == "op" else {"granularity": _quoted(snapshot.granularity)}),
         "environment": _object(environment, "  "),
         "ops": _object(ops, "  "),
     }
@@ -172,21 +182,30 @@ def take_texts(texts: Mapping[str, str]) -> None:
     _sent = texts
 
 
-def load(path: Path, *, model: str | None = None, scheme: str | None = None) -> Snapshot:
-    """Read a snapshot file; a missing one is an empty snapshot of ``model`` and ``scheme``.
+def load(path: Path, *, model: str | None = None, scheme: str | None = None, granularity: str = "op") -> Snapshot:
+    """Read a snapshot file; a missing one is an empty snapshot of ``model``, ``scheme`` and ``granularity``.
 
     Raises:
-        QsensError: If it is malformed, of a newer schema, or belongs to another model or scheme than given; names
-            the file and the place in it. Nothing is changed.
+        QsensError: If it is malformed, of a newer schema, or belongs to another model, scheme or granularity than
+            given; names the file and the place in it. Nothing is changed.
 
     """
     text = read_text(path) if _sent is None else _sent.get(str(path))
     if text is None:
-        return Snapshot(model or "", scheme or "")
+        return Snapshot(model or "", scheme or "", granularity=granularity)
     fields = Fields(parse_json(text, path), str(path))
     fields.schema(SCHEMA)
-    snapshot = Snapshot(fields.text("model"), fields.text("scheme"), fields.texts("environment"))
-    for kind, wanted, found in (("model", model, snapshot.model), ("scheme", scheme, snapshot.scheme)):
+    snapshot = Snapshot(
+        fields.text("model"),
+        fields.text("scheme"),
+        fields.texts("environment"),
+        granularity=fields.optional_text("granularity") or "op",
+    )
+    for kind, wanted, found in (
+        ("model", model, snapshot.model),
+        ("scheme", scheme, snapshot.scheme),
+        ("granularity", granularity, snapshot.granularity),
+    ):
         if wanted is not None and found != wanted:
             raise QsensError(
                 f"{path} is the snapshot of {kind} {found!r}, not {wanted!r}. "
@@ -301,6 +320,7 @@ def write(
     *,
     model: str,
     scheme: str,
+    granularity: str = "op",
 ) -> bool:
     """Read the file anew, apply ``update`` and replace it in one step, while no other process does the same.
 
@@ -309,6 +329,7 @@ def write(
         update: Gets the present snapshot and returns the new one, for example by `merge`.
         model: Label the file must have.
         scheme: Scheme the file must have.
+        granularity: Granularity the file must have.
 
     Returns:
         Whether the text changed. If not, the file is not touched.
@@ -322,7 +343,7 @@ def write(
     except OSError as error:
         raise QsensError(f"{path.parent} cannot be created: {error.strerror}") from error
     with locked(path):
-        text = dumps(update(load(path, model=model, scheme=scheme)))
+        text = dumps(update(load(path, model=model, scheme=scheme, granularity=granularity)))
         if text == read_text(path):
             return False
         _remove_leftovers(path)

@@ -46,6 +46,7 @@ class Score:
         path: The snapshot file.
         model: Label the file must have.
         scheme: Scheme the file must have.
+        granularity: Granularity the file must have.
         accept: The command that records the present scores, for messages.
         evaluation: Hash of the evaluation data, if it is known.
         estimated: Whether the result holds the least that an estimate allows for, which is never recorded.
@@ -60,6 +61,7 @@ class Score:
         path: Path,
         model: str,
         scheme: str,
+        granularity: str = "op",
         accept: str,
         evaluation: str | None = None,
         estimated: bool = False,
@@ -69,6 +71,7 @@ class Score:
         self.path = path
         self.model = model
         self.scheme = scheme
+        self.granularity = granularity
         self.accept = accept
         self.evaluation = evaluation
         self.estimated = estimated
@@ -115,7 +118,7 @@ class Score:
                 f"{self.result.op}: none of the gated metrics ({', '.join(gated)}) was measured. "
                 f"Gate on some of {', '.join(sorted(known))}."
             )
-        snapshot = load(self.path, model=self.model, scheme=self.scheme)
+        snapshot = load(self.path, model=self.model, scheme=self.scheme, granularity=self.granularity)
         recorded = snapshot.ops.get(self.result.op)
         # What is recorded under this name of another type of op says nothing about this one.
         comparable = recorded is not None and recorded.type == self.result.type

@@ -213,9 +213,15 @@ class Overrides:
             rules.append((glob, parse_fail(fail, f"{where}, {glob}:")))
         return cls(tuple(rules))
 
-    def thresholds_for(self, op: str, default: tuple[Threshold, ...]) -> tuple[Threshold, ...]:
-        """Thresholds that gate ``op``."""
-        return next((thresholds for glob, thresholds in self.rules if matches(op, glob)), default)
+    def thresholds_for(
+        self, op: str, default: tuple[Threshold, ...], members: Sequence[str] = ()
+    ) -> tuple[Threshold, ...]:
+        """Thresholds that gate ``op``; a group by its name, or by a glob that matches all of its ``members``."""
+
+        def decides(glob: str) -> bool:
+            return matches(op, glob) or (bool(members) and all(matches(member, glob) for member in members))
+
+        return next((thresholds for glob, thresholds in self.rules if decides(glob)), default)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from pytest_qsens.artifact import Artifact, Content
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.groups import grouped
+from pytest_qsens.ops import Op
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_qsens.results import OpResult
 
 SCHEMES = ("w8a8", "w8a8_static")
+HEAD = Op("lm_head", "linear")
 
 
 def artifact(directory: Path, key: str = "k") -> Artifact:
@@ -89,7 +92,7 @@ def test_what_was_not_compared_is_no_verdict(tmp_path: Path, monkeypatch: pytest
     """A run that had no use for differences, or made logits of them, says nothing about their errors."""
     made(tmp_path / "replay", engine="replay")
     made(tmp_path / "logits", divergence=True)
-    made(tmp_path / "few", divergence=False, expected=["lm_head"])
+    made(tmp_path / "few", divergence=False, expected=[HEAD])
     monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
     for name, engine in (("replay", "replay"), ("logits", "replay"), ("few", "delta")):
         model = made(tmp_path / name, divergence=False)
@@ -97,20 +100,33 @@ def test_what_was_not_compared_is_no_verdict(tmp_path: Path, monkeypatch: pytest
         assert model.engine == engine, name
 
 
+def test_groups_are_compared_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out of single ops says nothing of groups; what was found out of both is believed for both."""
+    groups = grouped(list_ops(ARCHITECTURES["qwen2_5_vl"].build()), "fused")
+    made(tmp_path / "ops", divergence=False)
+    made(tmp_path / "groups", divergence=False, expected=groups)
+    monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
+    for name, expected, engine in (("ops", groups, "replay"), ("groups", groups, "delta"), ("groups", None, "delta")):
+        model = made(tmp_path / name, divergence=False, expected=expected)
+        for op in groups[:9]:
+            model.score(op, ["isolated"])
+        assert model.engine == engine, name
+
+
 def test_a_few_ops_are_not_checked_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ends of the model are compared, whatever is going to be scored: others believe it."""
-    compared: list[str] = []
+    compared: list[tuple[str, ...]] = []
     true = DeltaEngine._compared
 
-    def logged(engine: DeltaEngine, op: str) -> Any:  # noqa: ANN401 - the verdict
-        compared.append(op)
-        return true(engine, op)
+    def logged(engine: DeltaEngine, unit: tuple[str, ...]) -> Any:  # noqa: ANN401 - the verdict
+        compared.append(unit)
+        return true(engine, unit)
 
     monkeypatch.setattr(DeltaEngine, "_compared", logged)
-    made(tmp_path, expected=["lm_head"])
+    made(tmp_path, expected=[HEAD])
     assert len(compared) == 2
-    assert compared[0].startswith("model.visual.")
-    assert compared[1] != "lm_head"
+    assert compared[0][0].startswith("model.visual.")
+    assert compared[1] != ("lm_head",)
 
 
 def test_a_passing_failure_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

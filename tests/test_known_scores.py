@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.collect import Wanted
 from pytest_qsens.known_scores import KnownScores, Look
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import Op
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.result_cache import ResultCache
 from pytest_qsens.results import OpResult
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-OPS = [Op("a", "linear"), Op("b", "linear"), Op(TOTAL, TOTAL)]
+OPS = {name: Op(name, "linear") for name in "ab"}
 FACTS = {"engine": "delta", "engine_reason": None}
 SEEN = Look("model", "data")
 
@@ -25,8 +25,7 @@ def scores(path: Path, wanted: Iterable[str] = "ab", *looks: Look | None, model:
     left = iter(looks or (SEEN, SEEN))
     schemes = dict.fromkeys("ab", SCHEMES["w8a8"])
     return KnownScores(
-        OPS,
-        Wanted({op: {"isolated"} for op in wanted}, model=model),
+        Wanted({OPS[op]: {"isolated"} for op in wanted}, model=model),
         lambda: next(left),
         lambda seen: ResultCache(path, "m", {"seen": list(seen)}, schemes),
     )
@@ -35,17 +34,17 @@ def scores(path: Path, wanted: Iterable[str] = "ab", *looks: Look | None, model:
 def measure(known: KnownScores, op: str, nmse: float = 0.5) -> None:
     """Take a score as measured in two seconds."""
     result = OpResult(op, "linear", "", "measured", None, {"nmse": nmse}, seconds=2.0)
-    assert known.add(op, "isolated", result, FACTS, "w8a8").spent == 2.0
+    assert known.add(OPS[op], "isolated", result, FACTS, "w8a8").spent == 2.0
 
 
 def test_the_model_is_needed_for_what_is_missing(tmp_path: Path) -> None:
     """Or for a test that takes it; if all is known, it is not."""
     known = scores(tmp_path)
-    assert (known.sure, known.missing()) == (False, {"a", "b"})
+    assert (known.sure, known.missing()) == (False, {OPS["a"], OPS["b"]})
     assert known.loaded("digest") is None
     measure(known, "a")
     again = scores(tmp_path)
-    assert (again.sure, again.missing()) == (False, {"b"})
+    assert (again.sure, again.missing()) == (False, {OPS["b"]})
     assert scores(tmp_path, "a").sure
     assert scores(tmp_path, "a").facts == FACTS
     assert not scores(tmp_path, "a", model=True).sure
@@ -57,8 +56,8 @@ def test_time_is_spent_once(tmp_path: Path) -> None:
     known = scores(tmp_path)
     known.loaded("digest")
     measure(known, "a")
-    assert [found.spent for _ in range(2) if (found := known.get("a", "isolated"))] == [0.0, 0.0]
-    found = scores(tmp_path).get("a", "isolated")
+    assert [found.spent for _ in range(2) if (found := known.get(OPS["a"], "isolated"))] == [0.0, 0.0]
+    found = scores(tmp_path).get(OPS["a"], "isolated")
     assert found is not None
     assert (found.spent, found.result.seconds) == (None, 2.0)
 
@@ -69,10 +68,10 @@ def test_scores_of_other_outputs_are_forgotten(tmp_path: Path) -> None:
     known.loaded("digest")
     measure(known, "a")
     again = scores(tmp_path)
-    assert again.missing() == {"b"}
+    assert again.missing() == {OPS["b"]}
     assert "not those of the cached scores" in (again.loaded("other") or "")
-    assert again.missing() == {"a", "b"}
-    assert scores(tmp_path).missing() == {"a", "b"}
+    assert again.missing() == {OPS["a"], OPS["b"]}
+    assert scores(tmp_path).missing() == {OPS["a"], OPS["b"]}
 
 
 def test_a_model_that_changes_while_it_is_loaded(tmp_path: Path) -> None:
@@ -81,11 +80,11 @@ def test_a_model_that_changes_while_it_is_loaded(tmp_path: Path) -> None:
     known.loaded("digest")
     measure(known, "a")
     again = scores(tmp_path, "ab", SEEN, Look("changed", "data"))
-    assert again.missing() == {"b"}
+    assert again.missing() == {OPS["b"]}
     assert "have changed" in (again.loaded("digest") or "")
-    assert again.missing() == {"a", "b"}
+    assert again.missing() == {OPS["a"], OPS["b"]}
     measure(again, "b")
-    assert scores(tmp_path).missing() == {"b"}
+    assert scores(tmp_path).missing() == {OPS["b"]}
 
 
 def test_a_model_that_is_downloaded_when_it_is_loaded(tmp_path: Path) -> None:
@@ -93,4 +92,4 @@ def test_a_model_that_is_downloaded_when_it_is_loaded(tmp_path: Path) -> None:
     known = scores(tmp_path, "ab", None, SEEN)
     assert known.loaded("digest") is None
     measure(known, "a")
-    assert scores(tmp_path).missing() == {"b"}
+    assert scores(tmp_path).missing() == {OPS["b"]}

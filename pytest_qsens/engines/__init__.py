@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode
 
 
+Unit = tuple[str, ...]
+"""Names of the ops that are flipped and scored as one, in model order: those of a group, or that of one op."""
+
+
 class Engine(Protocol):
     """Outputs of the evaluation batches under quantization, one tensor per batch."""
 
@@ -52,14 +56,14 @@ class Engine(Protocol):
     def functional(self) -> Sequence[tuple[str, str]]:
         """``(owner:kind, kind)`` of products that no module owns."""
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized."""
+    def isolated(self, *ops: str) -> Iterator[Tensor]:
+        """Only these ops are quantized."""
 
-    def together(self, op: str) -> Score | None:
-        """Score with only this op quantized, if the engine measures several ops at once."""
+    def together(self, *ops: str) -> Score | None:
+        """Score with only these ops quantized, if the engine measures several changes at once."""
 
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
-        """Other ops whose scores in this mode came together with that of this op."""
+    def measured_with(self, unit: Unit, mode: Mode) -> Collection[Unit]:
+        """Others whose scores in this mode came together with that of these ops."""
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized.
@@ -67,8 +71,8 @@ class Engine(Protocol):
         With a seed, the outputs of all ops are moved in their last digits (`pytest_qsens.noise.perturbed`).
         """
 
-    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but this op is quantized; the seed as in `joint`."""
+    def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but these ops is quantized; the seed as in `joint`."""
 
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate an op's score by metric, ``sse`` and maybe ``kl``; ``None`` if it is to be measured."""
@@ -79,22 +83,22 @@ class Engine(Protocol):
     def why_measured(self, op: str, mode: Mode) -> str | None:
         """Why an op is measured by an engine that estimates, if that has to be said."""
 
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:
-        """Score with everything but this op quantized, if the engine measures several at once; the seed as above."""
+    def all_but(self, *ops: str, seed: int | None = None) -> Score | None:
+        """Score with all but these ops quantized, if the engine measures several changes at once; seed as above."""
 
 
 class OneByOne:
     """What an engine has to say that measures one op after the other."""
 
-    def together(self, op: str) -> Score | None:  # noqa: ARG002 - the protocol's
+    def together(self, *ops: str) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return None
 
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:  # noqa: ARG002 - the protocol's
+    def measured_with(self, unit: Unit, mode: Mode) -> Collection[Unit]:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return ()
 
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
+    def all_but(self, *ops: str, seed: int | None = None) -> Score | None:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return None
 

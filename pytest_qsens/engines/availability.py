@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
+
+if TYPE_CHECKING:
+    from pytest_qsens.ops import Op
 
 KERNEL_ENGINES = ("fx", "inc")
 
@@ -31,6 +35,24 @@ def check_engine(engine: str, scheme: str, device: str) -> None:
         raise QsensError(f"engine {engine} runs int8 kernels of the CPU, not of device {device!r}")
     if engine == "inc":
         _check_inc()
+
+
+def check_group(engine: str, op: Op) -> None:
+    """Check that an engine can measure a group of ops, if ``op`` is one.
+
+    Raises:
+        QsensError: If it cannot.
+
+    """
+    whys = {
+        "probe": "estimates the errors of single ops, and those of a group add up in ways that it does not see",
+        "inc": "drives Intel Neural Compressor's strategy, which scores single ops",
+    }
+    if op.members and engine in whys:
+        raise QsensError(
+            f"engine {engine} {whys[engine]}: {op} is a group of {len(op.members)}. Measure groups with engine delta, "
+            "the default, or single ops with --qsens-granularity op"
+        )
 
 
 def _check_inc() -> None:

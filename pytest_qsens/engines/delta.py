@@ -1,4 +1,4 @@
-"""The fast engine: the ops of a block scored together, by the differences they make."""
+"""The fast engine: the ops of a block, or groups of them, scored together, by the differences they make."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
+    from pytest_qsens.engines import Unit
     from pytest_qsens.engines.replay import Captured
     from pytest_qsens.graph.capture import Graph
     from pytest_qsens.graph.replay import Change
@@ -75,37 +76,40 @@ class Verdict(NamedTuple):
     logits: bool
     """Whether that was found out with all logits made, and not by way of their errors alone."""
 
+    groups: bool = False
+    """Whether a change of several ops at once was compared as well."""
+
 
 class Waves:
-    """Scores of ops that are measured a wave at a time, and kept.
+    """Scores of units that are measured a wave at a time, and kept.
 
     Args:
-        waves: Ops that are measured together.
-        measure: Measures some ops.
+        waves: Units that are measured together.
+        measure: Measures some units.
         wanted: Tells which of them are measured when another one is asked for.
 
     """
 
     def __init__(
         self,
-        waves: Iterable[Sequence[str]],
-        measure: Callable[[Sequence[str]], Mapping[str, Score]],
-        wanted: Callable[[str], bool],
+        waves: Iterable[Sequence[Unit]],
+        measure: Callable[[Sequence[Unit]], Mapping[Unit, Score]],
+        wanted: Callable[[Unit], bool],
     ) -> None:
         self._waves = list(waves)
         self._measure = measure
         self._wanted = wanted
-        self._scores: dict[str, Score] = {}
+        self._scores: dict[Unit, Score] = {}
 
-    def add(self, scores: Mapping[str, Score]) -> None:
+    def add(self, scores: Mapping[Unit, Score]) -> None:
         """Take scores that were measured otherwise."""
         self._scores |= scores
 
-    def score(self, op: str) -> Score:
-        """Measure an op with those of its wave, unless it has been."""
-        if op not in self._scores:
-            wave = next((wave for wave in self._waves if op in wave), [op])
-            found = [other for other in wave if other == op or (other not in self._scores and self._wanted(other))]
+    def score(self, unit: Unit) -> Score:
+        """Measure a unit with those of its wave, unless it has been."""
+        if unit not in self._scores:
+            wave = next((wave for wave in self._waves if unit in wave), [unit])
+            found = [other for other in wave if other == unit or (other not in self._scores and self._wanted(other))]
             try:
                 self._scores |= self._measure(found)
             except Exception:  # one of them makes the model fail: the others shall have their scores
@@ -113,13 +117,13 @@ class Waves:
                     raise
                 self._waves.remove(wave)
                 self._waves += [[other] for other in wave]
-                return self.score(op)
-        return self._scores[op]
+                return self.score(unit)
+        return self._scores[unit]
 
-    def measured_with(self, op: str) -> Collection[str]:
+    def measured_with(self, unit: Unit) -> Collection[Unit]:
         """Others of its wave that have a score."""
-        wave = next((wave for wave in self._waves if op in wave), [])
-        return [other for other in wave if other != op and other in self._scores]
+        wave = next((wave for wave in self._waves if unit in wave), [])
+        return [other for other in wave if other != unit and other in self._scores]
 
 
 class DeltaEngine(ReplayEngine):
@@ -133,7 +137,7 @@ class DeltaEngine(ReplayEngine):
         simulator: Gives the outputs of quantized ops.
         quantizable: Names of ops that can be quantized.
         memory: Bytes for values.
-        expected: Those that are going to be scored.
+        expected: Units that are going to be scored, of quantizable ops: neighbours in a block come together.
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
         rows: Of each sample of every batch.
@@ -148,7 +152,7 @@ class DeltaEngine(ReplayEngine):
         simulator: Simulator,
         quantizable: Collection[str],
         memory: int,
-        expected: Collection[str],
+        expected: Sequence[Unit],
         verdict: Verdict | None,
         *,
         logits: bool,
@@ -162,6 +166,7 @@ class DeltaEngine(ReplayEngine):
         self._expected = expected
         self._wave_memory = memory // _WAVE_SHARE
         self._waves = self._find_waves(self._deltas)
+        self._groups = [unit for wave in self._waves for unit in wave if len(unit) > 1]
         self._alone = Waves(self._waves, self._measure_alone, partial(self._wants, "isolated"))
         self._joined: dict[int | None, list[JointRun]] = {}
         self._others: dict[int | None, Waves] = {}
@@ -169,11 +174,11 @@ class DeltaEngine(ReplayEngine):
         self._replayed: set[Mode] = set()
         self.verdict: Verdict | None = None
         """What others can take over: it was found out by comparing, here or by another process."""
-        if verdict is not None and verdict.logits == logits:
+        if verdict is not None and verdict.logits == logits and (verdict.groups or not self._groups):
             self._settle(verdict)
 
     def check(self) -> None:
-        """See whether differences are to be trusted, by replays of two ops, unless that is known."""
+        """See whether differences are to be trusted, by replays of two ops and a group, unless that is known."""
         if not self._checked:
             try:
                 self._settle(self._find_verdict())
@@ -200,23 +205,23 @@ class DeltaEngine(ReplayEngine):
         """Whether ops are measured together in this mode; they are not any more once that was found to be wrong."""
         return mode not in self._replayed
 
-    def together(self, op: str) -> Score | None:
-        """Score with only this op quantized, measured with the others of its block; the first time after `check`."""
+    def together(self, *ops: str) -> Score | None:
+        """Score with only these ops quantized, measured with others of their block; the first time after `check`."""
         self.check()
-        return self._alone.score(op) if self.trusts("isolated") else None
+        return self._alone.score(ops) if self.trusts("isolated") else None
 
-    def measured_with(self, op: str, mode: Mode) -> Collection[str]:
+    def measured_with(self, unit: Unit, mode: Mode) -> Collection[Unit]:
         """Others of its block."""
         waves = self._alone if mode == "isolated" else self._others.get(None)
-        return () if waves is None or not self.trusts(mode) else waves.measured_with(op)
+        return () if waves is None or not self.trusts(mode) else waves.measured_with(unit)
 
-    def all_but(self, op: str, seed: int | None = None) -> Score | None:
-        """Score with everything but this op quantized, measured with the others of its block.
+    def all_but(self, *ops: str, seed: int | None = None) -> Score | None:
+        """Score with everything but these ops quantized, measured with others of their block.
 
         The first time after `check_others`.
         """
         self.check_others()
-        return self._with_others(seed).score(op) if self.trusts("fallback") else None
+        return self._with_others(seed).score(ops) if self.trusts("fallback") else None
 
     def check_others(self) -> None:
         """See whether ops that are measured together with everything else quantized get their own scores.
@@ -236,29 +241,36 @@ class DeltaEngine(ReplayEngine):
             self._others[seed] = Waves(self._joint_waves(), self._measure_others(seed), wanted)
         return self._others[seed]
 
-    def _wants(self, mode: Mode, op: str) -> bool:  # noqa: ARG002 - for others
-        """Whether an op is going to be asked for in this mode."""
+    def _wants(self, mode: Mode, unit: Unit) -> bool:  # noqa: ARG002 - for others
+        """Whether a unit is going to be asked for in this mode."""
         return True
 
-    def _joint_waves(self) -> list[list[str]]:
+    def _joint_waves(self) -> list[list[Unit]]:
         return self._find_waves(self._joint_together(None))
-
-    def _find_waves(self, runs: Sequence[Together]) -> list[list[str]]:
-        """Group the expected ops of each block, as many as there is memory for."""
-        most = self._most_at_once(runs)
-        wanted = (op for op in self._quantizable if op in self.exercised and op in self._expected)
-        blocks = [list(block) for _, block in groupby(wanted, key=lambda op: Op(op, "").block)]
-        return [block[i : i + most] for block in blocks for i in range(0, len(block), most)]
 
     def _most_at_once(self, runs: Sequence[Together]) -> int:
         return max(1, self._wave_memory // max(1, *(run.bytes_per_change() for run in runs)))
 
-    def _measure_alone(self, ops: Sequence[str]) -> dict[str, Score]:
-        return self._measure(ops, self._deltas, lambda graph, op: self._quantize(graph, [op]))
+    def _find_waves(self, runs: Sequence[Together]) -> list[list[Unit]]:
+        """Put the expected units of each block together, as many as there is memory for.
 
-    def _measure_others(self, seed: int | None) -> Callable[[Sequence[str]], dict[str, Score]]:
+        A unit that spans blocks is a wave by itself: the scheduler gives each to a worker of its own.
+        """
+        able = self.exercised.intersection(self._quantizable)
+        most = self._most_at_once(runs)
+        waves: list[list[Unit]] = []
+        for block, members in groupby(self._expected, key=_block):
+            wave = [unit for unit in (tuple(op for op in unit if op in able) for unit in members) if unit]
+            size = 1 if block is None else most
+            waves += [wave[i : i + size] for i in range(0, len(wave), size)]
+        return waves
+
+    def _measure_alone(self, units: Sequence[Unit]) -> dict[Unit, Score]:
+        return self._measure(units, self._deltas, self._quantize)
+
+    def _measure_others(self, seed: int | None) -> Callable[[Sequence[Unit]], dict[Unit, Score]]:
         runs = self._joint_together(seed)
-        return lambda ops: self._measure(ops, runs, lambda graph, op: self._unquantized(graph, op, seed))
+        return lambda units: self._measure(units, runs, lambda graph, unit: self._unquantized(graph, unit, seed))
 
     def _joint_together(self, seed: int | None) -> list[JointRun]:
         if seed not in self._joined:
@@ -280,12 +292,12 @@ class DeltaEngine(ReplayEngine):
         return self._simulator.blocks(op, bind(target, args, {}), channels)
 
     def _measure(
-        self, ops: Sequence[str], runs: Sequence[Together], change: Callable[[Graph, str], Change]
-    ) -> dict[str, Score]:
-        found = {op: Score(logits=self._logits) for op in ops}
+        self, units: Sequence[Unit], runs: Sequence[Together], change: Callable[[Graph, Unit], Change]
+    ) -> dict[Unit, Score]:
+        found = {unit: Score(logits=self._logits) for unit in units}
         for together in runs:
             run, reference = together.run, together.reference
-            changes = [change(run.graph, op) for op in ops]
+            changes = [change(run.graph, unit) for unit in units]
             try:
                 with self._threads():
                     if self._logits:
@@ -300,28 +312,38 @@ class DeltaEngine(ReplayEngine):
 
     @profile.phase("replay")
     def _find_verdict(self) -> Verdict | None:
-        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be."""
-        compared = [next(filter(None, map(self._compared, end)), None) for end in self._ends()]
-        found = [verdict for verdict in compared if verdict is not None]
-        return next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
+        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be.
 
-    def _ends(self) -> tuple[list[str], list[str]]:
+        And for the largest of the groups that are going to be scored: its errors meet on their way, and may cancel.
+        """
+        compared = [next(filter(None, map(self._compared, end)), None) for end in self._ends()]
+        with self._simulator.passing():  # the weights of a group may be most of the model
+            group = next(filter(None, map(self._compared, self._largest())), None)
+        found = [verdict for verdict in (*compared, group) if verdict is not None]
+        verdict = next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
+        return None if verdict is None else verdict._replace(groups=group is not None)
+
+    def _ends(self) -> tuple[list[Unit], list[Unit]]:
         """Ops at either end of the model, the best to compare first."""
-        candidates = [op for op in self._quantizable if op in self.exercised]
+        candidates: list[Unit] = [(op,) for op in self._quantizable if op in self.exercised]
         return candidates[:_TRIES], candidates[:-1][::-1][:_TRIES]
 
-    def _compared(self, op: str) -> Verdict | None:
+    def _largest(self) -> list[Unit]:
+        """Groups that are going to be scored, the best to compare first."""
+        return sorted(self._groups, key=len, reverse=True)[:_TRIES]
+
+    def _compared(self, unit: Unit) -> Verdict | None:
         """Compare with a replay; ``None`` if its output cannot be scored."""
-        expected = self._exact_sse(self.isolated(op))
+        expected = self._exact_sse(self.isolated(*unit))
         if expected is None:
             return None
         try:
-            found = self._alone.score(op)
+            found = self._alone.score(unit)
         except Exception as error:
             raise _CannotFollow(f"differences cannot be followed ({first_line(error)})") from error
         size = sum(map(energy, self.references))
         nmse, exact = found.sse / size, expected / size
-        fault = f"the NMSE of {op} comes out as {nmse:.3e}, but {exact:.3e} in an exact replay"
+        fault = f"the NMSE of {_named(unit)} comes out as {nmse:.3e}, but {exact:.3e} in an exact replay"
         agrees = abs(nmse - exact) <= tolerance(exact)  # false for NaN
         return Verdict(None if agrees else fault, self._logits)
 
@@ -342,25 +364,36 @@ class DeltaEngine(ReplayEngine):
         The pass is one of its own: waves hold ops that this process may not be asked for. The second op goes with them,
         so that several changes meet in every layer, and not at the end alone.
         """
-        expected: dict[str, float] = {}
-        for end in self._ends():
-            exact = ((op, self._exact_sse(self.fallback(op))) for op in end if op not in expected)
-            expected |= next(({op: sse} for op, sse in exact if sse is not None), {})
+        expected: dict[Unit, float] = {}
+        for end in (*self._ends(), self._largest()):
+            exact = ((unit, self._exact_sse(self.fallback(*unit))) for unit in end if unit not in expected)
+            expected |= next(({unit: sse} for unit, sse in exact if sse is not None), {})
         if not expected:
             return None
-        ops = list(dict.fromkeys([*self._ends()[0][:2], *expected]))
-        found: dict[str, Score] = {}
+        units = list(dict.fromkeys([*self._ends()[0][:2], *expected]))
+        found: dict[Unit, Score] = {}
         try:
             most, measure = self._most_at_once(self._joint_together(None)), self._measure_others(None)
-            for i in range(0, len(ops), most):
-                found |= measure(ops[i : i + most])
+            for i in range(0, len(units), most):
+                found |= measure(units[i : i + most])
         except Exception as error:  # noqa: BLE001 - whatever torch raises when it runs several values together
             return f"ops cannot be followed side by side ({first_line(error)})"
-        for op, sse in expected.items():
-            if not abs(found[op].sse - sse) <= SUMMATION * sse:  # NaN is never within it
-                sizes = f"the SSE comes out as {found[op].sse:.9e}, but {sse:.9e} in an exact replay"
-                return f"with everything but {op} quantized {sizes}"
+        for unit, sse in expected.items():
+            if not abs(found[unit].sse - sse) <= SUMMATION * sse:  # NaN is never within it
+                sizes = f"the SSE comes out as {found[unit].sse:.9e}, but {sse:.9e} in an exact replay"
+                return f"with everything but {_named(unit)} quantized {sizes}"
         return None
+
+
+def _named(unit: Unit) -> str:
+    """Name what is measured as one for a message."""
+    return unit[0] if len(unit) == 1 else f"{unit[0]} to {unit[-1]} ({len(unit)} ops)"
+
+
+def _block(unit: Unit) -> str | None:
+    """Return the block of all ops of a unit, ``None`` if it spans several."""
+    blocks = {Op(op, "").block for op in unit}
+    return blocks.pop() if len(blocks) == 1 else None
 
 
 class _CannotFollow(Exception):  # noqa: N818 - no fault of the model: a replay raises nothing

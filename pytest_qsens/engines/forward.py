@@ -58,17 +58,17 @@ class ForwardEngine(OneByOne, ABC):
         """Nothing to say."""
         return None
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized."""
-        return self._outputs({op}, None)
+    def isolated(self, *ops: str) -> Iterator[Tensor]:
+        """Only these ops are quantized."""
+        return self._outputs(frozenset(ops), None)
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
         """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
         return self._outputs(self._quantizable, seed)
 
-    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but this op is quantized; the seed as in `joint`."""
-        return self._outputs(self._quantizable - {op}, seed)
+    def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but these ops is quantized; the seed as in `joint`."""
+        return self._outputs(self._quantizable - frozenset(ops), seed)
 
     @abstractmethod
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:

@@ -51,9 +51,9 @@ class FxEngine(KernelEngine):
         """Scale and zero point of each op's output; none of embeddings."""
         return self._kernels.output_qparams
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized, and nothing beside the ops either."""
-        return self._run({op}, others=False)
+    def isolated(self, *ops: str) -> Iterator[Tensor]:
+        """Only these ops are quantized, and nothing beside the ops either."""
+        return self._run(ops, others=False)
 
     def quantized(self, ops: Collection[str]) -> Iterator[Tensor]:
         """Quantize these ops, and what torch quantizes beside the ops, such as additions and poolings."""

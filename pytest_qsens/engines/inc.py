@@ -78,8 +78,9 @@ class IncEngine(KernelEngine):
         """What is not quantized although everything should be."""
         return f"in fp32, as the model cannot run with them: {', '.join(self._broken)}" if self._broken else None
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized: the second phase with one candidate."""
+    def isolated(self, *ops: str) -> Iterator[Tensor]:
+        """Only this op, of which there is one, is quantized: the second phase with one candidate."""
+        (op,) = ops
         measured = next(self.requantize([op]))
         self._check_quantized(op, measured.quantized)
         yield from self._kept(measured)
@@ -88,13 +89,14 @@ class IncEngine(KernelEngine):
         """Everything is quantized with which the model still runs."""
         return self._outputs(self._quantizable - self._without_kernels().keys(), seed)
 
-    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
-        """Everything but this op is quantized: the first phase with one candidate.
+    def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:  # noqa: ARG002 - see `perturbs`
+        """Everything but this op, of which there is one, is quantized: the first phase with one candidate.
 
         Raises:
             Exception: What the model raised with this op quantized, if it does.
 
         """
+        (op,) = ops
         yield from self._kept(self.fall_back(op))
 
     def fall_back(self, op: str) -> Measured:

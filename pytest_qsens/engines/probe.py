@@ -34,6 +34,7 @@ from pytest_qsens.results import CANNOT, MODES
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+    from pytest_qsens.engines import Unit
     from pytest_qsens.engines.delta import Verdict
     from pytest_qsens.engines.replay import Captured
     from pytest_qsens.graph.backward import Gradient, Probe
@@ -115,7 +116,7 @@ class ProbeEngine(DeltaEngine):
         simulator: Simulator,
         quantizable: Collection[str],
         memory: int,
-        expected: Collection[str],
+        expected: Sequence[Unit],
         verdict: Verdict | None,
         *,
         logits: bool,
@@ -125,10 +126,10 @@ class ProbeEngine(DeltaEngine):
         super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits, rows=rows)
         self._strata = strata
         self._region = memory // _REGION_SHARE
-        self._wanted = [op for wave in self._waves for op in wave]
+        self._wanted = [op for wave in self._waves for (op,) in wave]  # groups are refused
         self._estimates: dict[Mode, Estimates] = {}
         self._exactly: set[str] = set()
-        self._replayed: Mapping[str, Score] = {}
+        self._correcting: Mapping[str, Score] = {}
         self._outputs = sum(run.graph.output.meta["val"].numel() for run in self._clean)
 
     def estimates(self, mode: Mode) -> Estimates:
@@ -147,7 +148,8 @@ class ProbeEngine(DeltaEngine):
         """Estimate these no more."""
         self._exactly.update(ops)
 
-    def _wants(self, mode: Mode, op: str) -> bool:
+    def _wants(self, mode: Mode, unit: Unit) -> bool:
+        (op,) = unit
         return op in self._exactly or (mode in self._estimates and op not in self._estimates[mode].found)
 
     def why_measured(self, op: str, mode: Mode) -> str | None:
@@ -159,23 +161,23 @@ class ProbeEngine(DeltaEngine):
         super()._distrust(why, modes)
         self.name = "probe"  # whatever measures those that correct the others
 
-    def together(self, op: str) -> Score | None:
+    def together(self, *ops: str) -> Score | None:
         """Score with only this op quantized: of one that corrects the others, it is known."""
-        return self._replayed.get(op) or super().together(op)
+        return self._correcting.get(ops[0]) or super().together(*ops)
 
     def _isolated_estimates(self) -> Estimates:
         sums = self._sum(self._clean, None, self._rounding)
         estimator = Estimator(sums.squares, self._outputs)
         chosen = self._choose(estimator.values, MEASURED)
         # replays: to find out whether differences are to be trusted would take more
-        self._replayed = self._exact(chosen, self.isolated)
-        exact = {op: found for op, score in self._replayed.items() if (found := score.related(1.0, 1)) is not None}
+        self._correcting = self._exact(chosen, self.isolated)
+        exact = {op: found for op, score in self._correcting.items() if (found := score.related(1.0, 1)) is not None}
         by_metric = {"sse": self._corrected(estimator, _of_metric(exact, "sse"))}
         if self._logits:
             divergence = Estimator(sums.divergence, self._outputs)
             by_metric["kl"] = self._corrected(divergence, _of_metric(exact, "kl"))
         estimates = _without(by_metric, chosen, sums.refused)
-        self._alone.add(self._replayed)
+        self._alone.add(_by_unit(self._correcting))
         return estimates
 
     def _fallback_estimates(self) -> Estimates:
@@ -190,7 +192,7 @@ class ProbeEngine(DeltaEngine):
         exact = {op: score.sse for op, score in scores.items() if score.finite}
         estimates = _without({"sse": restored(base, sums.products, squares, exact)}, chosen, sums.refused)
         if self.trusts("fallback"):
-            self._with_others(None).add(scores)
+            self._with_others(None).add(_by_unit(scores))
         return estimates
 
     def _corrected(self, estimator: Estimator, exact: Mapping[str, float]) -> Mapping[str, Estimate]:
@@ -208,7 +210,8 @@ class ProbeEngine(DeltaEngine):
         """Measure with everything but each of these ops quantized: together, or one by one if that fails."""
         if self.trusts("fallback"):
             with suppress(Exception):
-                return self._measure_others(None)(ops)
+                found = self._measure_others(None)([(op,) for op in ops])
+                return {op: score for (op,), score in found.items()}
         return self._exact(ops, self.fallback)
 
     def _exact(self, ops: Sequence[str], outputs: Callable[[str], Iterable[Tensor]]) -> dict[str, Score]:
@@ -326,6 +329,10 @@ class _Collected:
             [(found[passes] * factor).tolist() for found in self._squares[op]],
             (products.square() * factor).tolist(),
         )
+
+
+def _by_unit(scores: Mapping[str, Score]) -> dict[Unit, Score]:
+    return {(op,): score for op, score in scores.items()}
 
 
 def _same(value: Tensor) -> Tensor:

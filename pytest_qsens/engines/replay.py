@@ -82,11 +82,11 @@ class ReplayEngine(OneByOne):
             yield run.output
             run.release_all()
 
-    def isolated(self, op: str) -> Iterator[Tensor]:
-        """Only this op is quantized."""
+    def isolated(self, *ops: str) -> Iterator[Tensor]:
+        """Only these ops are quantized."""
         for run in self._clean:
             with self._threads():
-                output = run.replay(self._quantize(run.graph, [op]))
+                output = run.replay(self._quantize(run.graph, ops))
             run.release_all()
             yield output
 
@@ -96,11 +96,11 @@ class ReplayEngine(OneByOne):
             yield run.output
             run.release_all()
 
-    def fallback(self, op: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but this op is quantized; the seed as in `joint`."""
+    def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
+        """Everything but these ops is quantized; the seed as in `joint`."""
         for run in self._joint_runs(seed):
             with self._threads():
-                output = run.replay(self._unquantized(run.graph, op, seed))
+                output = run.replay(self._unquantized(run.graph, ops, seed))
             run.release_all()
             yield output
 
@@ -119,8 +119,8 @@ class ReplayEngine(OneByOne):
         return {node: _moved(call, seed) for node, call in calls.items()}
 
     @staticmethod
-    def _unquantized(graph: Graph, op: str, seed: int | None) -> dict[Node, Override]:
-        return {node: _moved(node.target, seed) for node in graph.calls.get(op, ())}
+    def _unquantized(graph: Graph, ops: Collection[str], seed: int | None) -> dict[Node, Override]:
+        return {node: _moved(node.target, seed) for op in ops for node in graph.calls.get(op, ())}
 
     def _quantize(self, graph: Graph, ops: Collection[str]) -> dict[Node, Override]:
         def override(op: str, target: object) -> Override:

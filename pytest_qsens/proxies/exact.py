@@ -55,6 +55,11 @@ def read_exact(path: Path, source: ModelSource, scheme: str, ops: Sequence[Op]) 
     result = load(path)
     run = result.run
     _check_origin(path, run, source, scheme)
+    if run.granularity != "op":
+        raise QsensError(
+            f"{path} holds scores of groups of ops (granularity {run.granularity!r}), and proxies are of single ops. "
+            "Measure with --qsens-granularity op."
+        )
     measured = [op for op in result.ops if op.status == "measured" and op.isolated is not None]
     if not measured:
         statuses = ", ".join(sorted({op.status for op in result.ops})) or "no op"

@@ -274,11 +274,11 @@ class Simulator:
     @contextmanager
     def passing(self, room: int = 0) -> Iterator[None]:
         """Keep none of the weights that are quantized meanwhile, and so many bytes of them until the end."""
-        self._room = room
+        before, self._room = self._room, room
         try:
             yield
         finally:
-            self._room = math.inf
+            self._room = before
             self._passing.clear()
 
     def forget(self, op: str) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import TOTAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping
     from typing import TextIO
 
-    from pytest_qsens.collect import Case
+    from pytest_qsens.collect import Case, Subject
+    from pytest_qsens.ops import Op
 
 INTERVAL = 30.0
 """Seconds between lines where none can be updated in place, and before the first."""
@@ -34,15 +35,17 @@ _DRAW = "\x1bD\x1b[A\x1b7\n{}\x1b8"
 
 
 class Tally:
-    """What is known of one (model, scheme).
+    """What is known of one (model, scheme, granularity).
 
     Args:
         label: What to call it.
+        noun: What to call several of what is measured.
 
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, noun: str = "ops") -> None:
         self.label = label
+        self._noun = noun
         self.ops: set[str] = set()
         """All that are going to be measured."""
         self._done: set[str] = set()
@@ -93,10 +96,10 @@ class Tally:
         left = len(self.ops) - len(self._done)
         if not self._parallel or not left:
             return ""
-        text = f"{self.label}: {len(self._done)}/{len(self.ops)} ops"
+        text = f"{self.label}: {len(self._done)}/{len(self.ops)} {self._noun}"
         if self.rate is not None:
             per_second = f"{self.rate:.2g}" if self.rate < 10 else f"{self.rate:.0f}"
-            return f"{text}, {per_second} ops/s, {duration(left / self.rate)} left"
+            return f"{text}, {per_second} {self._noun}/s, {duration(left / self.rate)} left"
         return text if self._done else f"{text}, calibrating"
 
 
@@ -173,7 +176,7 @@ class Progress:
         self._cases = {nodeid: case for nodeid, case in cases.items() if case.op != TOTAL}
         self._clock = clock
         self._tallies = _tallies(self._cases.values())
-        self._starts: dict[tuple[str, str, str], list[float]] = {}
+        self._starts: dict[tuple[Subject, str], list[float]] = {}
         """When the tests of each block started."""
         self._last = clock()
         self._live = LiveLine(terminal) if _updatable(terminal) else None
@@ -189,7 +192,7 @@ class Progress:
         line = ""
         case = self._cases.get(nodeid)
         if case is not None:
-            self._tallies[case.model, case.scheme].start(nodeid)
+            self._tallies[case.subject].start(nodeid)
             line = self._due(case)
         if line:  # before pytest starts a line for the file of the test
             self._terminal.ensure_newline()
@@ -208,7 +211,7 @@ class Progress:
         result = yield
         case = self._cases.get(report.nodeid)
         if case is not None:
-            self._tallies[case.model, case.scheme].add(Op(case.op, ""), report)
+            self._tallies[case.subject].add(case.unit, report)
         self._draw()
         return result
 
@@ -240,7 +243,7 @@ class Progress:
         are not done: that would give a wrong rate, and the end of the block is near.
         """
         now = self._clock()
-        starts = self._starts.setdefault((case.model, case.scheme, Op(case.op, "").block), [])
+        starts = self._starts.setdefault((case.subject, case.unit.block), [])
         starts.append(now)
         between = len(starts) == 2 or (len(starts) > 2 and starts[-1] - starts[-2] < _TOGETHER)
         if self._live is not None or between or now - self._last < INTERVAL:
@@ -249,13 +252,14 @@ class Progress:
         return str(self)
 
 
-def _tallies(cases: Collection[Case]) -> dict[tuple[str, str], Tally]:
-    """Ops to be measured, by model and scheme; the scheme is named where a model has several."""
+def _tallies(cases: Collection[Case]) -> dict[Subject, Tally]:
+    """Ops or groups to be measured, by what they are of; the scheme is named where a model has several."""
     schemes = Counter(model for model, _ in {(case.model, case.scheme) for case in cases})
-    found: dict[tuple[str, str], Tally] = {}
+    found: dict[Subject, Tally] = {}
     for case in cases:
         label = f"{case.model} {case.scheme}" if schemes[case.model] > 1 else case.model
-        found.setdefault((case.model, case.scheme), Tally(label)).ops.add(case.op)
+        noun = "ops" if case.granularity == "op" else "groups"
+        found.setdefault(case.subject, Tally(label, noun)).ops.add(case.op)
     return found
 
 

@@ -36,7 +36,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             continue
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
-        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{engine}{shard}")
+        groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
+        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{groups}{engine}{shard}")
         terminal.write_line(_counts(run))
         if run.cached:
             terminal.write_line(_sources(run))
@@ -65,7 +66,7 @@ def _end(terminal: pytest.TerminalReporter, controller: Controller) -> None:
 def _counts(run: Run) -> str:
     results = [result for op, result in run.results.items() if op != TOTAL]
     if not results:
-        return f"the whole model, and none of its {len(run.ops)} ops{_compared(run)}"
+        return f"the whole model, and none of its {_listed(run)}{_compared(run)}"
     statuses = Counter(result.status for result in results)
     found = [f"{count} {status}" for status, count in statuses.items()]
     without = [op.name in run.elsewhere for op in run.ops if op.name not in run.results]
@@ -73,13 +74,25 @@ def _counts(run: Run) -> str:
     found += [f"{without.count(True)} in other shards"] if True in without else []
     if run.functional:
         found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
-    return f"{len(run.ops)} ops: {', '.join(found)}{_compared(run)}"
+    return f"{_listed(run)}: {', '.join(found)}{_compared(run)}"
+
+
+def _listed(run: Run) -> str:
+    """Count what is measured, and, where that are groups, their ops: one with no other in its group counts as one."""
+    if run.granularity == "op":
+        return f"{len(run.ops)} ops"
+    return f"{len(run.ops)} groups of {sum(len(unit.ops) for unit in run.ops)} ops"
 
 
 def _sources(run: Run) -> str:
     cached = {result.op for result in run.cached}
     measured = sum(result.op not in cached for result in run.measured)
-    return f"scores: {len(cached)} op{'s' * (len(cached) != 1)} from the cache, {measured} measured in this run"
+    noun = _noun(run)[: None if len(cached) != 1 else -1]
+    return f"scores: {len(cached)} {noun} from the cache, {measured} measured in this run"
+
+
+def _noun(run: Run) -> str:
+    return "ops" if run.granularity == "op" else "groups"
 
 
 def _compared(run: Run) -> str:
@@ -98,12 +111,13 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
 
     """
     total = run.total
+    one = "op" if run.granularity == "op" else "group"
     modes: tuple[tuple[Mode, str, str], ...] = (
-        ("isolated", "nmse", "only this op quantized; higher nmse is worse"),
+        ("isolated", "nmse", f"only this {one} quantized; higher nmse is worse"),
         (
             "fallback",
             "gain",
-            "all but this op quantized; gain: total nmse minus its nmse, high: keep it in fp32",
+            f"all but this {one} quantized; gain: total nmse minus its nmse, high: keep it in fp32",
         ),
     )
     for mode, metric, direction in modes:
@@ -112,7 +126,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         intervals = {op: result.intervals[mode] for op, result in known.items() if mode in result.intervals}
         if scores:
             estimates = f"; {len(intervals)} of {len(scores)} are estimates" if intervals else ""
-            yield f"worst ops, {mode} ({direction}{estimates})"
+            yield f"worst {one}s, {mode} ({direction}{estimates})"
             yield from _table(scores, metric, width, bar, intervals)
         noisy = sum(map(lost_in_noise, scores.values()))
         if noisy:
@@ -218,7 +232,8 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
     unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
         yield (
-            f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} ops have no score, nothing is known about them: "
+            f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} {_noun(run)} have no score, nothing is known about "
+            "them: "
             f"{_grouped(unexercised)}"
         )
         for reason in sorted({result.reason or "" for result in unexercised}):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import Case
+from pytest_qsens.collect import Case, Subject
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.report import progress
 from pytest_qsens.report.progress import Progress, Tally, duration
@@ -130,7 +130,7 @@ def following(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, cloc
 def test_lines_wait_for_the_end_of_a_block(following: Progress, clock: list[float]) -> None:
     """No line between ops that were measured together: a whole block of time, one op done, would be a wrong rate."""
     written = []
-    tally = following._tallies["m", "w8a8"]
+    tally = following._tallies[Subject("m", "w8a8")]
     for n in range(27):
         case = Case("m", "w8a8", f"layers.{n // 9}.{n % 9}")
         tally.start(case.op)
@@ -148,7 +148,7 @@ def test_lines_come_at_intervals(following: Progress, clock: list[float]) -> Non
     written = []
     for n in range(18):
         case = Case("m", "w8a8", f"layers.{n // 9}.{n % 9}")
-        following._tallies["m", "w8a8"].start(case.op)
+        following._tallies[Subject("m", "w8a8")].start(case.op)
         written += [clock[-1]] if following._due(case) else []
         clock.append(clock[-1] + 15.0)
     assert written == [30.0, 60.0, 90.0, 120.0, 165.0, 195.0, 225.0, 255.0]  # at 150 after one op of its block
