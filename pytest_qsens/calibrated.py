@@ -294,13 +294,13 @@ class _Size(NamedTuple):
 
     Attributes:
         energy: Sum of its squares.
-        count: Number of its values.
+        values: Number of its values.
         energies: Sum of the squares of each sample.
 
     """
 
     energy: float
-    count: int
+    values: int
     energies: Sequence[float]
 
 

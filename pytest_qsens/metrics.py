@@ -102,8 +102,8 @@ class Score:
             return
         classes = reference.shape[-1]
         self._positions += reference.numel() // classes
-        rows = max(1, _CHUNK // classes)
-        chunks = (torch.split(values.reshape(-1, classes), rows) for values in (reference, quantized))
+        positions = max(1, _CHUNK // classes)
+        chunks = (torch.split(values.reshape(-1, classes), positions) for values in (reference, quantized))
         for ref, out in zip(*chunks, strict=True):
             ref, out = ref.double(), out.double()  # noqa: PLW2901 - the same values
             log_p, log_q = ref.log_softmax(-1), out.log_softmax(-1)

@@ -87,7 +87,7 @@ def summed(chunks: Iterable[Tensor], rows: Rows, size: int) -> Sums:
         else:
             last = next(i for i, end in enumerate(ends[sample:], sample) if end >= stop)
             cuts = [start, *ends[sample:last], stop]
-            parts = chunk.split([right - left for left, right in pairwise(cuts)])
+            parts = torch.split(chunk, [right - left for left, right in pairwise(cuts)])
             for i, value in enumerate(torch.stack([part.sum() for part in parts]).tolist(), sample):
                 found[i] += value
             sample = last

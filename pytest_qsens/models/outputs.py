@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def _tokens(mask: str) -> Callable[[Batch], list[int] | None]:
     return rows
 
 
-ROWS = {
+ROWS: dict[Callable[[Any, Batch], torch.Tensor], Callable[[Batch], list[int] | None]] = {
     token_logits: _tokens("attention_mask"),
     token_states: _tokens("attention_mask"),
     decoder_logits: _tokens("decoder_attention_mask"),

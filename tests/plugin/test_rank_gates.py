@@ -40,14 +40,14 @@ def swap(pytester: pytest.Pytester, one: str, other: str) -> None:
 def test_an_order_that_changed_fails_once(pytester: pytest.Pytester, recorded: list[str], workers: str) -> None:
     """Every test passes, the run does not: exit code 1, and the summary tells who left and who entered."""
     swap(pytester, recorded[0], recorded[5])
-    last = f"{ANY},top3:3,top4:3,kendall:0.9"
-    result = run(pytester, "--qsens-fail", last, "-n", workers)
+    result = run(pytester, "--qsens-fail", f"{ANY},top3:3,top4:3,kendall:0.9", "-n", workers)
+    moves = f"left: {recorded[5]} (1 → 6); entered: {recorded[0]} (6 → 1) (of 8 ops)"
     result.assert_outcomes(passed=len(OPS) + 1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
             "order of ops: top4:3 held, isolated nmse: 3 of the 4 most sensitive *",
-            f"ORDER OF OPS: top3:3 failed, isolated nmse: 2 of the 3 *; left: {recorded[5]} (1 → 6); entered: {recorded[0]} (6 → 1) (of 8 ops)",
+            f"ORDER OF OPS: top3:3 failed, isolated nmse: 2 of the 3 most sensitive *; {moves}",
             "ORDER OF OPS: kendall:0.9 failed, isolated nmse: Kendall's tau-b with the snapshot is 0.3571; moved: *",
             "accept with: *--snapshot-update",
             f"qsens: the order of the ops of {LABEL}: top3:3 failed, see above",
