@@ -10,6 +10,7 @@ import torch
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.groups import grouped
 from pytest_qsens.models.outputs import states
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
@@ -60,3 +61,27 @@ def test_padded_positions_make_it_an_order_of_magnitude(tmp_path: Path) -> None:
     (first, real), (_, following) = ranking(spec, "w8a8_static")[:2]
     assert first == WORST
     assert real < 2 * following < padded / 5
+
+
+@pytest.mark.parametrize("granularity", ["fused", "block", "type"])
+def test_groups(granularity: str) -> None:
+    """On real weights a group has the score of its replay, in both modes, which the sum of its ops' scores is not."""
+    found = {}
+    for engine in ("replay", "delta"):
+        spec = resolve(ModelRequest("minilm")).load()
+        assert isinstance(spec.model, torch.nn.Module)
+        ops = list_ops(spec.model)
+        units = [unit for unit in grouped(ops, granularity) if unit.members]
+        assert len(units) == 6  # layers, or kinds of ops in them
+        unit = units[-1]
+        model = calibrate(spec, ops, "w8a8", engine=engine, expected=[unit], divergence=False)
+        result = model.score(unit, ["isolated", "fallback"])
+        assert model.engine == engine
+        assert result.isolated is not None
+        assert result.fallback is not None
+        found[engine] = result.isolated["nmse"], result.fallback["nmse"]
+        if engine == "replay":
+            alone = [(model.score(op, ["isolated"]).isolated or {})["nmse"] or 0.0 for op in unit.members]
+            assert found[engine][0] != pytest.approx(sum(alone), rel=1e-3)
+    assert found["delta"][0] == pytest.approx(found["replay"][0], rel=1e-3)
+    assert found["delta"][1] == pytest.approx(found["replay"][1], rel=1e-9)
