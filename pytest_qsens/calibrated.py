@@ -564,7 +564,7 @@ class _Setup:
             )
 
     def _units(self, quantizable: Sequence[str]) -> list[Unit]:
-        """What is going to be scored, in the order of the model; what spans several blocks comes last."""
+        """List what is going to be scored, in the order of the model; what spans several blocks comes last."""
         places = {name: place for place, name in enumerate(quantizable)}
         units = []
         for op in self._ops if self._expected is None else self._expected:

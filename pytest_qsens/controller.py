@@ -424,7 +424,7 @@ class Controller:
         self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
 
     def _chosen(self, options: Options) -> Subject | None:
-        """What the options of the command line and the ini file are about."""
+        """Tell what the options of the command line and the ini file are about."""
         if options.model is None:
             return None
         return Subject(self._model(options).label, options.scheme, options.granularity)

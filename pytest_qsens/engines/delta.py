@@ -329,7 +329,7 @@ class DeltaEngine(ReplayEngine):
         return candidates[:_TRIES], candidates[:-1][::-1][:_TRIES]
 
     def _largest(self) -> list[Unit]:
-        """Groups that are going to be scored, the best to compare first."""
+        """List groups that are going to be scored, the best to compare first."""
         return sorted(self._groups, key=len, reverse=True)[:_TRIES]
 
     def _compared(self, unit: Unit) -> Verdict | None:

@@ -283,7 +283,10 @@ def test_what_is_of_groups_is_not_compared_with_ops(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--qsens-granularity", "blocks"], "no value for --qsens-granularity: 'blocks' (did you mean block?). Known: *"),
+        (
+            ["--qsens-granularity", "blocks"],
+            "no value for --qsens-granularity: 'blocks' (did you mean block?). Known: *",
+        ),
         (["--qsens-granularity", ""], "--qsens-granularity is empty. *"),
         (["-o", "qsens_granularity=layer"], "no value for qsens_granularity in the ini file: 'layer'. Known: op, *"),
         (["-o", "qsens_fused=*.up"], "qsens_fused in the ini file '[*].up' is no pattern of ops *"),
@@ -313,7 +316,9 @@ def test_a_bad_marker(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_own=OWN.replace('"block"', '"blok"'))
     result = pytester.runpytest_inprocess("--qsens-model", MODEL)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stdout.fnmatch_lines(["*qsens: no value for granularity= of @pytest.mark.qsens: 'blok' (did you mean block?)*"])
+    result.stdout.fnmatch_lines(
+        ["*qsens: no value for granularity= of @pytest.mark.qsens: 'blok' (did you mean block?)*"]
+    )
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
