@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
@@ -55,25 +56,25 @@ def read(document: Document) -> Config:
     value = {_EXCLUDE: document.value} if isinstance(document.value, list) else document.value
     fields = ConfigFields(typed(value, dict, str(document.path)), str(document.path), problems)
     rest = _rest(fields)
-    if isinstance(document.value, list):
-        fields.where = f"{document.path}, "
     nodes = fields.texts_of(_EXCLUDE)
-    fields.where = str(document.path)
     fields.skip("model_input", "model_output", "calibrate_method", "use_external_data_format", "calibration_providers")
     for key in ("nodes_to_quantize", "op_types_to_quantize"):
         fields.changes_numbers(key, "only these are quantized; exclusions alone are read", [])
     fields.finish()
-    rules = []
-    for number, (name, _) in enumerate(nodes, 1):
-        rules.append(_rule(name, f"{document.path}, node {number} of {_EXCLUDE}", problems))
-    types = tuple(kind for kind in CLASS_OF if kind != "embedding")
-    label = "the rest" if not isinstance(rest, Unknown) else "the rest, of which the file says nothing"
-    rules = [rule for rule in rules if rule is not None]
-    rules.append(Rule(Pattern("any", "", types=types), rest, label, str(document.path), expected=False))
+    places = [f"{document.path}, node {number} of {_EXCLUDE}" for number in range(1, len(nodes) + 1)]
+    read_nodes = [_rule(name, where, problems) for (name, _), where in zip(nodes, places, strict=True)]
+    rules = [rule for rule in read_nodes if rule is not None]
+    label = "the rest, of which the file says nothing" if isinstance(rest, Unknown) else "the rest"
+    embedding = rest
+    if isinstance(rest, OpScheme) and rest.weight is not None:  # its Gather has one scale, per_channel or not
+        embedding = OpScheme(replace(rest.weight, granularity="tensor"))
+    others = tuple(kind for kind in CLASS_OF if kind != "embedding")
+    for scheme, types in ((embedding, ("embedding",)), (rest, others)):
+        rules.append(Rule(Pattern("any", "", types=types), scheme, label, str(document.path), expected=False))
     return Config(str(document.path), NAME, "exclusions of ONNX Runtime", tuple(rules), tuple(problems))
 
 
-def _rule(name: str, where: str, problems: list[Problem]) -> Any:  # noqa: ANN401  # a `Rule` or `None`
+def _rule(name: str, where: str, problems: list[Problem]) -> Rule | None:
     match = _NODE.fullmatch(name)
     if match is None or not match["modules"]:
         problems.append(
@@ -119,8 +120,7 @@ def _rest(fields: ConfigFields) -> OpScheme | Unknown:
     )
     options.finish()
     fields.take("extra_options")
-    qdq = fields.known("quant_format", ("qdq", "qoperator"), "qdq")
-    del qdq  # both quantize outputs
+    fields.skip("quant_format")  # outputs are quantized in both
     granularity: Granularity = "channel" if per_channel else "tensor"
     dtypes = [name.removeprefix("Q").removeprefix("U").lower() for name in (weight_type, activation_type)]
     floats = {"float8e4m3fn": "fp8_e4m3"}

@@ -114,11 +114,13 @@ class FqnToConfig(Config):
             return Decision(op, first.scheme, first, tuple(found))
         rivals: list[Rule] = []
         if first.rank == _PARAMETER_REGEX or (first.rank == _PARAMETER_NAME and first.scheme is not None):
-            applied = [rule for rule in found if rule.rank == _PARAMETER_REGEX and rule.scheme is not None]
+            expressions = [rule for rule in found if rule.rank == _PARAMETER_REGEX]
+            applied = [rule for rule in expressions if rule.scheme is not None]
             if first.rank == _PARAMETER_REGEX and applied:
+                # a `None` in front of it has no effect, against torchao's documentation
+                rivals = [rule for rule in expressions[: expressions.index(applied[0])] if rule.scheme is None]
                 first = applied[0]
-            # what is quantized once cannot be again
-            rivals = [rule for rule in applied if rule is not first]
+            rivals += [rule for rule in applied if rule is not first]  # what is quantized once cannot be again
         return Decision(op, first.scheme, first, tuple(found), tuple(rivals))
 
 
