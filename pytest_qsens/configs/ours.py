@@ -45,7 +45,7 @@ def read(document: Document) -> Config:
     problems: list[Problem] = []
     fields = ConfigFields(document.value, str(document.path), problems)
     fields.schema(SCHEMA)
-    fields.skip("$schema")
+    fields.optional_text("$schema")  # for editors
     schemes = {name: _scheme(ConfigFields(value, where, problems)) for name, value, where in _own(fields)}
     rules = [rule for number, entry in enumerate(fields.objects("rules"), 1) for rule in _rules(entry, number, schemes)]
     fields.finish()
@@ -86,6 +86,8 @@ def _only(types: tuple[str, ...], name: str) -> tuple[str, ...]:
 
 
 def _types(entry: ConfigFields) -> tuple[str, ...]:
+    if entry.peek("types") == []:
+        raise QsensError(f"{entry.at('types')}: there is no type in the list. Leave it out, or give one.")
     found = entry.texts_of("types")
     for name, where in found:
         if name not in CLASS_OF:
