@@ -8,6 +8,7 @@ of layers that were traced alone end with ``.module``, which is dropped here.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +74,7 @@ def read(document: Document) -> Config:
 
     """
     value: dict[Any, Any] = typed(document.value, dict, str(document.path))
-    if any(key in value for key in _PTQ_KEYS):
+    if any(key in value for key in _PTQ_KEYS) or ("approach" in value and "op" not in value):
         return _given(document)
     if "op" in value:
         return _chosen(document)
@@ -105,33 +106,73 @@ class PostTraining(Config):
     approach: str = "static"
 
     def decide(self, op: Op) -> Decision:
-        """Merge all entries that match: the last one that says something about a property holds."""
+        """Follow ``TuningSpace._merge_op_cfg``, which takes activations before weights.
+
+        What is said without a precision (fp32, bf16) quantizes an op again that an earlier word took out, and with all
+        choices there are. Of the choices named, Neural Compressor takes that which comes first in its own list; those
+        that it has not are left out without a word.
+        """
         default = Rule(Pattern("any", ""), None, f"default of approach {self.approach}", self.path, expected=False)
         found = [entry for entry in self.settings if entry.rule.pattern.matches(op)]
-        weight, activation = _defaults(op, self.approach)
-        if not weight and not activation:
-            return Decision(op, None, default, tuple(entry.rule for entry in found))
+        matching = (*(entry.rule for entry in reversed(found)), default)
+        choices = _choices(op, self.approach)
+        if not choices:
+            return Decision(op, None, default, matching)
+        left: dict[str, dict[str, list[str]]] | None = copy.deepcopy(choices)
         deciding = default
         for entry in found:
-            for target, given in ((weight, entry.weight), (activation, entry.activation)):
-                for key, values in given.items():
-                    target[key] = values[0]
+            for part, given in (("activation", entry.activation), ("weight", entry.weight)):
+                if given:
+                    left = _merged(left, choices, part, given, self.approach)
                     deciding = entry.rule
-        matching = (*(entry.rule for entry in reversed(found)), default)
-        return Decision(op, _of_op(op, weight, activation, self.approach), deciding, matching)
+        if left is None:
+            return Decision(op, None, deciding, matching)
+        firsts = [{key: of[0] for key, of in left[part].items()} for part in ("weight", "activation")]
+        return Decision(op, _of_op(op, firsts[0], firsts[1], self.approach), deciding, matching)
 
 
-def _defaults(op: Op, approach: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Tell what the PyTorch FX adaptor does to an op that nothing is said about (adaptor/pytorch_cpu.yaml)."""
+def _merged(
+    left: dict[str, dict[str, list[str]]] | None,
+    choices: dict[str, dict[str, list[str]]],
+    part: str,
+    given: Mapping[str, list[str]],
+    approach: str,
+) -> dict[str, dict[str, list[str]]] | None:
+    """Choices that are left after a word about one part of an op; ``None``: it is not quantized."""
+    if set(given.get("dtype", ())) & set(_UNQUANTIZED):
+        return None
+    left = copy.deepcopy(choices) if left is None else left
+    for key, values in given.items():
+        both = [choice for choice in choices[part].get(key, ()) if choice in values]
+        if approach == "weight_only":  # its lists are longer than those here
+            left[part][key] = both or values[:1]
+        elif both and key != "dtype":
+            left[part][key] = both
+    return left
+
+
+def _choices(op: Op, approach: str) -> dict[str, dict[str, list[str]]]:
+    """List what the PyTorch FX adaptor can do to an op, the default first (adaptor/pytorch_cpu.yaml)."""
     if op.type not in CLASS_OF or (approach == "dynamic" and op.type.startswith("conv")):
-        return {}, {}
+        return {}
     if approach == "weight_only":
-        weight = {"dtype": "int", "bits": "4", "group_size": "32", "scheme": "sym"}
-        return (weight, {"dtype": "fp32"}) if op.type == "linear" else ({}, {})
+        weight = {"dtype": ["int"], "bits": ["4"], "group_size": ["32"], "scheme": ["sym", "asym"]}
+        return {"weight": weight, "activation": {"dtype": ["fp32"]}} if op.type == "linear" else {}
     if op.type == "embedding":
-        return {"dtype": "uint8", "scheme": "asym_float", "granularity": "per_channel"}, {"dtype": "fp32"}
-    weight = {"dtype": "int8", "scheme": "sym", "granularity": "per_channel"}
-    return weight, {"dtype": "uint8", "scheme": "asym", "granularity": "per_tensor"}
+        weight = {"dtype": ["uint8"], "scheme": ["asym_float"], "granularity": ["per_channel"]}
+        return {"weight": weight, "activation": {"dtype": ["fp32"]}}
+    schemes = ["asym", "sym"] if approach == "static" else ["asym"]
+    return {
+        "weight": {"dtype": ["int8"], "scheme": ["sym"], "granularity": ["per_channel"]},
+        "activation": {"dtype": ["uint8"], "scheme": schemes, "granularity": ["per_tensor"]},
+    }
+
+
+_ANYWHERE = {
+    "weight": {"dtype": ("int8", "uint8"), "scheme": ("sym", "asym_float"), "granularity": ("per_channel",)},
+    "activation": {"dtype": ("int8", "uint8"), "scheme": ("asym", "sym"), "granularity": ("per_tensor",)},
+}
+"""Choices that some op has, of static and dynamic approaches."""
 
 
 def _given(document: Document) -> Config:
@@ -152,13 +193,15 @@ def _given(document: Document) -> Config:
     fields.changes_numbers("quant_level", "levels below 1 tune what is quantized", 1, "auto")
     fields.changes_numbers("excluded_precisions", "ops get other precisions", [], ["bf16"])
     settings = [
-        _entry(ConfigFields(entry, where, problems), Pattern("class_regex", regex(key, where)), f"op_type {key}")
+        _entry(
+            ConfigFields(entry, where, problems), Pattern("class_regex", regex(key, where)), f"op_type {key}", approach
+        )
         for key, entry, where in fields.table("op_type_dict")
     ]
     for key, entry, where in fields.table("op_name_dict"):
         # its name for a layer that it traces alone ends with .module, and for others does not
         pattern = Pattern("regex", regex(key, where), ("", _WRAPPED))
-        settings.append(_entry(ConfigFields(entry, where, problems), pattern, f"op_name {key}"))
+        settings.append(_entry(ConfigFields(entry, where, problems), pattern, f"op_name {key}", approach))
         if re.escape(key).replace(r"\.", ".") == key and not key.endswith(_WRAPPED):
             problems.append(
                 Problem(
@@ -207,15 +250,24 @@ _RECIPES_WITHOUT_EFFECT = (
 _PROPERTIES = ("dtype", "scheme", "granularity", "algorithm", "bits", "group_size")
 
 
-def _entry(fields: ConfigFields, pattern: Pattern, label: str) -> _Settings:
-    weight, activation = (_properties(fields.inner(key)) for key in ("weight", "activation"))
+def _entry(fields: ConfigFields, pattern: Pattern, label: str, approach: str) -> _Settings:
+    parts: dict[str, dict[str, list[str]]] = {}
+    for part, anywhere in _ANYWHERE.items():
+        inner = fields.inner(part)
+        parts[part] = {} if inner is None else _properties(inner, part, approach)
+        if inner is None or approach == "weight_only":
+            continue
+        for key, known in anywhere.items():
+            without = [value for value in parts[part].get(key, ()) if value not in (*known, *_UNQUANTIZED)]
+            if without:
+                inner.problem(key, f"{as_text(without)}: Neural Compressor has no such choice here and leaves it out")
     fields.finish()
-    return _Settings(Rule(pattern, None, label, fields.where, partial=True), weight, activation)
+    rule = Rule(pattern, None, label, fields.where, partial=True)
+    return _Settings(rule, parts["weight"], parts["activation"])
 
 
-def _properties(fields: ConfigFields | None) -> dict[str, list[str]]:
-    if fields is None:
-        return {}
+def _properties(fields: ConfigFields, part: str, mode: str) -> dict[str, list[str]]:
+    """Read the properties of a weight or an activation: property → values, in the order of the file."""
     found = {}
     for key in _PROPERTIES:
         value, where = fields.take(key), fields.at(key)
@@ -225,17 +277,23 @@ def _properties(fields: ConfigFields | None) -> dict[str, list[str]]:
         if not values or any(type(each) not in (str, int) for each in values):
             raise QsensError(f"{where}: a text or a list of texts is needed, found {as_text(value)}")
         if len(values) > 1:
-            fields.problem(key, f"{as_text(value)}: Neural Compressor tries one after the other; the first is taken")
+            fields.problem(key, f"{as_text(value)}: Neural Compressor tries one after the other as it tunes")
         found[key] = [str(each) for each in values]
-        _check(key, found[key][0], where)
+        for each in found[key]:
+            _check(key, each, where)
+    algorithm = found.get("algorithm", [""])[0]
+    if algorithm not in _ALGORITHMS["dynamic" if part == "weight" or mode != "static" else "static"]:
+        fields.problem(
+            "algorithm", f"{algorithm!r} changes numbers and is not simulated: scales are found in another way"
+        )
     fields.skip("quant_mode")
     fields.finish()
-    if (algorithm := found.get("algorithm")) and algorithm[0] not in _ALGORITHMS:
-        fields.problem("algorithm", f"{algorithm[0]!r} changes numbers and is not simulated")
     return found
 
 
-_ALGORITHMS = ("minmax", "kl", "placeholder", "RTN", "rtn")
+_ALGORITHMS = {"static": ("", "kl", "placeholder"), "dynamic": ("", "minmax", "placeholder", "RTN", "rtn")}
+"""Ways to find scales that are simulated; ``kl`` is torch's `HistogramObserver`."""
+
 _DTYPES = {
     **{f"{sign}int{bits}": f"int{bits}" for sign in ("", "u") for bits in range(1, 9)},
     "nf4": "nf4",
@@ -314,23 +372,23 @@ def _chosen(document: Document) -> Config:
     for key, value in entries.items():
         name, kind = _op_key(key, where)
         inner = ConfigFields(value, f"{where}, {as_text(name)}", problems)
-        weight, activation = (_chosen_properties(inner.inner(part)) for part in ("weight", "activation"))
+        weight, _ = _chosen_properties(inner.inner("weight"), "weight", approach)
+        activation, mode = _chosen_properties(inner.inner("activation"), "activation", approach)
         inner.skip("pattern")
         inner.finish()
         op_type = next((each for each, cls in CLASS_OF.items() if cls == kind), "")
-        mode = activation.pop("quant_mode", approach)
-        scheme = _of_op(Op(name, op_type), weight, activation, "dynamic" if mode == "dynamic" else "static")
+        scheme = _of_op(Op(name, op_type), weight, activation, mode)
         rules.append(_by_name(name, scheme, inner.where))
     return _listed(document, "configuration that Neural Compressor's strategy chose", rules, problems)
 
 
-def _chosen_properties(fields: ConfigFields | None) -> dict[str, str]:
+def _chosen_properties(fields: ConfigFields | None, part: str, approach: str) -> tuple[dict[str, str], str]:
+    """Read what was chosen for a weight or an activation, and whether it is static or dynamic."""
     if fields is None:
-        return {}
-    mode = fields.optional_text("quant_mode")
+        return {}, approach
+    mode = "dynamic" if (fields.optional_text("quant_mode") or approach) == "dynamic" else "static"
     fields.skip("scale", "zero_point", "compute_dtype")
-    found = {key: values[0] for key, values in _properties(fields).items()}
-    return found | ({"quant_mode": mode} if mode is not None else {})
+    return {key: values[0] for key, values in _properties(fields, part, mode).items()}, mode
 
 
 def _op_key(key: object, where: str) -> tuple[str, str]:

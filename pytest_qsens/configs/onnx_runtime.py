@@ -55,6 +55,8 @@ def read(document: Document) -> Config:
     problems: list[Problem] = []
     value = {_EXCLUDE: document.value} if isinstance(document.value, list) else document.value
     fields = ConfigFields(typed(value, dict, str(document.path)), str(document.path), problems)
+    if fields.peek(_EXCLUDE) is None:
+        raise QsensError(f"{document.path}: there is no {_EXCLUDE!r} in it.")
     rest = _rest(fields)
     nodes = fields.texts_of(_EXCLUDE)
     fields.skip("model_input", "model_output", "calibrate_method", "use_external_data_format", "calibration_providers")

@@ -131,9 +131,10 @@ VALUES = st.sampled_from(
 )
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:  # noqa: ANN401 - JSON
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:  # noqa: ANN401 - JSON
+    """Every place in a document, as keys and indices."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, child in inner for place in _places(child, (*path, key)))]
+    return [path, *(place for key, child in inner for place in places(child, (*path, key)))]
 
 
 def changed(document: Any, path: tuple[Any, ...], value: object, *, remove: bool) -> Any:  # noqa: ANN401 - JSON
@@ -152,7 +153,7 @@ def changed(document: Any, path: tuple[Any, ...], value: object, *, remove: bool
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(_places(FULL)), VALUES, st.booleans())
+@given(st.sampled_from(places(FULL)), VALUES, st.booleans())
 def test_reader_and_schema_agree(tmp_path: Path, path: tuple[Any, ...], value: object, remove: bool) -> None:
     """What the schema refuses is refused or told as a problem, and what it takes is read, but for names of schemes.
 
