@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pytest_qsens.configs.compressed_tensors import PRESETS
@@ -74,6 +74,10 @@ TARGETS = st.lists(
 
 
 @_SETTINGS
+@example([("W4A16", ["re:layers.*"]), ("W8A8", ["re:.*q_proj"])], [])  # the alphabet decides, not the file
+@example([("W4A16", ["Module"]), ("W8A8", ["Linear"]), ("FP8", ["Embedding"])], ["lm_head"])
+@example([("W4A16", ["Linear"]), ("W8A8", ["re:.*q_proj"]), ("FP8", ["layers.0.q_proj"])], [])
+@example([("W4A16", ["Linear"]), ("W8A8", ["Linear"])], ["Embedding"])
 @given(st.lists(st.tuples(st.sampled_from(sorted(PRESETS.keys() - {"UNQUANTIZED"})), TARGETS), max_size=3), TARGETS)
 def test_compressed_tensors(tmp_path: Path, groups: list[tuple[str, list[str]]], ignore: list[str]) -> None:
     """Whatever is targeted and ignored, every op has the scheme that compressed-tensors itself attaches to it."""
@@ -126,6 +130,11 @@ KEYS = st.sampled_from(
 
 
 @_SETTINGS
+@example({r"re:lm_head\.weight": None, r"re:.*\.weight": "int8"})  # the `None` has no effect
+@example({"lm_head.weight": None, r"re:.*\.weight": "int8"})
+@example({r"re:lm": None, "re:.*q_proj": "int8", "_default": "float8"})
+@example({"lm_head": None, r"re:lm_head\.weight": "int8"})
+@example({"re:.*q_proj": "int8", r"re:layers\.\d\.(q|up)_proj": "float8"})
 @given(st.dictionaries(KEYS, st.sampled_from(["int8", "float8", None]), min_size=1, max_size=5))
 def test_torchao(tmp_path: Path, keys: dict[str, str | None]) -> None:
     """Whatever keys there are, in whatever order: the weights that torchao quantizes, and as what, are those we say.
