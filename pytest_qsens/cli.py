@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies."""
+"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.accept import accept, ranks_of
 from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
+from pytest_qsens.configs.names import FORMATS as CONFIG_FORMATS
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_accept(commands)
     _add_cache(commands)
     _add_proxies(commands)
+    _add_config(commands)
     arguments = parser.parse_args(argv)
     code = 0
     try:
@@ -273,6 +275,44 @@ def _proxies(arguments: argparse.Namespace) -> list[str]:
         write_atomically(arguments.json, proxies.as_json(found))
         lines.append(f"wrote {arguments.json}")
     return lines
+
+
+def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "config",
+        help="tell op by op what a quantization config says",
+        description="Read a quantization config of this or of another tool, and print for every op how it is "
+        "quantized, which rule of the file says so, and what is wrong with it. Without a model its rules are printed. "
+        "Formats are in docs/configs.md.",
+    )
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--model", help="as --qsens-model: the model whose ops are meant; no weights are loaded")
+    command.add_argument("--checkpoint", type=Path, metavar="DIR", help="as --qsens-checkpoint")
+    command.add_argument(
+        "--ops-from", type=Path, metavar="RESULT.json", help="the ops of a result of `pytest --qsens-json` are meant"
+    )
+    command.add_argument(
+        "--format",
+        choices=CONFIG_FORMATS,
+        metavar="FORMAT",
+        help=f"{', '.join(CONFIG_FORMATS)} (default: found out from what is in the file)",
+    )
+    command.add_argument("--strict", action="store_true", help="everything that is wrong is an error: exit code 4")
+    command.set_defaults(run=_config)
+
+
+def _config(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.configs.command import explain
+    from pytest_qsens.report import config as report_config
+
+    found, decisions, problems = explain(arguments)
+    return [
+        *report_config.heading(found, decisions),
+        "",
+        *_aligned(report_config.rows(found, decisions)),
+        "",
+        *report_config.trouble(problems),
+    ]
 
 
 def _positive(text: str) -> int:

@@ -62,7 +62,7 @@ def by_status(pytester: pytest.Pytester) -> dict[str, list[str]]:
 
 def exact_nmse(pytester: pytest.Pytester, mode: str = "isolated") -> dict[str, float]:
     """Measure all ops."""
-    assert pytester.runpytest_subprocess(*RUN, "--snapshot-update", "--qsens-mode", mode).ret == 0
+    assert pytester.runpytest_inprocess(*RUN, "--snapshot-update", "--qsens-mode", mode).ret == 0
     return {op["op"]: op[mode]["nmse"] for op in result(pytester)["ops"]}
 
 
@@ -71,7 +71,7 @@ def test_the_budget_ends_it(pytester: pytest.Pytester) -> None:
     write_model(pytester)
     exact = exact_nmse(pytester)
     before = snapshot_file(pytester).read_bytes()
-    pytester.runpytest_subprocess(*RUN, "--qsens-engine", "probe")
+    pytester.runpytest_inprocess(*RUN, "--qsens-engine", "probe")
     estimates = {op["op"]: op["isolated"].get("interval") for op in result(pytester)["ops"]}
     corrected_by = {op for op, interval in estimates.items() if interval is None}
     pytester.makeconftest(CLOCK)
@@ -103,7 +103,7 @@ def test_what_was_measured_gates(pytester: pytest.Pytester) -> None:
     run.assert_outcomes(passed=9)
     assert {op["op"]: op["isolated"]["nmse"] for op in result(pytester)["ops"]} == pytest.approx(exact, rel=1e-3)
     (pytester.path / "worse").write_text("30")
-    assert pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "1h").ret == pytest.ExitCode.TESTS_FAILED
+    assert pytester.runpytest_inprocess(*RUN, "--qsens-time-budget", "1h").ret == pytest.ExitCode.TESTS_FAILED
 
 
 def test_workers_share_the_steps(pytester: pytest.Pytester) -> None:
@@ -144,7 +144,7 @@ def test_the_next_run_goes_further(pytester: pytest.Pytester) -> None:
     assert counts[0] < counts[1]
     assert pytester.runpytest_subprocess(*run, "--qsens-time-budget", "10h").ret == 0
     assert set(by_status(pytester)) == {"measured"}
-    whole = pytester.runpytest_subprocess(*run, "--snapshot-update")
+    whole = pytester.runpytest_inprocess(*run, "--snapshot-update")
     assert whole.ret == 0
     whole.stdout.fnmatch_lines(["scores: * from the cache, 0 measured in this run"])
 
@@ -153,7 +153,7 @@ def test_too_short(pytester: pytest.Pytester) -> None:
     """There is nothing to tell, so nothing is written; the exit code says that it was not measured."""
     write_model(pytester)
     before = listing(pytester)
-    for more in ((), ("-n", "2")):
+    for more in ((), ("-n", "1")):
         run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "0.01s", *more)
         assert run.ret == NOT_MEASURED == 6
         run.stderr.fnmatch_lines(["*the time budget of 0.01s ended after the model was loaded*give more time*"])
@@ -166,7 +166,7 @@ def test_the_top_is_that_of_all(mode: str, pytester: pytest.Pytester) -> None:
     write_model(pytester)
     exact = exact_nmse(pytester, mode)
     ranked = sorted(exact, key=lambda op: exact[op], reverse=mode == "isolated")
-    run = pytester.runpytest_subprocess(*RUN, "--qsens-mode", mode, "--qsens-top", "2")
+    run = pytester.runpytest_inprocess(*RUN, "--qsens-mode", mode, "--qsens-top", "2")
     assert run.ret == 0
     run.stdout.fnmatch_lines(
         [f"top 2, {mode}, measured: no op that was not measured belongs to them with probability*"]
@@ -191,7 +191,7 @@ def test_representatives(pytester: pytest.Pytester) -> None:
     """One op of every layer type is measured, and two in two halves of the depth."""
     write_model(pytester)
     for strata, expected in ((1, {"embed", "blocks.1.up", "blocks.1.down", "head"}), (3, set(OPS))):
-        assert pytester.runpytest_subprocess(*RUN, "--qsens-representatives", str(strata)).ret == 0
+        assert pytester.runpytest_inprocess(*RUN, "--qsens-representatives", str(strata)).ret == 0
         assert set(by_status(pytester)["measured"]) == expected
 
 
@@ -201,14 +201,14 @@ def test_estimates_gate_if_they_are_told_to(pytester: pytest.Pytester) -> None:
     exact_nmse(pytester)
     before = snapshot_file(pytester).read_bytes()
     run = (*RUN, "--qsens-engine", "probe", "--qsens-gate-estimates", "--qsens-fail", "nmse:50%")
-    pytester.runpytest_subprocess(*run).assert_outcomes(passed=9)
+    pytester.runpytest_inprocess(*run).assert_outcomes(passed=9)
     (pytester.path / "worse").write_text("30")
-    worse = pytester.runpytest_subprocess(*run)
+    worse = pytester.runpytest_inprocess(*run)
     assert worse.ret == pytest.ExitCode.TESTS_FAILED
     regressed = [line for line in worse.outlines if "estimated to be at least: nmse" in line]
     assert regressed
     worse.stdout.fnmatch_lines(["ESTIMATES: *They fail only where all of their interval is past the threshold*"])
-    without = pytester.runpytest_subprocess(*RUN, "--qsens-engine", "probe", "--qsens-fail", "nmse:50%")
+    without = pytester.runpytest_inprocess(*RUN, "--qsens-engine", "probe", "--qsens-fail", "nmse:50%")
     assert not [line for line in without.outlines if "estimated to be at least: nmse" in line]
     assert snapshot_file(pytester).read_bytes() == before
 
@@ -232,7 +232,7 @@ def test_what_cannot_be(given: tuple[str, ...], message: str, pytester: pytest.P
     """A usage error before anything runs, and nothing is written."""
     write_model(pytester)
     before = listing(pytester)
-    run = pytester.runpytest_subprocess(*RUN, *given)
+    run = pytester.runpytest_inprocess(*RUN, *given)
     assert run.ret == pytest.ExitCode.USAGE_ERROR
     run.stderr.fnmatch_lines([f"*{message}"])
     assert listing(pytester) == before

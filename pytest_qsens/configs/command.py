@@ -1,0 +1,63 @@
+"""The command ``qsens config``: op by op, what a quantization config says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.decisions import decide
+from pytest_qsens.configs.read import read_config
+from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.errors import QsensError
+from pytest_qsens.manifest import load_manifest
+from pytest_qsens.models.resolve import resolve
+from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.ops import Op
+from pytest_qsens.results import load
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from pytest_qsens.configs.rules import Config, Decision, Problem
+
+
+def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
+    """Read the config and decide every op of the model, if one is given.
+
+    Raises:
+        QsensError: If the config, the model or the result cannot be used; with ``strict`` if anything is wrong with
+            what the config says.
+
+    """
+    if given.checkpoint is not None and given.model is None:
+        raise QsensError("--checkpoint goes with --model")
+    if given.model is not None and given.ops_from is not None:
+        raise QsensError("give --model or --ops-from, not both")
+    config = read_config(given.file, given.format)
+    decisions: list[Decision] = []
+    if given.model is None and given.ops_from is None:
+        problems = list(config.problems)
+    else:
+        decisions, problems = decide(config, _ops(given))
+    if given.strict and problems:
+        raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
+    return config, decisions, problems
+
+
+def count(problems: int) -> str:
+    """Say how many there are."""
+    return "1 problem" if problems == 1 else f"{problems} problems"
+
+
+def _ops(given: Namespace) -> Sequence[Op]:
+    if given.ops_from is not None:
+        # products of two activations and recurrent layers are quantized by no format
+        ops = [Op(op.op, op.type) for op in load(given.ops_from).ops if op.type in CLASS_OF]
+        if not ops:
+            raise QsensError(
+                f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."
+            )
+        return ops
+    checkpoint = None if given.checkpoint is None else str(given.checkpoint.expanduser().absolute())
+    return load_manifest(resolve(ModelRequest(given.model, checkpoint, root=str(Path.cwd()))), None)

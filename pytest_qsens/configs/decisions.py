@@ -1,0 +1,94 @@
+"""What a config says about the ops of a model, and what is wrong with it for this model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.rules import Problem
+from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.op_names import match
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.configs.rules import Config, Decision, Rule
+    from pytest_qsens.configs.scheme import OpScheme, Unknown
+    from pytest_qsens.ops import Op
+
+
+def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Problem]]:
+    """Tell op by op how a config quantizes a model.
+
+    Args:
+        config: What was read.
+        ops: Of the model.
+
+    Returns:
+        One decision for each op, in their order; and what is wrong: with the file, with rules that match no op or
+        contradict each other, with schemes that cannot be simulated.
+
+    """
+    decisions = [config.decide(op) for op in ops]
+    problems = [*config.problems, *_unmatched(config, decisions, ops), *_rivals(decisions), *_unsimulated(decisions)]
+    return decisions, problems
+
+
+def scheme_name(scheme: OpScheme | Unknown | None) -> str:
+    """How a scheme is called in tables."""
+    return "unquantized" if scheme is None else scheme.name
+
+
+def _unmatched(config: Config, decisions: Sequence[Decision], ops: Sequence[Op]) -> list[Problem]:
+    matched = {rule.where for decision in decisions for rule in decision.matching}
+    missing = {rule.where: rule for rule in config.rules if rule.expected and rule.where not in matched}
+    names = [op.name for op in ops]
+    exact = [rule.pattern.text for rule in missing.values() if rule.pattern.kind == "name"]
+    found = match(exact, names)
+    likely = dict(found.pairs) if found.prefix is not None else {}
+    return [Problem(rule.where, _no_op(rule, likely.get(rule.pattern.text))) for rule in missing.values()]
+
+
+def _no_op(rule: Rule, likely: str | None) -> str:
+    hint = f"Is {likely!r} meant?" if likely is not None else "Correct it, or take it out."
+    return f"{rule.label!r} matches no op of the model. {hint}"
+
+
+def _rivals(decisions: Sequence[Decision]) -> list[Problem]:
+    ops: defaultdict[tuple[str, tuple[str, ...]], list[Decision]] = defaultdict(list)
+    for decision in decisions:
+        if decision.rule is not None and decision.rivals:
+            ops[decision.rule.where, tuple(rival.where for rival in decision.rivals)].append(decision)
+    problems = []
+    for group in ops.values():
+        first = group[0]
+        assert first.rule is not None  # noqa: S101  # for mypy: kept above
+        taken, *others = (f"{rule.label!r} ({scheme_name(rule.scheme)})" for rule in (first.rule, *first.rivals))
+        names = tuple(decision.op.name for decision in group)
+        problems.append(
+            Problem(
+                first.rule.where,
+                f"{_count(names)} matched by {taken}, which holds here, and by {' and '.join(others)}: the tool does "
+                "not say which of them holds. Make them exclude each other",
+                names,
+            )
+        )
+    return problems
+
+
+def _unsimulated(decisions: Sequence[Decision]) -> list[Problem]:
+    ops: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for decision in decisions:
+        if decision.scheme is not None:
+            name, reason = simulated_as(decision.scheme, decision.op.type)
+            if name is None:
+                where = decision.rule.where if decision.rule is not None else ""
+                ops[where, scheme_name(decision.scheme), reason].append(decision.op.name)
+    return [
+        Problem(where, f"{_count(names)} quantized as {scheme!r}, which cannot be simulated: {reason}", tuple(names))
+        for (where, scheme, reason), names in ops.items()
+    ]
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} ops ({names[0]}, ...) are"

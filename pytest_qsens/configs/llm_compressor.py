@@ -1,0 +1,178 @@
+"""llm-compressor: ``recipe.yaml``, the modifiers that one call of ``oneshot`` applies.
+
+Semantics are those of llmcompressor 0.14: ``recipe.Recipe.from_dict`` and ``QuantizationMixin``, which matches as
+compressed-tensors does. Where several modifiers quantize, the last one that means an op holds: each one resets what it
+matches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.compressed_tensors import Group, note_kv_cache, ordered, preset, read_group
+from pytest_qsens.configs.documents import as_text
+from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
+from pytest_qsens.errors import QsensError
+
+if TYPE_CHECKING:
+    from pytest_qsens.configs.documents import Document
+    from pytest_qsens.ops import Op
+
+NAME = "llm-compressor"
+TITLE = "llm-compressor (recipe.yaml: '..._stage', '..._modifiers')"
+
+_STAGE, _MODIFIERS = "_stage", "_modifiers"
+_QUANTIZING = ("QuantizationModifier", "GPTQModifier", "AWQModifier", "AutoRoundModifier")
+_ROUNDING = {
+    "GPTQModifier": "weights are rounded by GPTQ, not to the nearest",
+    "AWQModifier": "weights are scaled by AWQ before they are rounded",
+    "AutoRoundModifier": "weights are rounded by AutoRound, not to the nearest",
+}
+_NO_EFFECT = (
+    "bypass_divisibility_checks",
+    "requires_calibration_data",
+    "batched_quantization",
+    "offload_device",
+    "group",
+    "index",
+    "start",
+    "end",
+    "update",
+    "initialized_",
+    "finalized_",
+    "sequential_targets",
+    "sequential_update",
+)
+_OF_ROUNDING = ("block_size", "dampening_frac", "actorder", "duo_scaling", "n_grid", "mappings", "iters", "batch_size")
+_OBSERVERS = ("weight_observer", "input_observer", "output_observer", "observer")
+
+
+def detect(document: Document) -> bool:
+    """Whether a file is of this format."""
+    value = document.value
+    return isinstance(value, dict) and (
+        any(_is_stage(key, inside) for key, inside in value.items()) or any(_is_modifiers(key) for key in value)
+    )
+
+
+def _is_stage(key: object, value: object) -> bool:
+    return (
+        isinstance(key, str)
+        and key.endswith(_STAGE)
+        and isinstance(value, dict)
+        and any(_is_modifiers(inner) for inner in value)
+    )
+
+
+def _is_modifiers(key: object) -> bool:
+    return isinstance(key, str) and key.endswith(_MODIFIERS)
+
+
+def read(document: Document) -> Config:
+    """Read a file.
+
+    Raises:
+        QsensError: If a value is of a wrong type, or llm-compressor would not take it.
+
+    """
+    problems: list[Problem] = []
+    fields = ConfigFields(document.value, str(document.path), problems)
+    steps: list[list[Rule]] = []
+    for key in [key for key in document.value if isinstance(key, str)]:
+        if key.endswith(_STAGE):
+            stage = fields.inner(key)
+            if stage is not None:
+                steps += _stage(stage, [inner for inner in document.value[key] if isinstance(inner, str)])
+        elif _is_modifiers(key):  # llm-compressor leaves these out without a word
+            fields.problem(
+                key, "modifiers outside of a stage: llm-compressor leaves them out. Put them under a '..._stage'"
+            )
+            fields.take(key)
+    fields.skip("args", "version")
+    fields.finish()
+    if not steps:
+        raise QsensError(
+            f"{document.path}: no modifier in it quantizes ({', '.join(_QUANTIZING)} do). Give the recipe that does."
+        )
+    last_first = tuple(tuple(step) for step in reversed(steps))
+    rules = tuple(rule for step in last_first for rule in step)
+    return Recipe(str(document.path), NAME, "recipe of llm-compressor", rules, tuple(problems), last_first)
+
+
+@dataclass(frozen=True)
+class Recipe(Config):
+    """Rules of each quantizing modifier, of the last one first."""
+
+    steps: tuple[tuple[Rule, ...], ...] = ()
+
+    def decide(self, op: Op) -> Decision:
+        """Take what the last modifier that quantizes the op says; one that ignores it leaves it as it is."""
+        decisions = [Config(self.path, self.format, self.about, step).decide(op) for step in self.steps]
+        found = next((it for it in decisions if it.scheme is not None), decisions[0])
+        matching = tuple(rule for decision in decisions for rule in decision.matching)
+        return replace(found, matching=matching)
+
+
+def _stage(stage: ConfigFields, keys: list[str]) -> list[list[Rule]]:
+    steps: list[list[Rule]] = []
+    for key in keys:
+        if not _is_modifiers(key):
+            continue
+        for name, value, where in stage.table(key):
+            modifier = ConfigFields({} if value is None else value, where, stage.problems)
+            if name in _QUANTIZING and _quantizes(name, modifier):
+                steps.append(_modifier(name, modifier))
+            else:
+                stage.problems.append(
+                    Problem(
+                        where,
+                        f"{name} changes numbers and is not simulated: {_shown(value)}. Score the model that "
+                        "it leaves, or take it out of the recipe",
+                    )
+                )
+    stage.skip("run_type")
+    stage.finish()
+    return steps
+
+
+def _quantizes(name: str, fields: ConfigFields) -> bool:
+    """AWQ quantized itself before llm-compressor 0.9; now another modifier follows it."""
+    return name != "AWQModifier" or bool(fields.peek("scheme") or fields.peek("config_groups"))
+
+
+def _shown(value: object) -> str:
+    return "no options" if not value else as_text(value)
+
+
+def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
+    if name in _ROUNDING:
+        fields.problems.append(Problem(fields.where, f"{_ROUNDING[name]}, which is not simulated"))
+        fields.skip(*_OF_ROUNDING)
+    fields.skip(*_NO_EFFECT)
+    note_kv_cache(fields, "kv_cache_scheme")
+    for key in _OBSERVERS:
+        fields.changes_numbers(key, "the observer finds scales in its own way", "minmax", "memoryless_minmax")
+    targets = fields.texts_of("targets") or [("Linear", f"{fields.where}, default targets")]
+    ignore = fields.texts_of("ignore")
+    groups = [read_group(*entry, fields.problems) for entry in fields.table("config_groups")]
+    if groups and fields.peek("scheme") is not None:
+        raise QsensError(f"{fields.where}: there are both 'scheme' and 'config_groups'. Keep one of the two.")
+    groups += _schemes(fields, targets)
+    fields.finish()
+    if not groups:
+        raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
+    return ordered(groups, ignore, fields.problems)
+
+
+def _schemes(fields: ConfigFields, targets: list[tuple[str, str]]) -> list[Group]:
+    value, where = fields.take("scheme"), fields.at("scheme")
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [(targets, preset(value, where), value)]
+    entries = ConfigFields(value, where, fields.problems)
+    if not isinstance(value, dict):  # `ConfigFields` has raised
+        return []
+    return [(entries.texts_of(name), preset(name, entries.at(name)), name) for name in value if isinstance(name, str)]

@@ -1,0 +1,144 @@
+"""ONNX Runtime: the nodes that its quantization is to leave out, and what else ``quantize_static`` is told.
+
+``nodes_to_exclude`` holds exact names of nodes. torch.onnx names a node after the module that it comes from:
+``/model/layers.0/self_attn/q_proj/MatMul`` is the product of the op ``model.layers.0.self_attn.q_proj``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.documents import as_text
+from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
+from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import typed
+
+if TYPE_CHECKING:
+    from pytest_qsens.configs.documents import Document
+    from pytest_qsens.configs.scheme import Granularity
+
+NAME = "onnxruntime"
+TITLE = "ONNX Runtime (JSON or YAML with 'nodes_to_exclude', or names of nodes as a list or one a line)"
+
+_EXCLUDE = "nodes_to_exclude"
+_NODE = re.compile(r"/(?P<modules>(?:[^/]+/)*)(?P<kind>[A-Za-z]+)(?:_\d+)?")
+_PRODUCTS = {
+    "MatMul": ("linear",),
+    "Gemm": ("linear",),
+    "Conv": ("conv1d", "conv2d", "conv3d"),
+    "Gather": ("embedding",),
+}
+"""Kind of node → types of op whose own product it is; others of a module are its bias, reshapes, activations."""
+
+_ARGUMENTS = ("per_channel", "weight_type", "activation_type", "reduce_range", "extra_options", "quant_format")
+
+
+def detect(document: Document) -> bool:
+    """Whether a file is of this format."""
+    value = document.value
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) and name.startswith("/") for name in value)
+    return isinstance(value, dict) and _EXCLUDE in value
+
+
+def read(document: Document) -> Config:
+    """Read a file.
+
+    Raises:
+        QsensError: If a value is of a wrong type, or is none that ONNX Runtime has.
+
+    """
+    problems: list[Problem] = []
+    value = {_EXCLUDE: document.value} if isinstance(document.value, list) else document.value
+    fields = ConfigFields(typed(value, dict, str(document.path)), str(document.path), problems)
+    if fields.peek(_EXCLUDE) is None:
+        raise QsensError(f"{document.path}: there is no {_EXCLUDE!r} in it.")
+    rest = _rest(fields)
+    nodes = fields.texts_of(_EXCLUDE)
+    fields.skip("model_input", "model_output", "calibrate_method", "use_external_data_format", "calibration_providers")
+    for key in ("nodes_to_quantize", "op_types_to_quantize"):
+        fields.changes_numbers(key, "only these are quantized; exclusions alone are read", [])
+    fields.finish()
+    places = [f"{document.path}, node {number} of {_EXCLUDE}" for number in range(1, len(nodes) + 1)]
+    read_nodes = [_rule(name, where, problems) for (name, _), where in zip(nodes, places, strict=True)]
+    rules = [rule for rule in read_nodes if rule is not None]
+    label = "the rest, of which the file says nothing" if isinstance(rest, Unknown) else "the rest"
+    embedding = rest
+    if isinstance(rest, OpScheme) and rest.weight is not None:  # its Gather has one scale, per_channel or not
+        embedding = OpScheme(replace(rest.weight, granularity="tensor"))
+    others = tuple(kind for kind in CLASS_OF if kind != "embedding")
+    for scheme, types in ((embedding, ("embedding",)), (rest, others)):
+        rules.append(Rule(Pattern("any", "", types=types), scheme, label, str(document.path), expected=False))
+    return Config(str(document.path), NAME, "exclusions of ONNX Runtime", tuple(rules), tuple(problems))
+
+
+def _rule(name: str, where: str, problems: list[Problem]) -> Rule | None:
+    match = _NODE.fullmatch(name)
+    if match is None or not match["modules"]:
+        problems.append(
+            Problem(
+                where,
+                f"{name!r} does not tell its module. Names that do look like "
+                "/model/layers.0/self_attn/q_proj/MatMul; torch.onnx.export writes them with dynamo=False",
+            )
+        )
+        return None
+    types = _PRODUCTS.get(match["kind"])
+    if types is None:
+        problems.append(
+            Problem(
+                where,
+                f"{name!r} is no product of an op ({', '.join(_PRODUCTS)} are): leaving it out changes nothing here",
+            )
+        )
+        return None
+    module = match["modules"].strip("/").replace("/", ".")
+    return Rule(Pattern("name", module, types=types), None, f"{_EXCLUDE}: {name}", where)
+
+
+def _rest(fields: ConfigFields) -> OpScheme | Unknown:
+    """How everything is quantized that is not left out; defaults are those of ``quantize_static``."""
+    if not any(fields.peek(key) is not None for key in _ARGUMENTS):
+        return Unknown("not told", "the file says what is not quantized, and not how the rest is")
+    options = fields.inner("extra_options") or ConfigFields({}, fields.where, fields.problems)
+    weight_type, activation_type = _type(fields, "weight_type", "QInt8"), _type(fields, "activation_type", "QUInt8")
+    per_channel = fields.flag("per_channel", default=False)
+    fields.changes_numbers("reduce_range", "weights use 7 of 8 bits", False)
+    weight_symmetric = options.flag("WeightSymmetric", default="U" not in weight_type)
+    activation_symmetric = options.flag("ActivationSymmetric", default=False)
+    for name in options.unread():
+        if name.startswith(("SmoothQuant", "Calib")):
+            options.changes_numbers(name, "activations are scaled or calibrated in a way of their own", False)
+    options.skip(
+        "EnableSubgraph",
+        "ForceQuantizeNoInputCheck",
+        "DedicatedQDQPair",
+        "AddQDQPairToWeight",
+        "QDQKeepRemovableActivations",
+    )
+    options.finish()
+    fields.take("extra_options")
+    fields.skip("quant_format")  # outputs are quantized in both
+    granularity: Granularity = "channel" if per_channel else "tensor"
+    dtypes = [name.removeprefix("Q").removeprefix("U").lower() for name in (weight_type, activation_type)]
+    floats = {"float8e4m3fn": "fp8_e4m3"}
+    weight = WeightScheme(floats.get(dtypes[0], dtypes[0]), granularity, (), weight_symmetric)
+    inputs = ActivationScheme(floats.get(dtypes[1], dtypes[1]), "static", "tensor", (), activation_symmetric)
+    return OpScheme(weight, inputs, output=True)
+
+
+_TYPES = ("QInt4", "QUInt4", "QInt8", "QUInt8", "QInt16", "QUInt16", "QFLOAT8E4M3FN")
+
+
+def _type(fields: ConfigFields, key: str, default: str) -> str:
+    value = fields.optional_text(key)
+    if value is None:
+        return default
+    name = value.removeprefix("QuantType.")
+    if name not in _TYPES:
+        raise QsensError(f"{fields.at(key)}: {as_text(value)} is not one of {', '.join(_TYPES)}")
+    return name

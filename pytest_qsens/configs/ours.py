@@ -1,0 +1,173 @@
+"""The format of this project: globs and schemes, the first that matches holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from pytest_qsens.configs.documents import as_text
+from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
+from pytest_qsens.configs.scheme import (
+    FLOATS,
+    INTEGERS,
+    ActivationScheme,
+    OpScheme,
+    WeightScheme,
+    named,
+    parse,
+    usual_activation,
+    usual_weight,
+)
+from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
+from pytest_qsens.errors import QsensError
+
+if TYPE_CHECKING:
+    from pytest_qsens.configs.documents import Document
+
+NAME = "qsens"
+TITLE = "pytest-qsens (YAML, TOML or JSON: 'schema', 'rules')"
+SCHEMA = 1
+UNQUANTIZED = "unquantized"
+
+
+def detect(document: Document) -> bool:
+    """Whether a file is of this format."""
+    return isinstance(document.value, dict) and "rules" in document.value
+
+
+def read(document: Document) -> Config:
+    """Read a file.
+
+    Raises:
+        QsensError: If it does not follow ``schema.json``, or names a scheme that there is not.
+
+    """
+    problems: list[Problem] = []
+    fields = ConfigFields(document.value, str(document.path), problems)
+    fields.schema(SCHEMA)
+    fields.optional_text("$schema")  # for editors
+    schemes = {name: _scheme(ConfigFields(value, where, problems)) for name, value, where in _own(fields)}
+    rules = [rule for number, entry in enumerate(fields.objects("rules"), 1) for rule in _rules(entry, number, schemes)]
+    fields.finish()
+    if not rules:
+        raise QsensError(f"{fields.at('rules')}: there is no rule. Write one, for example {{ops: '*', scheme: w8a8}}.")
+    return Config(str(document.path), NAME, "rules of pytest-qsens", tuple(rules), tuple(problems))
+
+
+def _own(fields: ConfigFields) -> list[tuple[str, object, str]]:
+    entries = fields.table("schemes")
+    for name, _, where in entries:
+        if name == UNQUANTIZED or parse(name) is not None:
+            raise QsensError(f"{where}: the name {name!r} has a meaning already. Choose another.")
+    return entries
+
+
+def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> list[Rule]:
+    globs = entry.texts_of("ops")
+    if not globs:
+        raise QsensError(f"{entry.at('ops')}: a name or a glob is needed, or a list of them.")
+    types = _types(entry)
+    scheme = _of_rule(entry, schemes)
+    entry.finish()
+    rules = []
+    for glob, where in globs:
+        label = f"rule {number}: {glob}"
+        if is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
+            rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
+            types_left = tuple(name for name in types or (*CLASS_OF,) if name != "embedding")
+            rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
+        else:
+            rules.append(Rule(Pattern("glob", glob, types=types), scheme, label, where))
+    return rules
+
+
+def _only(types: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return (name,) if not types or name in types else ("",)
+
+
+def _types(entry: ConfigFields) -> tuple[str, ...]:
+    if entry.peek("types") == []:
+        raise QsensError(f"{entry.at('types')}: there is no type in the list. Leave it out, or give one.")
+    found = entry.texts_of("types")
+    for name, where in found:
+        if name not in CLASS_OF:
+            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join(CLASS_OF)}.")
+    return tuple(name for name, _ in found)
+
+
+def _of_rule(entry: ConfigFields, schemes: dict[str, OpScheme]) -> OpScheme | None:
+    value = entry.take("scheme")
+    where = entry.at("scheme")
+    if isinstance(value, dict):
+        return _scheme(ConfigFields(value, where, entry.problems))
+    if not isinstance(value, str):
+        raise QsensError(f"{where}: the name of a scheme or an object is needed, found {as_text(value)}.")
+    if value == UNQUANTIZED:
+        return None
+    return schemes[value] if value in schemes else named(value, where)
+
+
+def _scheme(fields: ConfigFields) -> OpScheme:
+    weight = fields.inner("weight")
+    activation = fields.inner("activation")
+    scheme = OpScheme(
+        None if weight is None else _weight(weight),
+        None if activation is None else _activation(activation),
+        fields.flag("requantize_output", default=False),
+    )
+    fields.finish()
+    if scheme == OpScheme(None):
+        raise QsensError(
+            f"{fields.where}: nothing is quantized. Give a weight or an activation, or write {UNQUANTIZED}."
+        )
+    return scheme
+
+
+def _weight(fields: ConfigFields) -> WeightScheme:
+    dtype = _dtype(fields)
+    granularity, size = _extent(fields, ("tensor", "channel", "group", "block"), *usual_weight(dtype))
+    scheme = WeightScheme(dtype, cast("Any", granularity), size, fields.flag("symmetric", default=True))
+    fields.finish()
+    return scheme
+
+
+def _activation(fields: ConfigFields) -> ActivationScheme:
+    dtype = _dtype(fields)
+    kind = fields.choice("kind", ("static", "dynamic", "local"))
+    granularity, size, symmetric = usual_activation(dtype, kind)
+    granularity, size = cast(
+        "Any", _extent(fields, ("tensor", "channel", "token", "group", "block"), granularity, size)
+    )
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=symmetric))
+    fields.finish()
+    return scheme
+
+
+def _dtype(fields: ConfigFields) -> str:
+    return fields.choice("dtype", (*INTEGERS, *FLOATS))
+
+
+def _extent(
+    fields: ConfigFields, known: tuple[str, ...], granularity: str, size: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
+    """Granularity and size, ``granularity`` and ``size`` if the file gives neither."""
+    given = fields.optional_text("granularity")
+    if given is not None and given not in known:
+        raise QsensError(f"{fields.at('granularity')}: {given!r} is not one of {', '.join(known)}")
+    group = fields.integer("group_size")
+    block = fields.take("block")
+    if group is not None and group < 1:
+        raise QsensError(f"{fields.at('group_size')}: {group} is not possible, at least 1 is needed.")
+    if (group is not None) != (given == "group") or (block is not None) != (given == "block"):
+        raise QsensError(
+            f"{fields.where}: granularity {given!r} does not go with "
+            f"group_size {as_text(group)} and block {as_text(block)}. A group needs group_size, a block needs block: "
+            "[rows, columns], and nothing else has one."
+        )
+    if given is None:
+        return granularity, size
+    if given == "block":
+        if type(block) is not list or len(block) != 2 or any(type(n) is not int or not 0 < n < 10**9 for n in block):
+            raise QsensError(f"{fields.at('block')}: [rows, columns] is needed, found {as_text(block)}.")
+        return given, tuple(block)
+    return given, (group,) if group is not None else ()

@@ -1,0 +1,222 @@
+"""How one op is quantized, in the terms of the field, with one canonical name for each way."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from pytest_qsens.errors import QsensError
+
+Granularity = Literal["tensor", "channel", "token", "group", "block"]
+Kind = Literal["static", "dynamic", "local"]
+
+INTEGERS = tuple(f"int{bits}" for bits in range(1, 17))
+FLOATS = (
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp6_e2m3",
+    "fp6_e3m2",
+    "fp4_e2m1",
+    "nf4",
+    "mxfp8",
+    "mxfp6",
+    "mxfp4",
+    "mxint8",
+    "nvfp4",
+)
+BLOCK_OF = {"mxfp8": 32, "mxfp6": 32, "mxfp4": 32, "mxint8": 32, "nvfp4": 16}
+"""Elements that share a scale, in the formats whose standard says how many."""
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How a weight is rounded.
+
+    ``dtype`` is one of `INTEGERS` and `FLOATS`. An integer's sign does not matter: ``uint8`` with a zero point is
+    ``int8`` with another one, so both are ``int8``, not symmetric. ``granularity`` is what shares a scale; ``channel``
+    is the output channel. ``size`` is that of a group, ``(n,)``, or of a block, ``(rows, columns)``, else empty.
+    """
+
+    dtype: str
+    granularity: Granularity = "channel"
+    size: tuple[int, ...] = ()
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How an input is rounded; fields as of `WeightScheme`.
+
+    ``kind``: ``static``, scales from calibration; ``dynamic``, from the values at hand; ``local``, those of groups
+    from the values at hand and one of the whole tensor from calibration.
+    """
+
+    dtype: str
+    kind: Kind
+    granularity: Granularity
+    size: tuple[int, ...] = ()
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class OpScheme:
+    """How one op is quantized; ``None`` is what is not rounded, and not all of it is.
+
+    ``output``: the output is requantized, too, with scales of its own from calibration.
+    """
+
+    weight: WeightScheme | None
+    activation: ActivationScheme | None = None
+    output: bool = False
+
+    @property
+    def name(self) -> str:
+        """Canonical name: equal for equal schemes only, and read back by `parse`.
+
+        >>> OpScheme(WeightScheme("int4", "group", (128,))).name
+        'w4a16_g128'
+        >>> OpScheme(WeightScheme("fp8_e4m3"), ActivationScheme("fp8_e4m3", "dynamic", "token")).name
+        'fp8_dynamic'
+        """
+        weight, activation = self.weight, self.activation
+        parts = [_base(weight, activation)]
+        named_by_base = _is_torchs(weight, activation) and self.output
+        if activation is not None and not named_by_base:
+            parts.append(activation.kind)
+        if weight is not None:
+            if (weight.granularity, weight.size) != usual_weight(weight.dtype):
+                parts.append(_extent(weight.granularity, weight.size))
+            parts += [] if weight.symmetric else ["asym"]
+        if activation is not None:
+            parts += _unusual(activation)
+        parts += ["requant"] if self.output and not named_by_base else []
+        return "_".join(parts)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An op that is quantized in a way that a file does not tell, or `OpScheme` has no terms for; and why."""
+
+    name: str
+    reason: str
+
+
+def parse(name: str) -> OpScheme | None:
+    """Scheme with this canonical name; ``None`` if there is none.
+
+    >>> parse("w4a16_g128").weight
+    WeightScheme(dtype='int4', granularity='group', size=(128,), symmetric=True)
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    both, w, a = match["both"], match["w"], match["a"]
+    weight_dtype = _LONG.get(both or w)
+    activation_dtype = _LONG.get(both or a)
+    kind = cast("Kind", match["kind"] or "static")
+    weight = activation = None
+    if weight_dtype is not None:
+        extent = _parse_extent(match["wextent"]) or usual_weight(weight_dtype)
+        weight = WeightScheme(weight_dtype, *extent, symmetric=match["wasym"] is None)
+    if activation_dtype is not None:
+        granularity, size, symmetric = usual_activation(activation_dtype, kind)
+        granularity, size = _parse_extent(match["aextent"]) or (granularity, size)
+        symmetric = symmetric if match["asym"] is None else match["asym"] == "sym"
+        activation = ActivationScheme(activation_dtype, kind, granularity, size, symmetric)
+    output = match["requant"] is not None or (_is_torchs(weight, activation) and match["kind"] is None)
+    scheme = OpScheme(weight, activation, output)
+    if scheme == OpScheme(None) or scheme.name != name:  # nothing quantized, or a longer way to say the same
+        return None
+    return scheme
+
+
+def named(name: str, where: str) -> OpScheme:
+    """Scheme with this canonical name.
+
+    Raises:
+        QsensError: If there is none.
+
+    """
+    scheme = parse(name)
+    if scheme is None:
+        raise QsensError(
+            f"{where}: {name!r} is no scheme. Write w8a8, w8a8_static, w8a8_dynamic, w4a16_g128, fp8_dynamic, "
+            "unquantized, or what docs/configs.md says names are made of."
+        )
+    return scheme
+
+
+_SHORT = {name: name.removeprefix("int") for name in INTEGERS} | {
+    "int16": "int16",  # a16 is an activation that is not quantized
+    "fp8_e4m3": "fp8",
+    "fp8_e5m2": "fp8e5m2",
+    "fp6_e2m3": "fp6e2m3",
+    "fp6_e3m2": "fp6e3m2",
+    "fp4_e2m1": "fp4",
+}
+_LONG = {_SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
+_UNROUNDED = "16"
+_EXTENT = r"tensor|channel|token|g[1-9]\d{0,8}|block[1-9]\d{0,8}x[1-9]\d{0,8}"
+_ANY = "|".join(sorted((*_LONG, _UNROUNDED), key=len, reverse=True))
+_NAME = re.compile(
+    rf"(?:(?P<both>{'|'.join(sorted((_SHORT.get(name, name) for name in FLOATS), key=len, reverse=True))})"
+    rf"|w(?P<w>{_ANY})a(?P<a>{_ANY}))(?:_(?P<kind>static|dynamic|local))?"
+    rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?"
+    rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?)?(?P<requant>_requant)?",
+    re.ASCII,
+)
+
+
+def _is_torchs(weight: WeightScheme | None, activation: ActivationScheme | None) -> bool:
+    """Whether both are integers and scales are static: torch's kernels then requantize, and a short name says so."""
+    return (
+        weight is not None
+        and activation is not None
+        and activation.kind == "static"
+        and {weight.dtype, activation.dtype} <= set(INTEGERS)
+    )
+
+
+def _base(weight: WeightScheme | None, activation: ActivationScheme | None) -> str:
+    dtypes = [None if part is None else part.dtype for part in (weight, activation)]
+    shorts = [_UNROUNDED if dtype is None else _SHORT.get(dtype, dtype) for dtype in dtypes]
+    if dtypes[0] == dtypes[1] and dtypes[0] in FLOATS:
+        return shorts[0]
+    return f"w{shorts[0]}a{shorts[1]}"
+
+
+def usual_weight(dtype: str) -> tuple[Granularity, tuple[int, ...]]:
+    """Granularity and size of weights where nothing else is said."""
+    return ("group", (BLOCK_OF[dtype],)) if dtype in BLOCK_OF else ("channel", ())
+
+
+def usual_activation(dtype: str, kind: str) -> tuple[Granularity, tuple[int, ...], bool]:
+    """Granularity, size and symmetry of activations where nothing else is said."""
+    if dtype in BLOCK_OF:
+        return "group", (BLOCK_OF[dtype],), True
+    return ("tensor", (), dtype not in INTEGERS) if kind == "static" else ("token", (), True)
+
+
+def _extent(granularity: str, size: tuple[int, ...]) -> str:
+    if granularity == "group":
+        return f"g{size[0]}"
+    return f"block{size[0]}x{size[1]}" if granularity == "block" else granularity
+
+
+def _parse_extent(text: str | None) -> tuple[Granularity, tuple[int, ...]] | None:
+    if text is None:
+        return None
+    sizes = tuple(int(digits) for digits in re.findall(r"\d+", text))
+    kind = "block" if len(sizes) == 2 else "group" if sizes else text
+    return cast("Granularity", kind), sizes
+
+
+def _unusual(activation: ActivationScheme) -> list[str]:
+    granularity, size, symmetric = usual_activation(activation.dtype, activation.kind)
+    found = []
+    if (activation.granularity, activation.size) != (granularity, size):
+        found.append(_extent(activation.granularity, activation.size))
+    if activation.symmetric != symmetric:
+        found.append("sym" if activation.symmetric else "asym")
+    return ["act", *found] if found else []

@@ -1,0 +1,1 @@
+"""Quantization configs: the readers of all formats, and the command."""
