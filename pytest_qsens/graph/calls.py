@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +135,11 @@ def unquantized(call: Call) -> Tensor:
 
 
 def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
-    """Multiply the gradient of a convolution's output by its Jacobian: the gradient of its input, of that shape."""
+    """Multiply the gradient of a convolution's output by its Jacobian: the gradient of its input, of that shape.
+
+    That is a transposed convolution, which takes gradients of several passes at once under ``torch.vmap``, where
+    autograd's own operator takes them one by one.
+    """
     dims, options, x = int(call.kind[4]), call.conv or {}, call.x
     stride, dilation = (_for_each(options[name], dims) for name in ("stride", "dilation"))
     before = after = [0] * dims
@@ -144,19 +148,24 @@ def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
         before, after = [total // 2 for total in reach], [total - total // 2 for total in reach]
     elif options["padding"] != "valid":
         before = after = _for_each(options["padding"], dims)
+    shape = x.shape[-dims:]
     if before != after:  # the operator pads both sides alike: take the gradient of the padded input
-        padded = [size + one + other for size, one, other in zip(x.shape[-dims:], before, after, strict=True)]
-        whole = replace(call, x=x.new_empty(()).expand(*x.shape[:-dims], *padded), conv={**options, "padding": 0})
-        found = convolution_gradient(whole, gradient)
+        shape = torch.Size(size + one + other for size, one, other in zip(shape, before, after, strict=True))
+    trimmed = before if before == after else [0] * dims
+    sizes = zip(shape, gradient.shape[-dims:], call.weight.shape[2:], stride, dilation, trimmed, strict=True)
+    rest = [  # what a stride leaves over
+        size + 2 * off - (count - 1) * step - spread * (kernel - 1) - 1
+        for size, count, kernel, step, spread, off in sizes
+    ]
+    single = x.dim() == dims + 1  # no batch
+    batch = gradient.unsqueeze(0) if single else gradient
+    how = (stride, trimmed, dilation, True, rest, options["groups"])
+    found: Tensor = aten.convolution(batch, call.weight, None, *how)
+    found = found.squeeze(0) if single else found
+    if before != after:
         for dim, (start, size) in enumerate(zip(before, x.shape[-dims:], strict=True), -dims):
             found = found.narrow(dim, start, size)
-        return found
-    single = x.dim() == dims + 1  # no batch
-    gradients: tuple[Tensor, ...] = aten.convolution_backward(
-        *(value.unsqueeze(0) if single else value for value in (gradient, x)),
-        *(call.weight, None, stride, before, dilation, False, [0] * dims, options["groups"], [True, False, False]),
-    )
-    return gradients[0].squeeze(0) if single else gradients[0]
+    return found
 
 
 def _for_each(value: int | Sequence[int], dims: int) -> list[int]:
