@@ -113,7 +113,8 @@ class CalibratedModel:
         unit = self._flipped(op)
         if not unit:
             statuses = {status for status, _ in without.values()}
-            return _result(op, "unexercised" if "unexercised" in statuses else "unquantizable", reason=_told(op, without))
+            status: Status = "unexercised" if "unexercised" in statuses else "unquantizable"
+            return _result(op, status, reason=_told(op, without))
         start = time.perf_counter()
         with self._profiled(self._engine.phase), torch.no_grad():
             estimates = {mode: found for mode in modes if (found := self._engine.estimate(op.name, mode)) is not None}
@@ -482,9 +483,8 @@ class _Setup:
                 logits=self.logits,
             )
 
-
     def _units(self, quantizable: Sequence[str]) -> list[Unit]:
-        """What is going to be scored, in the order of the model; what spans several blocks comes last."""
+        """List what is going to be scored, in the order of the model; what spans several blocks comes last."""
         places = {name: place for place, name in enumerate(quantizable)}
         units = []
         for op in self._ops if self._expected is None else self._expected:

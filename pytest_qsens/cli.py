@@ -285,9 +285,9 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         columns["ops"] = lambda op: str(len(op.ops) or 1) if op.type != TOTAL else "-"
     header = ["op", "type", "status", *columns, "reason"]
     rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
+    groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
     return [
-        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}"
-        f"{'' if run.granularity == 'op' else f', granularity {run.granularity}'}",
+        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}{groups}",
         *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),

@@ -113,7 +113,7 @@ class Model:
     _units: dict[tuple[str, tuple[Fused, ...]], tuple[Op, ...]] = field(default_factory=dict)
 
     def units(self, options: Options) -> tuple[Op, ...]:
-        """What is measured as one: the ops, or groups of them.
+        """List what is measured as one: the ops, or groups of them.
 
         Raises:
             QsensError: If two would have one name.

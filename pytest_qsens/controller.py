@@ -391,9 +391,7 @@ class Controller:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
         for label, scheme, granularity, units, elsewhere in planned["models"]:
             run = self._run(Subject(label, scheme, granularity))
-            run.ops = tuple(
-                Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units
-            )
+            run.ops = tuple(Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units)
             run.elsewhere = frozenset(elsewhere)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
@@ -411,7 +409,7 @@ class Controller:
         self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
 
     def _chosen(self, options: Options) -> Subject | None:
-        """What the options of the command line and the ini file are about."""
+        """Tell what the options of the command line and the ini file are about."""
         if options.model is None:
             return None
         return Subject(self._model(options).label, options.scheme, options.granularity)

@@ -29,7 +29,7 @@ from tests.architectures import ARCHITECTURES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_qsens.results import OpResult
+    from pytest_qsens.results import Mode, OpResult
 
 GROUPS = ("fused", "block", "type")
 MODELS = ("bert", "qwen2_5_vl", "qwen3_moe", "t5")
@@ -42,7 +42,11 @@ def everything(ops: Sequence[Op]) -> Op:
 
 
 def measured_as(
-    spec: ModelSpec, units: Sequence[Op], engine: str, modes: Sequence[Any], **options: Any
+    spec: ModelSpec,
+    units: Sequence[Op],
+    engine: str,
+    modes: Sequence[Mode],
+    **options: Any,  # noqa: ANN401 - of `calibrate`
 ) -> dict[str, OpResult]:
     """Score groups with an engine that is told of them."""
     assert isinstance(spec.model, nn.Module)
@@ -213,7 +217,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add to the stream."""
         for layer in self.layers:
-            x = x + layer["down"](torch.relu(layer["up"](x)))  # type: ignore[index, operator] # a dictionary
+            x = x + layer["down"](torch.relu(layer["up"](x)))  # type: ignore[index] # a dictionary
         out: Tensor = self.head(x)
         return out
 
