@@ -206,7 +206,8 @@ class DeltaEngine(ReplayEngine):
         """
         able = self.exercised.intersection(self._quantizable)
         for block, members in groupby(expected, key=_block):
-            wave = [unit for unit in (tuple(op for op in unit if op in able) for unit in members) if unit]
+            reached = (tuple(op for op in unit if op in able) for unit in members)
+            wave = list(dict.fromkeys(unit for unit in reached if unit))  # two groups may come down to the same ops
             size = 1 if block is None else most
             yield from (wave[i : i + size] for i in range(0, len(wave), size))
 
