@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode, Scores, Status
 
 _NOT_FINITE = "the output holds NaN or infinite values"
-_QUANTIZED = {"isolated": "only this op is", "fallback": "everything but this op is"}
+_QUANTIZED = {"isolated": "only this {} is", "fallback": "everything but this {} is"}
 _NAMED = 3
 """Members of a group that are named for one reason."""
 
@@ -138,7 +138,7 @@ class CalibratedModel:
             }
             notes = [self._engine.why_measured(op.name, mode) for mode in modes]
         failures = [
-            f"{values} when {_QUANTIZED[mode]} quantized"
+            f"{values} when {_QUANTIZED[mode].format('group' if op.members else 'op')} quantized"
             for mode, values in measured.items()
             if isinstance(values, str)
         ]

@@ -12,7 +12,10 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import Op, numbered_block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
+
+    Key = str | tuple["Fused", tuple[str, ...]]
+    """What the ops of a group have in common: the group's name, or a pattern and the parts of names that it fixes."""
 
 GRANULARITIES = ("op", "fused", "block", "type")
 
@@ -127,16 +130,16 @@ def grouped(ops: Sequence[Op], granularity: str, fused: Sequence[Fused] = ()) ->
     """
     if granularity == "op":
         return tuple(ops)
-    find: dict[str, Callable[[str], Hashable]] = {
+    find: dict[str, Callable[[str], Key | None]] = {
         "block": numbered_block,
         "type": _type,
         "fused": _by_pattern((*fused, *map(Fused, FUSED))),
     }
-    groups: dict[Hashable, list[Op]] = {}
+    groups: dict[tuple[Key, bool], list[Op]] = {}
     for op in ops:
-        found = find[granularity](op.name)
-        groups.setdefault(("", op.name) if found is None else (granularity, found), []).append(op)
-    units = tuple(_group(granularity, key, members) for key, members in groups.items())
+        key = find[granularity](op.name)
+        groups.setdefault((op.name, False) if key is None else (key, True), []).append(op)
+    units = tuple(_group(key, members) for (key, _), members in groups.items())
     names = Counter(unit.name for unit in units)
     for unit in units:
         if names[unit.name] > 1:
@@ -156,8 +159,8 @@ def _type(name: str) -> str:
     return _INDEX.sub(r"\1*", name)
 
 
-def _by_pattern(patterns: Sequence[Fused]) -> Callable[[str], Hashable]:
-    def find(name: str) -> Hashable:
+def _by_pattern(patterns: Sequence[Fused]) -> Callable[[str], Key | None]:
+    def find(name: str) -> Key | None:
         for pattern in patterns:
             parts = pattern.parts(name)
             if parts is not None:
@@ -167,13 +170,12 @@ def _by_pattern(patterns: Sequence[Fused]) -> Callable[[str], Hashable]:
     return find
 
 
-def _group(granularity: str, key: Hashable, members: Sequence[Op]) -> Op:
+def _group(key: Key, members: Sequence[Op]) -> Op:
     if len(members) == 1:
         return members[0]
-    _, found = key  # type: ignore[misc] # made above
-    if granularity == "fused":
-        pattern, _ = found
-        name = pattern.name([pattern.parts(member.name) for member in members])
+    if isinstance(key, str):
+        name = key
     else:
-        name = found
+        pattern, _ = key
+        name = pattern.name([parts for member in members if (parts := pattern.parts(member.name))])
     return Op(name, "+".join(sorted({member.type for member in members})), tuple(members))

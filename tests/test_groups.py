@@ -14,12 +14,8 @@ from pytest_qsens.groups import FUSED, GRANULARITIES, Fused, grouped
 from pytest_qsens.ops import Op
 from tests.architectures import ARCHITECTURES
 
-NAMES = st.lists(
-    st.lists(st.sampled_from(["layers", "0", "1", "q", "k", "gate_proj", "experts"]), min_size=1, max_size=5).map(
-        ".".join
-    ),
-    unique=True,
-)
+PARTS = st.sampled_from(["layers", "0", "1", "q", "k", "gate_proj", "experts"])
+NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=5).map(".".join), unique=True)
 
 
 def linear(*names: str) -> list[Op]:
@@ -28,12 +24,12 @@ def linear(*names: str) -> list[Op]:
 
 
 def members(units: tuple[Op, ...]) -> dict[str, tuple[str, ...]]:
-    """Groups and their members, without what stays single."""
+    """Return groups and their members, without what stays single."""
     return {unit.name: unit.member_names for unit in units if unit.members}
 
 
 def of(architecture: str, granularity: str) -> dict[str, tuple[str, ...]]:
-    """Groups of a true architecture."""
+    """Return groups of a true architecture."""
     return members(grouped(list_ops(ARCHITECTURES[architecture].build()), granularity))
 
 
@@ -156,9 +152,7 @@ def test_patterns_of_the_user_go_first() -> None:
 @pytest.mark.parametrize("text", ["*.q_proj", "*.{}", "*.{q,}", "*.{q", "q}", "{a{b}}", ""])
 def test_what_is_no_pattern(text: str) -> None:
     """The place and the text are named, and what a pattern looks like."""
-    with pytest.raises(
-        QsensError, match=r"^here '.*' is no pattern of ops .*'\*\.self_attn\.\{q_proj,k_proj,v_proj\}'"
-    ):
+    with pytest.raises(QsensError, match=r"^here '.*' is no pattern of ops .*, such as '\*\.self_attn\.\{"):
         Fused.parse(text, "here")
 
 
@@ -169,7 +163,5 @@ def test_own_patterns_can_be_read() -> None:
 
 def test_a_name_that_is_taken() -> None:
     """Two of one name could not be told apart: that is refused."""
-    with pytest.raises(
-        QsensError, match=r"of q, k, \.\.\. would be called 'q\+k', which is the name of something else"
-    ):
+    with pytest.raises(QsensError, match=r"of q, k, \.\.\. would be called 'q\+k', which is the name of"):
         grouped(linear("q", "k", "q+k"), "fused")

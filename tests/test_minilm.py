@@ -64,11 +64,13 @@ def test_padded_positions_make_it_an_order_of_magnitude(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["fused", "block", "type"])
-def test_groups(granularity: str) -> None:
+def test_groups(tmp_path: Path, granularity: str) -> None:
     """On real weights a group has the score of its replay, in both modes, which the sum of its ops' scores is not."""
+    data = tmp_path / "sentences.txt"
+    data.write_text(SENTENCES)
     found = {}
     for engine in ("replay", "delta"):
-        spec = resolve(ModelRequest("minilm")).load()
+        spec = resolve(ModelRequest("minilm", calib=str(data), eval=str(data))).load()
         assert isinstance(spec.model, torch.nn.Module)
         ops = list_ops(spec.model)
         units = [unit for unit in grouped(ops, granularity) if unit.members]

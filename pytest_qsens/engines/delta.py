@@ -260,7 +260,8 @@ class DeltaEngine(ReplayEngine):
         most = self._most_at_once(runs)
         waves: list[list[Unit]] = []
         for block, members in groupby(self._expected, key=_block):
-            wave = [unit for unit in (tuple(op for op in unit if op in able) for unit in members) if unit]
+            reached = (tuple(op for op in unit if op in able) for unit in members)
+            wave = list(dict.fromkeys(unit for unit in reached if unit))  # two groups may come down to the same ops
             size = 1 if block is None else most
             waves += [wave[i : i + size] for i in range(0, len(wave), size)]
         return waves

@@ -29,7 +29,7 @@ from tests.architectures import ARCHITECTURES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_qsens.results import OpResult
+    from pytest_qsens.results import Mode, OpResult
 
 GROUPS = ("fused", "block", "type")
 MODELS = ("bert", "qwen2_5_vl", "qwen3_moe", "t5")
@@ -42,7 +42,11 @@ def everything(ops: Sequence[Op]) -> Op:
 
 
 def measured_as(
-    spec: ModelSpec, units: Sequence[Op], engine: str, modes: Sequence[Any], **options: Any
+    spec: ModelSpec,
+    units: Sequence[Op],
+    engine: str,
+    modes: Sequence[Mode],
+    **options: Any,  # noqa: ANN401 - of `calibrate`
 ) -> dict[str, OpResult]:
     """Score groups with an engine that is told of them."""
     assert isinstance(spec.model, nn.Module)
@@ -213,7 +217,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add to the stream."""
         for layer in self.layers:
-            x = x + layer["down"](torch.relu(layer["up"](x)))  # type: ignore[index, operator] # a dictionary
+            x = x + layer["down"](torch.relu(layer["up"](x)))  # type: ignore[index] # a dictionary
         out: Tensor = self.head(x)
         return out
 
@@ -261,6 +265,19 @@ def test_groups_of_a_block_are_measured_together_and_those_that_span_blocks_alon
     first = next(op for op in fused if op.name == "layers.2.up")
     model.score(first, ["isolated"])
     assert [op.name for op in model.measured_with(first, "isolated", fused)] == ["layers.2.down"]
+
+
+def test_groups_that_come_down_to_the_same_ops() -> None:
+    """They are one change, and each has its score."""
+    spec, ops = stack()
+    block = next(unit for unit in grouped(ops, "block") if unit.name == "layers.1")
+    twin = Op("twin", "linear", block.members[:2])  # the block without the layer that is not reached
+    model = calibrate(spec, ops, "w8a8", engine="delta", expected=[block, twin])
+    engine = model._engine
+    assert isinstance(engine, DeltaEngine)
+    assert engine._waves == [[("layers.1.up", "layers.1.down")]]
+    assert model.score(block, ["isolated"]).isolated == model.score(twin, ["isolated"]).isolated
+    assert model.measured_with(block, "isolated", [twin]) == []
 
 
 def kept_weights(model: CalibratedModel) -> int:
@@ -321,3 +338,17 @@ def test_engines_of_single_ops_refuse_groups(engine: str, monkeypatch: pytest.Mo
     spec, ops = stack()
     with pytest.raises(QsensError, match=rf"^engine {engine} .*layers\.0 is a group of 3\. .*--qsens-granularity op"):
         calibrate(spec, ops, "w8a8", engine=engine, expected=grouped(ops, "block"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_fused_reads_the_same_values(name: str) -> None:
+    """The names that the package knows mean what they say: in the graph, all members take one and the same value."""
+    spec = ARCHITECTURES[name].spec()
+    assert isinstance(spec.model, nn.Module)
+    graph = capture(spec.model, spec.evaluation[0], spec.output)
+    units = [unit for unit in grouped(list_ops(spec.model), "fused") if unit.members]
+    assert bool(units) is (name not in ("resnet", "mamba", "gpt2"))  # convolutions, one layer for all three
+    for unit in units:
+        calls = [[node.args[0] for node in graph.calls[op.name]] for op in unit.ops]
+        assert calls[0]
+        assert all(call == calls[0] for call in calls), unit

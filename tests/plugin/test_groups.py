@@ -95,7 +95,7 @@ def test_the_life_of_a_snapshot_of_groups(pytester: pytest.Pytester, granularity
     assert json.loads(group_file(pytester, granularity).read_text())["granularity"] == granularity
     assert snapshot_file(pytester).read_bytes() == of_ops
     assert entries["head"] == before["head"]  # by itself: the score of the op
-    cases = {case.get("name") for case in ET.parse(pytester.path / "junit.xml").iter("testcase")}  # noqa: S314 - ours
+    cases = {case.get("name") for case in ET.parse(pytester.path / "junit.xml").iter("testcase")}
     assert {op_id(unit).partition("::")[2] for unit in units} <= cases
 
     content = result_file(pytester)
@@ -283,10 +283,7 @@ def test_what_is_of_groups_is_not_compared_with_ops(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            ["--qsens-granularity", "blocks"],
-            "no value for --qsens-granularity: 'blocks' (did you mean block?). Known: *",
-        ),
+        (["--qsens-granularity", "blocks"], "no value for --qsens-granularity: 'blocks' (did you mean block?)*"),
         (["--qsens-granularity", ""], "--qsens-granularity is empty. *"),
         (["-o", "qsens_granularity=layer"], "no value for qsens_granularity in the ini file: 'layer'. Known: op, *"),
         (["-o", "qsens_fused=*.up"], "qsens_fused in the ini file '[*].up' is no pattern of ops *"),
@@ -317,7 +314,7 @@ def test_a_bad_marker(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("--qsens-model", MODEL)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stdout.fnmatch_lines(
-        ["*qsens: no value for granularity= of @pytest.mark.qsens: 'blok' (did you mean block?)*"]
+        ["*qsens: no value for granularity= of @pytest.mark.qsens: 'blok' (did you mean block?*"]
     )
 
 
