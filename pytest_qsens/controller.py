@@ -32,7 +32,7 @@ from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
 from pytest_qsens.shards import ELSEWHERE
-from pytest_qsens.time_budget import LEFT, NOT_MEASURED, left
+from pytest_qsens.time_budget import LATE, LEFT, NOT_MEASURED, left
 from pytest_qsens.workers import SHARE, SNAPSHOTS, apart, check_distribution, machine, named, position, workers_beside
 
 if TYPE_CHECKING:
@@ -345,6 +345,7 @@ class Controller:
         options = base_options(self.config)
         if options.time_budget is not None:
             node.workerinput[LEFT] = left(self.config, options)
+            node.workerinput[LATE] = any(run.results for run in self.runs.values())
         if apart(spec):
             from pytest_qsens.snapshot import collect_texts
 

@@ -28,10 +28,10 @@ from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.refinement import owner
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
 from pytest_qsens.result_cache import ResultCache
-from pytest_qsens.results import OpResult, joined, to_payload
+from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
 from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
-from pytest_qsens.time_budget import left
+from pytest_qsens.time_budget import LATE, left
 from pytest_qsens.workers import SHARE, limit_threads, workers_here
 
 if TYPE_CHECKING:
@@ -145,11 +145,14 @@ class Bench:
             return known
         found = refined.fresh.pop((op, part), known)
         if found is None:
-            estimate = None if part == "total" else self.calibrated(spec, model).estimated(op, part)
+            estimable = refined.estimates and part != "total"
+            estimate = self.calibrated(spec, model).estimated(op, part) if estimable else None
             without = OpResult(op.name, op.type, op.block, "unrun")
             found = Measured(estimate or without, 0.0)
             if found.result.status != "measured":
                 found = replace(found, result=replace(found.result, reason=refined.why))
+            else:
+                scores.add(op, part, found.result, self._facts_of(self.calibrated(spec, model)), spec.scheme)
         return refined.charge(found)
 
     def _refine(self, spec: RunSpec, model: Model) -> Refined:
@@ -176,7 +179,10 @@ class Bench:
         try:
             why, seconds = refine(calibrated, work, measure, options)
         except TooShort as error:
-            raise BudgetTooShort(str(error)) from error
+            if not getattr(self._config, "workerinput", {}).get(LATE):
+                raise BudgetTooShort(str(error)) from error
+            why = f"{LEFT_OUT}its worker died, and the one in its place had no time to estimate"
+            return Refined(why, 0.0, fresh, estimates=False)
         return Refined(why, seconds, fresh)
 
     def _check_unchanged(self, spec: RunSpec, model: Model) -> None:

@@ -38,6 +38,11 @@ class Belief(NamedTuple):
     middle: float
     interval: Interval | None = None
 
+    @property
+    def least(self) -> Belief:
+        """The least sensitive that the op is expected to be."""
+        return Belief(self.middle if self.interval is None else self.interval[0])
+
     def above(self, value: float) -> float:
         """Probability that the op is more sensitive than that."""
         if self.interval is None:

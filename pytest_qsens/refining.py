@@ -66,12 +66,14 @@ class Refined:
         why: Why no more was measured, for each op that was not.
         seconds: What it took, until it is charged.
         fresh: What was measured, until it is asked for.
+        estimates: Whether there was time to estimate what was not measured.
 
     """
 
     why: str
     seconds: float
     fresh: dict[tuple[Op, Part], Measured] = field(default_factory=dict)
+    estimates: bool = True
 
     def charge(self, found: Measured) -> Measured:
         """Take what was asked for first as what took all the time: the sum is what counts."""
@@ -160,8 +162,10 @@ class _Sought:
                 continue
             elif told.status == "estimated":
                 self.beliefs[op.name] = estimated(mode, told.intervals[mode])
-            else:
+            else:  # it corrects the estimates
                 self._learn(op.name, told)
+                if len(parts) == 1:
+                    self.open.discard(op.name)
 
     def measure(self, ops: Collection[str], measure: Callable[[Op, Part], OpResult]) -> None:
         """Measure these."""
@@ -174,12 +178,12 @@ class _Sought:
     def deciding(self, count: int) -> set[str]:
         """Names of ops to be measured to tell the most sensitive ones; none if they are certain.
 
-        What other processes measure is taken as it is estimated.
+        What other processes measure is taken for as little sensitive as it may be.
         """
-        beliefs = {op: found if op in self._work.own else Belief(found.middle) for op, found in self.beliefs.items()}
+        beliefs = {op: found if op in self._work.own else found.least for op, found in self.beliefs.items()}
         unknown = self.open - self.beliefs.keys()
         certain = bool(beliefs) and certainty(beliefs, count) >= CERTAIN
-        return unknown if certain or not beliefs else undecided(self.beliefs, count) | unknown
+        return unknown if certain or not beliefs else undecided(beliefs, count) | unknown
 
     def _learn(self, op: str, result: OpResult, part: Part | None = None) -> None:
         if part in (None, self._mode) and op != TOTAL:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 LEFT = "qsens_left"
 """Key of ``workerinput``: seconds of the time budget that were left when the controller started the worker."""
 
+LATE = "qsens_late"
+"""Key of ``workerinput``: whether the worker takes the place of one that died, and others have measured already."""
+
 NOT_MEASURED = 6
 """Exit code of a run whose time budget ended before there was anything to tell; pytest uses 0 to 5."""
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from pytest_qsens.ops import Op
+from pytest_qsens.refinement import estimated, steps, worth
+from pytest_qsens.refining import forwards
 from pytest_qsens.time_budget import NOT_MEASURED
 from tests.plugin.harness import MODEL, OPS, listing, snapshot_file, write_model
 
@@ -82,8 +85,10 @@ def test_the_budget_ends_it(pytester: pytest.Pytester) -> None:
     found = by_status(pytester)
     assert set(found) == {"measured", "estimated"}
     assert set(found["measured"]) == corrected_by.union(*chosen)
-    widths = {op: bounds[1] - bounds[0] for op, bounds in estimates.items() if bounds}
-    assert max(widths, key=lambda op: widths[op]) in {op for step in chosen for op in step}
+    beliefs = {op: estimated("isolated", bounds) for op, bounds in estimates.items() if bounds}
+    candidates = steps(OPS, beliefs, forwards([Op(name, "linear") for name in OPS], "probe"))
+    ranked = sorted(candidates, key=lambda step: -worth(step, beliefs))
+    assert [set(step) for step in chosen] == [set(step.ops) for step in ranked[:2]]
     for op in result(pytester)["ops"]:
         if op["status"] == "measured":
             assert op["isolated"]["nmse"] == pytest.approx(exact[op["op"]], rel=1e-3)
@@ -133,6 +138,20 @@ def test_a_killed_worker_costs_its_op(pytester: pytest.Pytester, monkeypatch: py
     assert len(found["measured"]) == len(OPS) - 1
 
 
+def test_a_worker_that_comes_too_late(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is up when one takes the place of another that died: what the others measured is told."""
+    write_model(pytester)
+    late = "budget.start = lambda config: config.stash.__setitem__(budget._STARTED, -7200.0)"
+    pytester.makeconftest(f"{CLOCK}\nif os.environ.get('PYTEST_XDIST_WORKER') == 'gw2':\n    {late}\n")
+    monkeypatch.setenv("KILLED", "gw0")
+    run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "1h", "-n", "2")
+    assert run.ret == pytest.ExitCode.TESTS_FAILED
+    found = by_status(pytester)
+    assert len(found["failed"]) == 1
+    assert found["measured"]
+    run.stdout.fnmatch_lines(["not measured: its worker died, and the one in its place had no time to estimate: *"])
+
+
 def test_the_next_run_goes_further(pytester: pytest.Pytester) -> None:
     """What was measured is known, so the same time is spent on the rest, and a run without a budget takes it, too."""
     pytester.makeconftest(CLOCK)
@@ -143,7 +162,7 @@ def test_the_next_run_goes_further(pytester: pytest.Pytester) -> None:
         counts.append(len(by_status(pytester)["measured"]))
     assert counts[0] < counts[1]
     assert pytester.runpytest_subprocess(*run, "--qsens-time-budget", "10h").ret == 0
-    assert set(by_status(pytester)) == {"measured"}
+    assert "estimated" not in by_status(pytester)
     whole = pytester.runpytest_inprocess(*run, "--snapshot-update")
     assert whole.ret == 0
     whole.stdout.fnmatch_lines(["scores: * from the cache, 0 measured in this run"])
@@ -224,7 +243,7 @@ def test_estimates_gate_if_they_are_told_to(pytester: pytest.Pytester) -> None:
         (("--qsens-representatives", "x"), "--qsens-representatives takes a whole number from 1, not 'x'"),
         (("--qsens-top", "1", "--qsens-engine", "replay"), "--qsens-top goes by estimates, and --qsens-engine replay*"),
         (("--qsens-time-budget", "1h", "--qsens-engine", "eager"), "*goes by estimates*eager makes none*"),
-        (("--qsens-gate-estimates",), "--qsens-gate-estimates: engine auto measures all ops*"),
+        (("--qsens-gate-estimates",), "--qsens-gate-estimates: engine auto measures all, and there are no estimates*"),
         (("--qsens-top", "1", "--snapshot-update"), "*snapshots hold what was measured*"),
     ],
 )
