@@ -21,6 +21,7 @@ from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
+from pytest_qsens.snapshot import file_name
 from pytest_qsens.snapshot import load as load_snapshot
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_gates
 
@@ -159,8 +160,9 @@ def _merge(arguments: argparse.Namespace) -> list[str]:
         )
     merged = merge(arguments.shards, mixed_environments=arguments.mixed_environments, partial=arguments.partial)
     run = merged.result.run
-    path = arguments.snapshot_dir / run.model / f"{run.scheme}.json"
-    verdicts = ranks_of(merged.result, load_snapshot(path, model=run.model, scheme=run.scheme), gates) if gates else []
+    path = arguments.snapshot_dir / run.model / file_name(run.scheme, run.granularity)
+    recorded = load_snapshot(path, model=run.model, scheme=run.scheme, granularity=run.granularity)
+    verdicts = ranks_of(merged.result, recorded, gates) if gates else []
     check_overwritable(arguments.output)
     write(arguments.output, merged.result)
     order = [f"order of ops, {path}: {verdict}" for verdict in verdicts]

@@ -165,7 +165,7 @@ class Catalogue:
         check_engine(options.engine, options.scheme, options.device)
         model = self._models.get(options.request) or self._look_up(options)
         for unit in select(model, options):
-            check_group(options.engine, unit)
+            check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)
         path = options.snapshot_path(model.label)
         other = self._measured.setdefault(path, options.run_spec)
@@ -725,12 +725,12 @@ def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
         return
     from pytest_qsens.rank_gates import recorded_scores
 
-    origin, names = options.origins["fail"], ", ".join(map(str, gates))
+    origin, names, units = options.origins["fail"], ", ".join(map(str, gates)), model.units(options)
     for gate in gates:
-        if len(model.ops) < gate.needed:
+        if len(units) < gate.needed:
             raise QsensError(
                 f"{origin}: {gate} needs {gate.needed} ops at least, or it says nothing, and {model.label} has "
-                f"{len(model.ops)}. Give a smaller number, or only thresholds such as nmse:5%"
+                f"{len(units)}. Give a smaller number, or only thresholds such as nmse:5%"
             )
     if updating(config):
         return
@@ -743,7 +743,7 @@ def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
             f"a part of them. {without}, and judge the order where all parts are together: qsens merge --fail {names}"
         )
     for mode in options.modes:
-        recorded = recorded_scores(model.ops, catalogue(config).snapshot(options, model).ops, mode)
+        recorded = recorded_scores(units, catalogue(config).snapshot(options, model).ops, mode)
         left_out = recorded.keys() - {op.name for op in select(model, options)}
         if left_out:
             what = " and ".join(options.origins[name] for name in ("ops", "max_ops") if getattr(options, name))

@@ -557,7 +557,7 @@ class Controller:
         from pytest_qsens.rank_gates import judge_ranks
         from pytest_qsens.snapshot import load
 
-        recorded = load(run.path, model=run.model, scheme=run.scheme).ops
+        recorded = load(run.path, model=run.model, scheme=run.scheme, granularity=run.granularity).ops
         mode = run.mode if run.facts else base_options(self.config).mode
         found = judge_ranks(gates, run.ops, recorded, run.measured, MODES[mode])
         if updating(self.config):  # a part can be accepted, too, and what is not recorded has no order yet

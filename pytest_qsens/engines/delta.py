@@ -362,8 +362,9 @@ class DeltaEngine(ReplayEngine):
     def _find_fault(self) -> str | None:
         """Compare the ops at both ends with replays, everything else quantized, side by side if there is memory for it.
 
-        The pass is one of its own: waves hold ops that this process may not be asked for. The second op goes with them,
-        so that several changes meet in every layer, and not at the end alone.
+        And the largest group that is going to be scored. The pass is one of its own: waves hold ops that this process
+        may not be asked for. The second op goes with them, so that several changes meet in every layer, and not at the
+        end alone.
         """
         expected: dict[Unit, float] = {}
         for end in (*self._ends(), self._largest()):
@@ -372,11 +373,11 @@ class DeltaEngine(ReplayEngine):
         if not expected:
             return None
         units = list(dict.fromkeys([*self._ends()[0][:2], *expected]))
-        found: dict[Unit, Score] = {}
         try:
-            most, measure = self._most_at_once(self._joint_together(None)), self._measure_others(None)
-            for i in range(0, len(units), most):
-                found |= measure(units[i : i + most])
+            try:
+                found = self._followed(units)
+            except Exception:  # noqa: BLE001 - maybe one without a replay makes the model fail: that is no fault
+                found = self._followed(list(expected))
         except Exception as error:  # noqa: BLE001 - whatever torch raises when it runs several values together
             return f"ops cannot be followed side by side ({first_line(error)})"
         for unit, sse in expected.items():
@@ -384,6 +385,12 @@ class DeltaEngine(ReplayEngine):
                 sizes = f"the SSE comes out as {found[unit].sse:.9e}, but {sse:.9e} in an exact replay"
                 return f"with everything but {_named(unit)} quantized {sizes}"
         return None
+
+    def _followed(self, units: Sequence[Unit]) -> dict[Unit, Score]:
+        """Measure with everything but each of these quantized, side by side as far as there is memory for it."""
+        most, measure = self._most_at_once(self._joint_together(None)), self._measure_others(None)
+        parts = (measure(units[i : i + most]) for i in range(0, len(units), most))
+        return {unit: score for part in parts for unit, score in part.items()}
 
 
 def _named(unit: Unit) -> str:

@@ -12,6 +12,7 @@ from pytest_qsens.engines import delta
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.replay import ReplayEngine
 from pytest_qsens.graph.joint import JointRun
+from pytest_qsens.samples import Sums
 from tests.engines.test_delta import stack
 from tests.plugin.harness import MODEL, write_model
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.schedule import Step
     from pytest_qsens.graph.together import Head
     from pytest_qsens.results import OpResult
-    from pytest_qsens.samples import Sums
 
 
 def scored(engine: str, *, divergence: bool, scheme: str = "w8a8") -> tuple[dict[str, OpResult], Any]:
@@ -78,8 +78,9 @@ def test_what_gives_other_scores_is_found_out(
     assert {op: result.isolated for op, result in found.items()} == {op: r.isolated for op, r in right.items()}
     assert model.engine == "delta+replay"
     assert (model.engine_reason or "").startswith(f"mode fallback is replayed: {why}")
-    assert model.measured_with("blocks.1.0", "isolated") == ["blocks.1.1"]
-    assert not model.measured_with("blocks.1.0", "fallback")
+    _, ops = stack()
+    assert [op.name for op in model.measured_with(ops[2], "isolated", ops)] == ["blocks.1.1"]
+    assert not model.measured_with(ops[2], "fallback", ops)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w8a8_dynamic"])
@@ -89,13 +90,13 @@ def test_two_ops_are_replayed_once(*, scheme: str, divergence: bool, monkeypatch
     replayed: list[str] = []
     own = ReplayEngine.fallback
 
-    def logged(engine: ReplayEngine, op: str, seed: int | None = None) -> Iterator[Tensor]:
-        replayed.append(op)
-        return own(engine, op, seed)
+    def logged(engine: ReplayEngine, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
+        replayed.extend(ops)
+        return own(engine, *ops, seed=seed)
 
     monkeypatch.setattr(ReplayEngine, "fallback", logged)
     spec, ops = stack()
-    model = calibrate(spec, ops, scheme, engine="delta", divergence=divergence, expected=["blocks.1.0", "blocks.1.1"])
+    model = calibrate(spec, ops, scheme, engine="delta", divergence=divergence, expected=ops[2:4])
     for op in ops[2:4]:
         assert model.score(op, ["isolated"]).status == "measured"
     assert not replayed
@@ -145,11 +146,12 @@ def test_both_modes_can_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_finite_where_a_replay_is_not_is_no_agreement(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A score that is no number agrees with none."""
-    monkeypatch.setattr(JointRun, "errors", lambda _, changes: [value] * len(changes))
+    monkeypatch.setattr(JointRun, "errors", lambda _, changes: [Sums(value, ())] * len(changes))
     spec, ops = stack()
     model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
     assert model.score(ops[0], ["fallback"]).status == "measured"
     assert model.engine == "delta+replay"
+    assert "the SSE comes out as" in (model.engine_reason or "")
 
 
 def test_the_summary_tells(pytester: pytest.Pytester) -> None:

@@ -40,7 +40,7 @@ def lengths(name: str) -> ModelSpec:
 def test_without_memory_on_several_batches(name: str, *, side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all that can be is dropped, of every batch and every run, scores and noise are those of replays."""
     if side_by_side:
-        monkeypatch.setattr(DeltaEngine, "_find_waves", lambda engine, _: [list(engine._quantizable)])
+        monkeypatch.setattr(DeltaEngine, "_find_waves", lambda engine, _: [[(op,) for op in engine._quantizable]])
     fast, exact = (others(lengths(name), "w8a8_static", engine, memory=1) for engine in ("delta", "replay"))
     assert_alike(fast, exact)
     assert sum(result.status == "measured" for result in fast.values()) > len(fast) / 2
