@@ -192,7 +192,7 @@ class Catalogue:
 
         key = options.snapshot_path(model.label), model.label, options.scheme
         if key not in self._snapshots:
-            if self._updating and options.estimating:
+            if self._updating and not options.recording:
                 raise QsensError(
                     f"engine {options.engine} estimates, and snapshots hold what was measured: {key[0]} is left as it "
                     "is. Update it with another engine, such as delta, or leave --snapshot-update out"
@@ -697,6 +697,11 @@ def check_refinement(model: Model, options: Options) -> None:
         raise QsensError(
             f"{options.origins['gate_estimates']}: engine {options.engine} measures all, and there are no estimates "
             "to gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
+        )
+    if options.gate_estimates and not any(threshold.metric == "nmse" for threshold in options.gates.thresholds):
+        raise QsensError(
+            f"{options.origins['gate_estimates']}: only nmse is estimated with an interval, and "
+            f"{options.origins['fail']} has no threshold for it. Add one, such as nmse:5%"
         )
     if options.top is None:
         return

@@ -345,7 +345,7 @@ class Controller:
         options = base_options(self.config)
         if options.time_budget is not None:
             node.workerinput[LEFT] = left(self.config, options)
-            node.workerinput[LATE] = any(run.results for run in self.runs.values())
+            node.workerinput[LATE] = any(run.results.keys() - run.lost for run in self.runs.values())
         if apart(spec):
             from pytest_qsens.snapshot import collect_texts
 
@@ -450,7 +450,8 @@ class Controller:
         payload: Payload | None = getattr(report, "qsens", None)
         if payload is not None:
             if "abort" in payload:
-                self._not_measured = self._not_measured or payload.get("not_measured", False)
+                if self._abort is None:
+                    self._not_measured = payload.get("not_measured", False)
                 self._stop(payload["abort"])
                 return
             for facts in payload["facts"]:

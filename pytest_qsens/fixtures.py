@@ -132,12 +132,12 @@ def _score(
     node.user_properties.append(("status", result.status))
     for scores in list(result.modes.values())[:1]:
         node.user_properties += [(metric, scores[metric]) for metric in ("nmse", "sqnr_db") if metric in scores]
-    estimated = result.status == "estimated"
+    estimated = tuple(result.intervals)
     if estimated:
-        thresholds = tuple(threshold for threshold in thresholds if threshold.metric == "nmse")
-        if not (options.gate_estimates and thresholds):
-            pytest.skip(_told(result))
-        result = _at_least(result)
+        gated = options.gate_estimates and any(threshold.metric == "nmse" for threshold in thresholds)
+        result = _at_least(result, bounds=gated)
+        if not result.modes:
+            pytest.skip(_told(record.result))
     elif result.status == "unrun":
         pytest.skip(f"{result.op}: {result.reason}")
     elif result.status != "measured":
@@ -146,7 +146,7 @@ def _score(
     from pytest_qsens.syrupy_extension import Score
 
     recorded = catalogue(request.config).snapshot(options, model).ops.get(result.op)
-    if options.estimating and recorded is None:
+    if (estimated or not options.recording) and recorded is None:
         pytest.skip(
             f"{result.op} has no line in the snapshot, and a run that estimates writes none: "
             f"{options.snapshot_path(model.label)}"
@@ -170,11 +170,13 @@ def _score(
     return record.score
 
 
-def _at_least(result: OpResult) -> OpResult:
-    """Take the lower bounds of estimates for scores: if these are past a threshold, all of the interval is."""
-    bounds: dict[str, Scores] = {mode: {"nmse": low} for mode, (low, _) in result.intervals.items()}
-    exact = {mode: scores for mode, scores in result.modes.items() if mode not in bounds}
-    modes = exact | bounds
+def _at_least(result: OpResult, *, bounds: bool) -> OpResult:
+    """Take the modes with exact scores, and the lower bounds of estimates for scores, if they count.
+
+    If a lower bound is past a threshold, all of the interval is.
+    """
+    modes: dict[str, Scores] = {mode: scores for mode, scores in result.modes.items() if mode not in result.intervals}
+    modes |= {mode: {"nmse": low} for mode, (low, _) in result.intervals.items() if bounds}
     return replace(
         result, status="measured", isolated=modes.get("isolated"), fallback=modes.get("fallback"), intervals={}
     )

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode, Payload
 
 _BENCH = pytest.StashKey["Bench"]()
+_DIED = f"{LEFT_OUT}its worker died"
 
 
 class RunAborted(Exception):  # noqa: N818  # not an error of the test that meets it: the whole run cannot go on
@@ -148,11 +149,12 @@ class Bench:
             estimable = refined.estimates and part != "total"
             estimate = self.calibrated(spec, model).estimated(op, part) if estimable else None
             without = OpResult(op.name, op.type, op.block, "unrun")
-            found = Measured(estimate or without, 0.0)
-            if found.result.status != "measured":
-                found = replace(found, result=replace(found.result, reason=refined.why))
+            result = estimate or without
+            if result.status in ("estimated", "unrun"):
+                result = replace(result, reason=refined.why if op.name in refined.own else _DIED)
             else:
-                scores.add(op, part, found.result, self._facts_of(self.calibrated(spec, model)), spec.scheme)
+                scores.add(op, part, result, self._facts_of(self.calibrated(spec, model)), spec.scheme)
+            found = Measured(result, 0.0)
         return refined.charge(found)
 
     def _refine(self, spec: RunSpec, model: Model) -> Refined:
@@ -173,17 +175,23 @@ class Bench:
             parts=wanted,
             own={op.name for op in wanted if owner(op.name, [other.name for other in wanted], count) == index},
             known=scores.get,
-            costs=forwards(model.ops, spec.engine),
+            costs=forwards(
+                model.ops, spec.engine, {part for parts in wanted.values() for part in parts if part != "total"}
+            ),
             left=partial(left, self._config, options),
+            processes=count,
         )
+        late = getattr(self._config, "workerinput", {}).get(LATE)
+        if late:  # what killed the other one may be among what it would measure
+            work = work._replace(own=())
         try:
             why, seconds = refine(calibrated, work, measure, options)
         except TooShort as error:
-            if not getattr(self._config, "workerinput", {}).get(LATE):
+            if not late and not self._refined:
                 raise BudgetTooShort(str(error)) from error
-            why = f"{LEFT_OUT}its worker died, and the one in its place had no time to estimate"
-            return Refined(why, 0.0, fresh, estimates=False)
-        return Refined(why, seconds, fresh)
+            why, seconds = f"{LEFT_OUT}the time budget of {options.time_budget} ended", 0.0
+            return Refined(_DIED if late else why, seconds, frozenset(), fresh, estimates=False)
+        return Refined(why, seconds, work.own, fresh)
 
     def _check_unchanged(self, spec: RunSpec, model: Model) -> None:
         """See that the checkpoint is the one that was loaded: its weights may lie in mapped files.

@@ -345,6 +345,11 @@ class Options:
         return self.engine == "probe" or self.refined or self.representatives is not None
 
     @property
+    def recording(self) -> bool:
+        """Whether what is measured may go into a snapshot: of a run that only estimates it is too little."""
+        return not self.estimating or self.refined
+
+    @property
     def refined(self) -> bool:
         """Whether ops are measured after all were estimated, as long as that is worth it."""
         return self.time_budget is not None or self.top is not None

@@ -29,7 +29,7 @@ RANKED_BY: Mapping[Mode, str] = MappingProxyType({"isolated": "nmse", "fallback"
 _NAMED = 5
 """Ops named in one line."""
 
-_TOP = re.compile(r"top([0-9]{1,9})", re.ASCII)
+_TOP = re.compile(r"top([1-9][0-9]{0,8})", re.ASCII)
 _KENDALL = "kendall"
 
 State = Literal["held", "failed", "not judged", "accepted"]

@@ -102,8 +102,13 @@ def worth(step: Step, beliefs: Mapping[str, Belief]) -> float:
 
     An interval is as wide as the op is large and its estimate uncertain. An op of which nothing is known comes first.
     """
-    widths = (beliefs[op].interval if op in beliefs else None for op in step.ops)
-    return sum(math.inf if width is None else width[1] - width[0] for width in widths) / max(step.cost, 1e-12)
+    return sum(_width(beliefs.get(op)) for op in step.ops) / max(step.cost, 1e-12)
+
+
+def _width(found: Belief | None) -> float:
+    if found is None:
+        return math.inf
+    return 0.0 if found.interval is None else found.interval[1] - found.interval[0]
 
 
 def undecided(beliefs: Mapping[str, Belief], count: int) -> set[str]:

@@ -19,7 +19,7 @@ from pytest_qsens.refinement import (
     steps,
     undecided,
 )
-from pytest_qsens.results import LEFT_OUT
+from pytest_qsens.results import LEFT_OUT, MODES
 from pytest_qsens.shards import predicted_costs
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pytest_qsens.options import Options
     from pytest_qsens.result_cache import Part
     from pytest_qsens.results import Mode, OpResult
+
+_DRAWS = 4
+"""How often a fallback score is measured, to tell what is noise (`pytest_qsens.noise`)."""
 
 _ESTIMATE = 6
 """Forwards that estimating takes at least: less time than that is not worth a try (docs/estimates.md)."""
@@ -48,6 +51,7 @@ class Work(NamedTuple):
         known: Gives what is known of an op already.
         costs: Name → forwards of the model that measuring it takes, as predicted.
         left: Seconds that are left.
+        processes: How many share the work.
 
     """
 
@@ -56,6 +60,12 @@ class Work(NamedTuple):
     known: Callable[[Op, Part], Measured | None]
     costs: Mapping[str, float]
     left: Callable[[], float]
+    processes: int
+
+    @property
+    def modes(self) -> list[Mode]:
+        """Those that scores are asked for in, the one that decides about the order first."""
+        return [mode for mode in MODES if any(mode in parts for parts in self.parts.values())]
 
 
 @dataclass
@@ -65,6 +75,7 @@ class Refined:
     Attributes:
         why: Why no more was measured, for each op that was not.
         seconds: What it took, until it is charged.
+        own: Names of those that this process was to measure.
         fresh: What was measured, until it is asked for.
         estimates: Whether there was time to estimate what was not measured.
 
@@ -72,6 +83,7 @@ class Refined:
 
     why: str
     seconds: float
+    own: Collection[str]
     fresh: dict[tuple[Op, Part], Measured] = field(default_factory=dict)
     estimates: bool = True
 
@@ -83,11 +95,12 @@ class Refined:
         return replace(found, spent=spent)
 
 
-def forwards(ops: Sequence[Op], engine: str) -> dict[str, float]:
-    """Predict what measuring each op of a model, and the whole model, takes: forwards of the model."""
+def forwards(ops: Sequence[Op], engine: str, modes: Collection[Mode]) -> dict[str, float]:
+    """Predict what measuring each op of a model in these modes, and the whole model, takes: forwards of the model."""
     costs = predicted_costs(ops, engine)
     whole = max(costs[op.name] for op in ops)
-    return {name: cost / whole for name, cost in costs.items()}
+    runs = sum(_DRAWS if mode == "fallback" else 1 for mode in modes)
+    return {name: cost / whole * (1 if name == TOTAL else runs) for name, cost in costs.items()}
 
 
 def refine(
@@ -112,28 +125,25 @@ def refine(
     budget = options.time_budget
     if work.left() < _ESTIMATE * calibrated.reference_seconds:
         raise TooShort(_too_short(budget, "after the model was loaded and calibrated", calibrated.reference_seconds))
-    mode = options.modes[0]
-    sought = _Sought(calibrated, work, mode)
+    sought = _Sought(calibrated, work)
     if work.left() <= 0:
         raise TooShort(_too_short(budget, "while all ops were estimated", calibrated.reference_seconds))
     pace = Pace(calibrated.reference_seconds)
     if TOTAL in sought.open and pace.seconds(work.costs[TOTAL]) <= work.left():
         sought.measure([TOTAL], measure)
     sought.open.discard(TOTAL)
-    while True:
-        rest = sought.open if options.top is None else sought.open & sought.deciding(options.top)
-        candidates = steps([op.name for op in work.parts], rest, work.costs)
-        if not candidates:
-            break
+    names, ended = [op.name for op in work.parts], options.top is None
+    while candidates := steps(names, sought.rest(options.top), work.costs):
         step = choose(candidates, sought.beliefs, work.left(), pace)
         if step is None:
-            return f"{LEFT_OUT}the time budget of {budget} ended", time.perf_counter() - start
+            ended = True
+            break
         began = time.perf_counter()
         calibrated.measure_exactly(step.ops)
         sought.measure(step.ops, measure)
         pace.took(step.cost, time.perf_counter() - began)
-    why = f"{LEFT_OUT}hardly one of the {options.top} most sensitive"
-    return why, time.perf_counter() - start
+    why = f"the time budget of {budget} ended" if ended else f"hardly one of the {options.top} most sensitive"
+    return f"{LEFT_OUT}{why}", time.perf_counter() - start
 
 
 class _Sought:
@@ -145,27 +155,34 @@ class _Sought:
 
     """
 
-    def __init__(self, calibrated: CalibratedModel, work: Work, mode: Mode) -> None:
-        self._work, self._mode = work, mode
+    def __init__(self, calibrated: CalibratedModel, work: Work) -> None:
+        self._work = work
+        self._mode = work.modes[0] if work.modes else None
         self._ops = {op.name: op for op in work.parts}
         self.open: set[str] = set()
         self.beliefs: dict[str, Belief] = {}
         for op, parts in work.parts.items():
+            if op.name != TOTAL and calibrated.refused(op) is not None:
+                continue  # there is nothing to measure
             known = {part: found.result for part in parts if (found := work.known(op, part))}
             if len(known) < len(parts) and op.name in work.own:
                 self.open.add(op.name)
-            if op.name == TOTAL or calibrated.refused(op) is not None:
-                continue
-            if mode in known:
-                self._learn(op.name, known[mode])
-            elif (told := calibrated.estimated(op, mode)) is None:
-                continue
-            elif told.status == "estimated":
-                self.beliefs[op.name] = estimated(mode, told.intervals[mode])
-            else:  # it corrects the estimates
-                self._learn(op.name, told)
-                if len(parts) == 1:
-                    self.open.discard(op.name)
+            if op.name != TOTAL:
+                self._estimate(calibrated, op, known)
+
+    def _estimate(self, calibrated: CalibratedModel, op: Op, known: Mapping[Part, OpResult]) -> None:
+        told = {mode: calibrated.estimated(op, mode) for mode in self._work.modes if mode not in known}
+        exact = {mode for mode, result in told.items() if result is not None and result.status != "estimated"}
+        if exact.issuperset(set(self._work.parts[op]) - known.keys()):  # it corrects the estimates
+            self.open.discard(op.name)
+        mode = self._mode
+        result = known.get(mode) or told.get(mode) if mode is not None else None
+        if mode is None or result is None:
+            return
+        if mode in result.intervals:
+            self.beliefs[op.name] = estimated(mode, result.intervals[mode])
+        else:
+            self._learn(op.name, result)
 
     def measure(self, ops: Collection[str], measure: Callable[[Op, Part], OpResult]) -> None:
         """Measure these."""
@@ -175,18 +192,20 @@ class _Sought:
                     self._learn(op.name, measure(op, part), part)
             self.open.discard(op.name)
 
-    def deciding(self, count: int) -> set[str]:
-        """Names of ops to be measured to tell the most sensitive ones; none if they are certain.
+    def rest(self, count: int | None) -> set[str]:
+        """Names of ops to be measured; where the most sensitive ones are to be told, none if they are certain.
 
         What other processes measure is taken for as little sensitive as it may be.
         """
+        if count is None:
+            return self.open
         beliefs = {op: found if op in self._work.own else found.least for op, found in self.beliefs.items()}
         unknown = self.open - self.beliefs.keys()
-        certain = bool(beliefs) and certainty(beliefs, count) >= CERTAIN
-        return unknown if certain or not beliefs else undecided(beliefs, count) | unknown
+        certain = bool(beliefs) and certainty(beliefs, count) >= CERTAIN ** (1 / self._work.processes)
+        return unknown if certain or not beliefs else self.open & undecided(beliefs, count) | unknown
 
     def _learn(self, op: str, result: OpResult, part: Part | None = None) -> None:
-        if part in (None, self._mode) and op != TOTAL:
+        if self._mode is not None and part in (None, self._mode) and op != TOTAL:
             self.beliefs.pop(op, None)
             scores = result.modes.get(self._mode)
             if scores is not None and (nmse := scores["nmse"]) is not None:

@@ -21,7 +21,7 @@ from pytest_qsens.snapshot import accepted, load, on_other_data
 from pytest_qsens.thresholds import Verdict, combine, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from pytest_qsens.results import Mode, OpResult, Scores
@@ -49,7 +49,8 @@ class Score:
         granularity: Granularity the file must have.
         accept: The command that records the present scores, for messages.
         evaluation: Hash of the evaluation data, if it is known.
-        estimated: Whether the result holds the least that an estimate allows for, which is never recorded.
+        estimated: Modes in which the result holds the least that an estimate allows for. That can only be worse than
+            the snapshot, and is never recorded.
 
     """
 
@@ -64,7 +65,7 @@ class Score:
         granularity: str = "op",
         accept: str,
         evaluation: str | None = None,
-        estimated: bool = False,
+        estimated: Collection[Mode] = (),
     ) -> None:
         self.result = result
         self.thresholds = tuple(thresholds)
@@ -125,7 +126,9 @@ class Score:
         self._old = recorded.modes if recorded is not None and comparable else {}
         other_data = on_other_data(snapshot.environment, self.evaluation)
         self._verdicts = {
-            mode: judge(self._old.get(mode), scores, self.thresholds, self._told(mode), other_data=other_data)
+            mode: self._bounded(mode, scores, other_data=other_data)
+            if mode in self.estimated
+            else judge(self._old.get(mode), scores, self.thresholds, mode, other_data=other_data)
             for mode, scores in self.result.modes.items()
         }
         self.verdict = combine(self._verdicts.values())
@@ -134,8 +137,11 @@ class Score:
             self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
         return self.verdict
 
-    def _told(self, mode: Mode) -> str:
-        return f"{mode}, estimated to be at least:" if self.estimated else mode
+    def _bounded(self, mode: Mode, scores: Scores, *, other_data: bool) -> Verdict:
+        thresholds = [threshold for threshold in self.thresholds if threshold.metric in scores]
+        label = f"{mode}, estimated to be at least:"
+        found = judge(self._old.get(mode), scores, thresholds, label, other_data=other_data)
+        return found if found.kind == "regressed" else Verdict("ok")
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:
         verdict = self.judge()
@@ -159,7 +165,7 @@ class Score:
     @property
     def entry(self) -> Entry | None:
         """What the snapshot file gets if the test passes; ``None`` if nothing was accepted."""
-        if not self.accepted:
+        if not self.accepted or self.estimated:
             return None
         return accepted(self.result.type, self._old, self.result.metrics, self._verdicts)
 

@@ -11,7 +11,7 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
-from pytest_qsens.results import CANNOT, LEFT_OUT, lost_in_noise
+from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -137,23 +137,29 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
     """Name the most sensitive ops, and how sure that is, if that was asked for."""
-    count = base_options(config).top
-    modes = [mode for mode in base_options(config).modes if any(mode in result.modes for result in run.measured)]
-    if count is None or not modes:
+    options = base_options(config)
+    known = [result for result in (*run.measured, *run.estimated) if result.modes]
+    mode = next((mode for mode in MODES if any(mode in result.modes for result in known)), None)
+    if options.top is None or mode is None:
         return
     from pytest_qsens.refinement import certainty, estimated, measured
 
-    mode = modes[0]
-    nmse = {result.op: _number(result.modes[mode]["nmse"]) for result in run.measured if mode in result.modes}
+    exact = [result for result in known if mode in result.modes and mode not in result.intervals]
+    nmse = {result.op: _number(result.modes[mode]["nmse"]) for result in exact}
     beliefs = {op: measured(mode, value) for op, value in nmse.items()}
-    beliefs |= {result.op: estimated(mode, result.intervals[mode]) for result in run.estimated}
-    sure = certainty(beliefs, count)
-    ranked = sorted(nmse, key=lambda op: (-beliefs[op].middle, op))[:count]
-    yield (
-        f"top {count}, {mode}, measured: no op that was not measured belongs to them with probability {_chance(sure)}"
-        if len(ranked) == count
-        else f"top {count}, {mode}: only {len(ranked)} ops were measured"
-    )
+    beliefs |= {result.op: estimated(mode, result.intervals[mode]) for result in known if mode in result.intervals}
+    ranked = sorted(nmse, key=lambda op: (-beliefs[op].middle, op))[: options.top]
+    told = sum(result.status in ("unexercised", "unquantizable") for result in run.results.values())
+    asked = [op for op in run.ops if op.name in run.results or not options.selective]
+    unknown = len(asked) - told - len(beliefs)
+    sure = f"no other op belongs to them with probability {_chance(certainty(beliefs, options.top))}"
+    if unknown > 0:
+        sure = f"nothing is known of {unknown} ops, each of which may belong to them"
+    if len(ranked) < options.top:
+        sure = f"only {len(ranked)} were measured"
+    yield f"top {options.top}, {mode} ({'higher' if mode == 'isolated' else 'lower'} nmse is more sensitive): {sure}"
+    if not ranked:
+        return
     longest = max(map(len, ranked))
     name_width = max(12, min(longest, width - 15))
     for place, op in enumerate(ranked, 1):
