@@ -450,9 +450,7 @@ class Controller:
         payload: Payload | None = getattr(report, "qsens", None)
         if payload is not None:
             if "abort" in payload:
-                if self._abort is None:
-                    self._not_measured = payload.get("not_measured", False)
-                self._stop(payload["abort"])
+                self._stop(payload["abort"], not_measured=payload.get("not_measured", False))
                 return
             for facts in payload["facts"]:
                 run = self._run(_subject(facts))
@@ -480,9 +478,9 @@ class Controller:
         if case is not None:
             self._run(case.subject).crashed(case.op, reason)
 
-    def _stop(self, message: str) -> None:
+    def _stop(self, message: str, *, not_measured: bool = False) -> None:
         if self._abort is None:
-            self._abort = message
+            self._abort, self._not_measured = message, not_measured
         distributed = self.config.pluginmanager.getplugin("dsession")
         if distributed is not None:
             distributed.shouldstop = _STOPPED

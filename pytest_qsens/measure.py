@@ -146,8 +146,9 @@ class Bench:
             return known
         found = refined.fresh.pop((op, part), known)
         if found is None:
-            estimable = refined.estimates and part != "total"
-            estimate = self.calibrated(spec, model).estimated(op, part) if estimable else None
+            estimate = None
+            if refined.estimates and part != "total":
+                estimate = self.calibrated(spec, model).estimated(op, part)
             without = OpResult(op.name, op.type, op.block, "unrun")
             result = estimate or without
             if result.status in ("estimated", "unrun"):

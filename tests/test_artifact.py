@@ -101,12 +101,17 @@ def test_what_was_not_compared_is_no_verdict(tmp_path: Path, monkeypatch: pytest
 
 
 def test_groups_are_compared_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found out of single ops says nothing of groups; what was found out of both is believed for both."""
+    """What was found out of single ops says nothing of groups, and what was found out of groups nothing of ops."""
     groups = grouped(list_ops(ARCHITECTURES["qwen2_5_vl"].build()), "fused")
     made(tmp_path / "ops", divergence=False)
     made(tmp_path / "groups", divergence=False, expected=groups)
     monkeypatch.setattr("pytest_qsens.engines.delta.TOLERANCE", -1.0)
-    for name, expected, engine in (("ops", groups, "replay"), ("groups", groups, "delta"), ("groups", None, "delta")):
+    for name, expected, engine in (
+        ("ops", groups, "replay"),
+        ("ops", None, "delta"),
+        ("groups", groups, "replay"),
+        ("groups", None, "delta"),
+    ):
         model = made(tmp_path / name, divergence=False, expected=expected)
         for op in groups[:9]:
             model.score(op, ["isolated"])

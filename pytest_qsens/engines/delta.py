@@ -76,9 +76,6 @@ class Verdict(NamedTuple):
     logits: bool
     """Whether that was found out with all logits made, and not by way of their errors alone."""
 
-    groups: bool = False
-    """Whether a change of several ops at once was compared as well."""
-
 
 class Waves:
     """Scores of units that are measured a wave at a time, and kept.
@@ -170,20 +167,25 @@ class DeltaEngine(ReplayEngine):
         self._alone = Waves(self._waves, self._measure_alone, partial(self._wants, "isolated"))
         self._joined: dict[int | None, list[JointRun]] = {}
         self._others: dict[int | None, Waves] = {}
-        self._checked = self._checked_others = False
+        self._checked = self._checked_group = self._checked_others = False
         self._replayed: set[Mode] = set()
         self.verdict: Verdict | None = None
         """What others can take over: it was found out by comparing, here or by another process."""
-        if verdict is not None and verdict.logits == logits and (verdict.groups or not self._groups):
+        if verdict is not None and verdict.logits == logits:
             self._settle(verdict)
 
     def check(self) -> None:
-        """See whether differences are to be trusted, by replays of two ops and a group, unless that is known."""
-        if not self._checked:
-            try:
+        """See whether differences are to be trusted, by replays of two ops, unless that is known, and of a group."""
+        try:
+            if not self._checked:
                 self._settle(self._find_verdict())
-            except _CannotFollow as error:  # maybe for once only: no verdict for others
-                self._distrust(str(error))
+            if self._groups and not self._checked_group and self.trusts("isolated"):
+                self._checked_group = True
+                fault = self._find_group_fault()
+                if fault is not None:  # others may measure no groups, or smaller ones: it is no verdict for them
+                    self._distrust(fault)
+        except _CannotFollow as error:  # maybe for once only: no verdict for others
+            self._distrust(str(error))
 
     def _settle(self, verdict: Verdict | None) -> None:
         self._checked = True
@@ -313,16 +315,17 @@ class DeltaEngine(ReplayEngine):
 
     @profile.phase("replay")
     def _find_verdict(self) -> Verdict | None:
-        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be.
-
-        And for the largest of the groups that are going to be scored: its errors meet on their way, and may cancel.
-        """
+        """Compare with a replay, for the first op and the last but one that can be; ``None`` if none can be."""
         compared = [next(filter(None, map(self._compared, end)), None) for end in self._ends()]
+        found = [verdict for verdict in compared if verdict is not None]
+        return next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
+
+    @profile.phase("replay")
+    def _find_group_fault(self) -> str | None:
+        """Compare with a replay of the largest group to be scored: its errors meet on their way, and may cancel."""
         with self._simulator.passing():  # the weights of a group may be most of the model
-            group = next(filter(None, map(self._compared, self._largest())), None)
-        found = [verdict for verdict in (*compared, group) if verdict is not None]
-        verdict = next((verdict for verdict in found if verdict.fault is not None), found[0] if found else None)
-        return None if verdict is None else verdict._replace(groups=group is not None)
+            verdict = next(filter(None, map(self._compared, self._largest())), None)
+        return None if verdict is None else verdict.fault
 
     def _ends(self) -> tuple[list[Unit], list[Unit]]:
         """Ops at either end of the model, the best to compare first."""
