@@ -191,11 +191,10 @@ def test_blocks(qsens_op, qsens_score, snapshot):
 """
 
 
-@pytest.mark.parametrize("workers", ["0"])
-def test_ops_and_groups_in_one_run(pytester: pytest.Pytester, workers: str) -> None:
+def test_ops_and_groups_in_one_run(pytester: pytest.Pytester) -> None:
     """A test by groups stands beside the suite of the ops: each has its snapshot, and the model is loaded once."""
     pytester.makepyfile(test_own=OWN)
-    args = ("--qsens-model", MODEL, "--qsens-json", "out.json", "-p", "no:randomly", "-n", workers)
+    args = ("--qsens-model", MODEL, "--qsens-json", "out.json", "-p", "no:randomly")
     result = pytester.runpytest_subprocess(*args, "--snapshot-update", "--qsens-profile")
     result.assert_outcomes(passed=len(OPS) + 1 + 3)
     assert set(snapshot_ops(pytester)) == set(OPS)
@@ -205,7 +204,7 @@ def test_ops_and_groups_in_one_run(pytester: pytest.Pytester, workers: str) -> N
     assert "granularity" not in content["run"]
     assert {entry["op"] for entry in content["ops"]} == set(OPS)
     built = (pytester.path / "built.log").read_text().splitlines()
-    assert built.count("cpu") == max(1, int(workers))
+    assert built.count("cpu") == 1
     pytester.runpytest_subprocess(*args).assert_outcomes(passed=len(OPS) + 1 + 3)
     result = pytester.runpytest_subprocess(*args, "--qsens-granularity", "block")
     result.assert_outcomes(passed=3, failed=1)  # the own test takes the suite's place, whose total is new here
@@ -318,12 +317,11 @@ def test_a_bad_marker(pytester: pytest.Pytester) -> None:
     )
 
 
-@pytest.mark.parametrize("workers", ["0"])
-def test_an_unchanged_check_by_groups_measures_nothing(pytester: pytest.Pytester, workers: str) -> None:
+def test_an_unchanged_check_by_groups_measures_nothing(pytester: pytest.Pytester) -> None:
     """No process of it loads the model; single ops and the whole model come from a run by ops, groups do not."""
     pytester.makeconftest(LOGGING)
     bert(pytester.path / CHECKPOINT)
-    args = ("-n", workers, "--qsens-mode", "both")
+    args = ("--qsens-mode", "both")
     run_checkpoint(pytester, *args, alone=True)
     log(pytester)
     by_block = ("-o", "qsens_fused=", "--qsens-granularity", "block")
@@ -337,7 +335,7 @@ def test_an_unchanged_check_by_groups_measures_nothing(pytester: pytest.Pytester
     log(pytester, "torch")
     again = run_checkpoint(pytester, *args, *by_block, alone=True)
     assert log(pytester) == []
-    assert log(pytester, "torch") == ["False"] * (1 + int(workers))
+    assert log(pytester, "torch") == ["False"]
     assert written(pytester) == expected
     again.stdout.fnmatch_lines([f"scores: {len(units) - 1} groups from the cache, 0 measured in this run"])
 
