@@ -167,14 +167,16 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
         reached("unlock", os.fspath(arguments[0]))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Watch files, if the fault is of one; and let the model be cached as a checkpoint is, though it is a factory's.
 
     Its code is always the same, and loading a checkpoint takes longer than all else.
     """
     log("started", os.getpid(), ROLE)
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)  # the process may run other tests afterwards
     for name in ("fingerprint", "identity", "data_fingerprint"):
-        setattr(FactorySource, name, lambda *_, **__: "the same")
+        patch.setattr(FactorySource, name, lambda *_, **__: "the same")
     if "path" in FAULT and FAULT["role"] == ROLE:
         fsync = os.fsync
 
