@@ -32,7 +32,7 @@ def main() -> None:
     """Print a table."""
     spec = resolve(ModelRequest("minilm")).load()
     for scheme in SCHEMES:
-        for positions, chosen in (("real tokens", spec), ("all positions", replace(spec, output=states))):
+        for positions, chosen in (("real tokens", spec), ("all positions", replace(spec, output=states, rows=None))):
             first, second = ranking(chosen, scheme)[:2]
             print(
                 f"{scheme:13} {positions:13} worst {first[1]} {first[0]:.2e}, next {second[1]} {second[0]:.2e}, "
