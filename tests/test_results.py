@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pytest_qsens.errors import QsensError
 from pytest_qsens.profile import Profile
 from pytest_qsens.results import (
+    INTERVAL,
+    NON_NEGATIVE,
     Cost,
     OpResult,
     RunInfo,
@@ -30,7 +32,8 @@ from pytest_qsens.shards import Shard
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
-SCORES = st.dictionaries(TEXT, NUMBER, max_size=3) | st.just({"nmse": 0.0, "sqnr_db": None})
+METRIC = TEXT.filter(lambda name: name not in {*NON_NEGATIVE, INTERVAL})
+SCORES = st.dictionaries(METRIC, NUMBER, max_size=3) | st.just({"nmse": 0.0, "sqnr_db": None})
 STATUS = st.sampled_from(["measured", "estimated", "unexercised", "unquantizable", "failed", "unrun"])
 RESULT = st.builds(
     OpResult,
