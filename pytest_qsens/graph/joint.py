@@ -125,6 +125,7 @@ class JointRun(Together):
             found += squares.sum((1, 2))
             if len(self.rows) > 1:
                 by_row += squares.sum(2)
+            del squares  # not beside those of the next block
         wholes = found.tolist()
         if len(self.rows) < 2:
             return [Sums(whole, (whole,)) for whole in wholes]
