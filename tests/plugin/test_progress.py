@@ -157,7 +157,7 @@ def test_lines_come_at_intervals(following: Progress, clock: list[float]) -> Non
 def test_several_models(following: Progress) -> None:
     """Models in progress are told apart, by scheme only where that is needed, on any terminal; the total is no op."""
     for key in (("m", "w8a8"), ("m", "w8a8_static"), ("é", "w8a8")):
-        following._tallies[key].start("x")
+        following._tallies[Subject(*key)].start("x")
     assert str(following) == (
         "m w8a8: 0/27 ops, calibrating; m w8a8_static: 0/1 ops, calibrating; \\xe9: 0/1 ops, calibrating"
     )
