@@ -48,6 +48,7 @@ class _GateFailed(Exception):  # noqa: N818 - the command has done its work
 _LEGEND = {
     "nmse": "nmse: higher is worse",
     "sqnr_db": "sqnr_db: lower is worse",
+    "stderr": "stderr: standard error of the nmse over the evaluation samples",
     "fallback nmse": "fallback nmse (all quantized but this op): lower means a more sensitive op",
     "gain": "gain (total - fallback): higher means a more sensitive op; ~: not to be told from noise",
     "noise": "noise: how far the fallback nmse moves with the last digits of values",
@@ -360,6 +361,8 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
     if any(op.isolated for op in ops):
         columns["nmse"] = lambda op: _cell(op.isolated, "nmse")
         columns["sqnr_db"] = lambda op: _cell(op.isolated, "sqnr_db")
+    if any(op.isolated and "stderr" in op.isolated for op in ops):
+        columns["stderr"] = lambda op: _cell(op.isolated, "stderr")
     if any(op.fallback for op in ops):
         columns["fallback nmse"] = lambda op: _cell(op.fallback, "nmse")
         columns["gain"] = lambda op: _cell(op.fallback, "gain") + " ~" * lost_in_noise(op.fallback)

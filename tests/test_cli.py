@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_show_says_which_direction_is_worse(tmp_path: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "nmse: higher is worse\nsqnr_db: lower is worse\n\n" in text
     assert "gain" not in text
+    assert "stderr" not in text
+    told = replace(op("a", 0.1), isolated={"nmse": 0.1, "sqnr_db": 10.0, "stderr": 0.02, "samples": 8})
+    main(["show", str(result_file(tmp_path, told, OPS[1]))])
+    text = capsys.readouterr().out
+    assert "stderr: standard error of the nmse over the evaluation samples\n\n" in text
+    assert [row[3:] for row in rows(text)] == [["0.1", "10", "0.02"], ["0.03", "20.5", "-"]]
     main(["show", str(result_file(tmp_path, op("a", 0.1, {"nmse": 0.4, "gain": -0.01})))])
     text = capsys.readouterr().out
     assert "fallback nmse (all quantized but this op): lower means a more sensitive op" in text
