@@ -25,7 +25,7 @@ from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
 from pytest_qsens.quant.schemes import SCHEMES
-from pytest_qsens.refinement import owner
+from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
 from pytest_qsens.result_cache import ResultCache
 from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
@@ -174,7 +174,7 @@ class Bench:
         index, count = getattr(self._config, "workerinput", {}).get(SHARE, (0, 1))
         work = Work(
             parts=wanted,
-            own={op.name for op in wanted if owner(op.name, [other.name for other in wanted], count) == index},
+            own={op for op, turn in owners((op.name for op in wanted), count).items() if turn == index},
             known=scores.get,
             costs=forwards(
                 model.ops, spec.engine, {part for parts in wanted.values() for part in parts if part != "total"}

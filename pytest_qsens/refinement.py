@@ -154,14 +154,13 @@ def choose(candidates: Sequence[Step], beliefs: Mapping[str, Belief], seconds: f
     return max(fitting, key=lambda step: worth(step, beliefs), default=None)
 
 
-def owner(op: str, ops: Iterable[str], count: int) -> int:
-    """Tell which of so many processes measures an op, the first one being 0: blocks are dealt out in turn.
+def owners(ops: Iterable[str], count: int) -> dict[str, int]:
+    """Tell which of so many processes measures each op, the first one being 0: blocks are dealt out in turn.
 
     Args:
-        op: Name of an op, or of the whole model.
-        ops: Names of all of them that are measured, in the order of their tests.
+        ops: Names of all that are measured, ops and whole model, in the order of their tests.
         count: How many processes there are.
 
     """
-    blocks = list(dict.fromkeys(Op(name, "").block for name in ops))
-    return blocks.index(Op(op, "").block) % count
+    turns: dict[str, int] = {}
+    return {op: turns.setdefault(Op(op, "").block, len(turns)) % count for op in ops}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it ships no types
 
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.refinement import owner
+from pytest_qsens.refinement import owners
 from pytest_qsens.workers import position
 
 if TYPE_CHECKING:
@@ -85,12 +86,17 @@ class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped 
     def _next(self, node: WorkerController) -> str | None:
         """Scope that a worker gets next: where each has its own, one of these, or one whose worker is gone."""
         others = {position(other) for other in self.nodes} - {position(node)}
-        return next((scope for scope in self.workqueue if self._owner(scope) not in others), None)
+        return next((scope for scope in self.workqueue if self._owners.get(scope) not in others), None)
 
-    def _owner(self, scope: str) -> int | None:
-        """Position of the worker that a scope is of, if it is of one."""
-        case = self._cases.get(next(iter(self.workqueue[scope])))
-        if case is None or self._dealt is None:
-            return None
-        ops = [other.op for other in self._cases.values() if (other.model, other.scheme) == (case.model, case.scheme)]
-        return owner(case.op, ops, self._dealt)
+    @cached_property
+    def _owners(self) -> dict[str, int]:
+        """Position of the worker that a scope is of, for those that are of one."""
+        if self._dealt is None:
+            return {}
+        ops: dict[tuple[str, str], list[str]] = {}
+        for case in self._cases.values():
+            ops.setdefault((case.model, case.scheme), []).append(case.op)
+        shares = {key: owners(names, self._dealt) for key, names in ops.items()}
+        return {
+            self._split_scope(nodeid): shares[case.model, case.scheme][case.op] for nodeid, case in self._cases.items()
+        }

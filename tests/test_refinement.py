@@ -21,7 +21,7 @@ from pytest_qsens.refinement import (
     choose,
     estimated,
     measured,
-    owner,
+    owners,
     steps,
     undecided,
     worth,
@@ -125,9 +125,8 @@ def test_the_pace_is_learned() -> None:
 def test_every_block_has_one_owner(count: int) -> None:
     """Ops of a block go together, and blocks are dealt out evenly."""
     names = (*OPS, TOTAL)
-    owners = {op: owner(op, names, count) for op in names}
     blocks = {Op(op, "").block: set() for op in names}
-    for op, index in owners.items():
+    for op, index in owners(names, count).items():
         assert 0 <= index < count
         blocks[Op(op, "").block].add(index)
     assert all(len(found) == 1 for found in blocks.values())

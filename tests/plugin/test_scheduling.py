@@ -28,13 +28,11 @@ class Worker:
     # ruff: noqa: D102  # the interface of xdist's `WorkerController`
 
     name: str
+    gateway: SimpleNamespace
+    nodemanager: SimpleNamespace
     queue: list[int] = field(default_factory=list)
     shutting_down: bool = False
     collected: bool = False
-
-    @property
-    def gateway(self) -> SimpleNamespace:
-        return SimpleNamespace(id=self.name)
 
     def send_runtest_some(self, indices: Sequence[int]) -> None:
         assert not self.shutting_down, "a worker that was told to stop gets no more work"
@@ -51,22 +49,24 @@ class Worker:
 class Session:
     """What xdist's ``DSession`` does around a scheduler, one event at a time."""
 
-    def __init__(self, ids: Sequence[str], crashing: set[str], workers: int) -> None:
+    def __init__(self, ids: Sequence[str], crashing: set[str], workers: int, dealt: int | None) -> None:
         config: Any = SimpleNamespace(
             getvalue=lambda _: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
         )
         log: Any = SimpleNamespace(loadscopesched=lambda *_: None)
         cases = {nodeid: Case("m", "w8a8", nodeid[len(OP) : -1]) for nodeid in ids if nodeid.startswith(OP)}
-        self.scheduler = BlockScheduling(config, log, cases)
+        self.scheduler = BlockScheduling(config, log, cases, dealt=dealt)
         self.ids, self.crashing = list(ids), crashing
         self.ran: list[str] = []
         self.workers: list[Worker] = []
         self.closing = False
-        for _ in range(workers):
-            self.start()
+        self.manager = SimpleNamespace(specs=[execnet.XSpec("popen") for _ in range(workers)])
+        for spec in self.manager.specs:
+            self.start(spec)
 
-    def start(self) -> None:
-        worker = Worker(f"gw{len(self.workers)}")
+    def start(self, spec: execnet.XSpec) -> None:
+        name = f"gw{len(self.workers)}"
+        worker = Worker(name, SimpleNamespace(id=name, spec=spec), self.manager)
         self.workers.append(worker)
         self.scheduler.add_node(worker)
 
@@ -97,7 +97,7 @@ class Session:
         self.workers.remove(worker)
         assert self.scheduler.remove_node(worker) == self.ids[index]
         self.closing = False
-        self.start()
+        self.start(worker.gateway.spec)
 
 
 OPS = st.lists(
@@ -109,11 +109,16 @@ OPS = st.lists(
 )
 
 
-@given(ids=OPS, workers=st.integers(1, 4), data=st.data())
-def test_every_test_runs_once_whatever_crashes(ids: list[str], workers: int, data: st.DataObject) -> None:
-    """In any order of events, with any tests killing their worker, each test runs exactly once and the run ends."""
+@given(ids=OPS, workers=st.integers(1, 4), dealing=st.booleans(), data=st.data())
+def test_every_test_runs_once_whatever_crashes(
+    ids: list[str], workers: int, *, dealing: bool, data: st.DataObject
+) -> None:
+    """In any order of events, with any tests killing their worker, each test runs exactly once and the run ends.
+
+    This holds whether any worker takes any block or each has blocks of its own.
+    """
     crashing = data.draw(st.sets(st.sampled_from(ids)))
-    session = Session(ids, crashing, workers)
+    session = Session(ids, crashing, workers, dealt=workers if dealing else None)
     while session.workers:
         ready = [worker for worker in session.workers if worker.ready]
         assert ready, f"all wait for each other; ran {session.ran}"

@@ -112,7 +112,15 @@ def test_a_crash_outweighs_other_tests_of_the_op(*, crash_first: bool) -> None:
     entry = {"type": "linear", "isolated": {"nmse": 0.1}}
     reports = [
         lambda: run.add(
-            {"result": to_payload(result), "spent": 0.1, "verdict": "new", "lines": [], "entry": entry}, passed=True
+            {
+                "result": to_payload(result),
+                "spent": 0.1,
+                "verdict": "new",
+                "lines": [],
+                "within_noise": [],
+                "entry": entry,
+            },
+            passed=True,
         ),
         lambda: run.crashed("head", "worker crashed"),
     ]
