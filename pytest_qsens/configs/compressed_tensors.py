@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal, cast
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.configs.scheme import Granularity
+    from pytest_qsens.quant.op_scheme import Granularity
 
 NAME = "compressed-tensors"
 TITLE = "compressed-tensors (config.json with 'quantization_config', or that object alone: 'config_groups')"

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_qsens.configs.rules import Config, Decision, Rule
-    from pytest_qsens.configs.scheme import OpScheme, Unknown
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 
 
 def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Problem]]:

@@ -13,9 +13,9 @@ from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.modelopt_quantizers import read_quant_cfg
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
-from pytest_qsens.configs.scheme import OpScheme, Unknown, parse
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.quant.op_scheme import OpScheme, Unknown, parse
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.configs.scheme import Granularity
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import Granularity
 
 _WEIGHT, _INPUT, _OUTPUT = ".weight_quantizer", ".input_quantizer", ".output_quantizer"
 _QUANTIZERS = (_WEIGHT, _INPUT, _OUTPUT)

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule, regex
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.ops import Op
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.configs.scheme import Kind
+    from pytest_qsens.quant.op_scheme import Kind
 
 NAME = "neural-compressor"
 TITLE = "Intel Neural Compressor ('op_name_dict', 'op_type_dict'; best_configure with 'op'; qconfig.json)"

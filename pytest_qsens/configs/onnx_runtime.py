@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.configs.scheme import Granularity
+    from pytest_qsens.quant.op_scheme import Granularity
 
 NAME = "onnxruntime"
 TITLE = "ONNX Runtime (JSON or YAML with 'nodes_to_exclude', or names of nodes as a list or one a line)"

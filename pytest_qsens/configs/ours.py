@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
-from pytest_qsens.configs.scheme import (
+from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
+from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
     ActivationScheme,
@@ -18,8 +20,6 @@ from pytest_qsens.configs.scheme import (
     usual_activation,
     usual_weight,
 )
-from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
-from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document

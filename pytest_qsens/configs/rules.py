@@ -14,8 +14,8 @@ from pytest_qsens.ops import matches
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_qsens.configs.scheme import OpScheme, Unknown
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 
 CLASS_OF = {
     "linear": "Linear",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 from pytest_qsens.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:

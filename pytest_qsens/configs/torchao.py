@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Literal, cast
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Decision, Pattern, Problem, Rule, regex
-from pytest_qsens.configs.scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.configs.scheme import Granularity
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import Granularity
 
 NAME = "torchao"
 TITLE = "torchao (JSON of config_to_dict: '_type', '_data')"

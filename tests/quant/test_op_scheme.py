@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qsens.configs.scheme import (
+from pytest_qsens.configs.simulated import EMBEDDING, described, simulated_as
+from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
     ActivationScheme,
@@ -16,8 +18,6 @@ from pytest_qsens.configs.scheme import (
     named,
     parse,
 )
-from pytest_qsens.configs.simulated import EMBEDDING, described, simulated_as
-from pytest_qsens.errors import QsensError
 from pytest_qsens.quant.schemes import SCHEMES
 
 DTYPES = st.sampled_from((*INTEGERS, *FLOATS))
