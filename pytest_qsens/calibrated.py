@@ -161,6 +161,10 @@ class CalibratedModel:
             refused = self._engine.why_measured(op.name, mode)
         return self.score(op, (mode,)) if found is not None or refused is None else None
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call this between the steps of estimating all ops: what it raises ends that."""
+        self._engine.watch(check)
+
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Measure these ops, when they are scored next, and together, instead of estimating them."""
         self._engine.measure_exactly(ops)

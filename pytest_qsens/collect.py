@@ -383,6 +383,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     try:
         options = options_for(metafunc.definition)
         model = catalogue(metafunc.config).model(options)
+        check_refinement(model, options)
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
