@@ -121,7 +121,7 @@ def kept() -> list[cache.Entry]:
     return [entry for entry in cache.entries(cache.default_cache_dir()) if entry.kind == "results"]
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.usefixtures("checkpoint")
 def test_an_unchanged_check_measures_nothing(pytester: pytest.Pytester, workers: str) -> None:
     """The second run tells what the first did, digit for digit; no process of it so much as imports torch."""
