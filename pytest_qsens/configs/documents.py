@@ -47,7 +47,16 @@ def read_document(path: Path) -> Document:
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise QsensError(f"{path} is empty. Give a quantization config; docs/configs.md lists the formats.")
-    syntax = _syntax(path, text)
+    return parse_document(text, path, _syntax(path, text))
+
+
+def parse_document(text: str, path: Path, syntax: Syntax) -> Document:
+    """Make a document of a text.
+
+    Raises:
+        QsensError: If it is malformed; with the line where there is one.
+
+    """
     return Document(path, syntax, _PARSERS[syntax](text, path))
 
 

@@ -11,3 +11,6 @@ FORMATS = (
     "modelopt",
     "onnxruntime",
 )
+
+WRITTEN = ("qsens",)
+"""Kinds of files that are written, as in ``--to``: some formats have several."""
