@@ -12,5 +12,16 @@ FORMATS = (
     "onnxruntime",
 )
 
-WRITTEN = ("qsens",)
+WRITTEN = (
+    "qsens",
+    "neural-compressor",
+    "neural-compressor-best-configure",
+    "neural-compressor-qconfig",
+    "torchao",
+    "compressed-tensors",
+    "llm-compressor",
+    "modelopt",
+    "modelopt-disabled-layers",
+    "onnxruntime",
+)
 """Kinds of files that are written, as in ``--to``: some formats have several."""

@@ -10,7 +10,15 @@ from pytest_qsens.configs.decisions import scheme_name
 from pytest_qsens.configs.documents import parse_document
 from pytest_qsens.configs.read import config_of
 from pytest_qsens.configs.rules import CLASS_OF
-from pytest_qsens.configs.writers import ours
+from pytest_qsens.configs.writers import (
+    compressed_tensors,
+    llm_compressor,
+    modelopt,
+    neural_compressor,
+    onnx_runtime,
+    ours,
+    torchao,
+)
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
@@ -41,6 +49,15 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "qsens": Target(ours.write, ("YAML", "TOML", "JSON")),
+    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML")),
+    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",)),
+    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig),
+    "torchao": Target(torchao.write),
+    "compressed-tensors": Target(compressed_tensors.write),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",)),
+    "modelopt": Target(modelopt.write_exported),
+    "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
+    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
 }
 """By name, as in `names.WRITTEN`."""
 

@@ -41,5 +41,5 @@ def names(assigned: Iterable[Assigned]) -> list[str]:
 
 
 def most_common(assigned: Sequence[Assigned]) -> OpScheme | None:
-    """Scheme that most of them have; of equals the first."""
-    return max(by_scheme(assigned).items(), key=lambda item: len(item[1]))[0]
+    """Scheme that most of them have, of equals the first; ``None`` if there are no ops."""
+    return max(by_scheme(assigned).items(), key=lambda item: len(item[1]), default=(None, []))[0]
