@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.configs.decisions import scheme_name
-from pytest_qsens.configs.documents import parse_document
+from pytest_qsens.configs.documents import SUFFIXES, parse_document
 from pytest_qsens.configs.read import config_of
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers import (
@@ -22,6 +22,7 @@ from pytest_qsens.configs.writers import (
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
+from pytest_qsens.files import check_replaceable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,7 @@ def write_config(
         syntax: One of the target's syntaxes; its usual one if none is given.
 
     Returns:
-        Text of the file.
+        Text of the file. Of `Target.exclusions` it does not say how ops are quantized.
 
     Raises:
         QsensError: If the target has no way to say it: naming op, scheme, target, the property in the way, and the
@@ -100,6 +101,27 @@ def write_config(
             f"{one.op.name} ({one.op.type}): {target} cannot say {scheme_name(one.scheme)!r}: {refused.why}. "
             + (f"{', '.join(others)} can say all that is asked for." if others else "Neither can any other format.")
         ) from refused
+
+
+def check_out(path: Path, target: str) -> Syntax:
+    """Check that a config can be written to a file that is not there yet, and what its name says of its syntax.
+
+    Raises:
+        QsensError: If it cannot, or the target is not written in this syntax.
+
+    """
+    syntax = SUFFIXES.get(path.suffix.lower())
+    known = TARGETS[target].syntaxes
+    if syntax not in known:
+        suffixes = ", ".join(suffix for suffix, each in SUFFIXES.items() if each in known)
+        raise QsensError(f"{path}: {target} is written to a file whose name ends in {suffixes}.")
+    check_replaceable(path, _refuse)
+    return syntax
+
+
+def _refuse(path: Path) -> None:
+    # no mark tells a config of ours from one that a person or a tool has written
+    raise QsensError(f"{path} exists and is left untouched. Choose another name or remove it.")
 
 
 def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> list[Assigned]:

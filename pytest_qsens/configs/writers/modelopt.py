@@ -22,6 +22,9 @@ _BY_SCHEME = {
 }
 """Scheme → ``quant_algo``, the first of several that mean the same."""
 
+_PLAIN: dict[str, dict[str, object]] = {"W8A8_SQ_PER_CHANNEL": {"pre_quant_scale": False}}
+"""What makes clear that nothing is done beside rounding, where an algorithm's name says more."""
+
 
 def write_exported(assigned: Sequence[Assigned]) -> dict[str, object]:
     """Write ``hf_quant_config.json``: one algorithm for all linear layers, or each layer by its name.
@@ -47,9 +50,11 @@ def _algorithm(ops: Sequence[Assigned]) -> dict[str, object]:
     for one in ops:
         if one.op.type != "linear":
             raise Inexpressible(one, f"it says how linear layers are quantized, and no {one.op.type}")
-    if scheme in _BY_SCHEME:
-        return {"quant_algo": _BY_SCHEME[scheme]}
     weight = None if scheme is None else scheme.weight
+    if scheme in _BY_SCHEME:
+        size = weight.size if weight is not None and weight.granularity == "group" else ()
+        algorithm: dict[str, object] = {"quant_algo": _BY_SCHEME[scheme]}
+        return algorithm | ({"group_size": size[0]} if size else {}) | _PLAIN.get(_BY_SCHEME[scheme], {})
     if (
         weight is not None
         and weight.granularity == "group"
