@@ -201,8 +201,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8", "fc2": "w8a8_dynamic_act_tensor_asym"},
             (
                 "fc2 (linear): neural-compressor cannot say 'w8a8_dynamic_act_tensor_asym': other ops are quantized "
-                "with approach 'static', and a file has one approach. qsens, compressed-tensors, llm-compressor can say all "
-                "that is asked for."
+                "with approach 'static', and a file has one approach. qsens, compressed-tensors, llm-compressor can "
+                "say all that is asked for."
             ),
         ),
         (
@@ -210,8 +210,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "fp8_static_tensor"},
             (
                 "fc1 (linear): torchao cannot say 'fp8_static_tensor': its configs hold the scales of static "
-                "activations themselves, and none are known. qsens, compressed-tensors, llm-compressor, modelopt can say "
-                "all that is asked for."
+                "activations themselves, and none are known. qsens, compressed-tensors, llm-compressor, modelopt can "
+                "say all that is asked for."
             ),
         ),
         (
