@@ -36,6 +36,11 @@ _W8A8 = {
     "embedding": [NONE, "w8a16_asym"],
 }
 _DYNAMIC = {"linear": [NONE, "w8a8_dynamic_act_tensor_asym"], "embedding": [NONE, "w8a16_asym"], "conv2d": [NONE]}
+_WEIGHT_ONLY = {
+    "linear": [NONE, "w4a16_g32", "w3a16_asym", "w8a16_g128", "wnf4a16_g64", "wfp4a16"],
+    "embedding": [NONE],
+    "conv2d": [NONE],
+}
 _COMPRESSED = {
     "linear": [
         *(NONE, "w8a8", "w8a8_static", "w8a8_dynamic", "w8a16", "w4a16_g128_asym", "w3a16_tensor", "wfp8a16_block8x4"),
@@ -53,12 +58,8 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
             "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wnf4a16"],
         }
     ],
-    "neural-compressor": [
-        _W8A8,
-        _DYNAMIC,
-        {"linear": [NONE, "w4a16_g32", "w3a16_asym", "w8a16_g128", "wnf4a16_g64", "wfp4a16"], "embedding": [NONE]},
-    ],
-    "neural-compressor-best-configure": [_W8A8, _DYNAMIC],
+    "neural-compressor": [_W8A8, _DYNAMIC, _WEIGHT_ONLY],
+    "neural-compressor-best-configure": [_W8A8, _DYNAMIC, _WEIGHT_ONLY],
     "neural-compressor-qconfig": [
         {**_W8A8, "embedding": [NONE]},
         {"linear": [NONE, "w4a16_g32", "w3a16_asym", "wnf4a16_g64", "wfp4a16", "wfp8a16", "wfp8e5m2a16_g16"]},
@@ -227,7 +228,7 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "wnf4a16_g64"},
             (
                 "fc1 (linear): compressed-tensors cannot say 'wnf4a16_g64': it has no nf4. qsens, neural-compressor, "
-                "neural-compressor-qconfig can say all that is asked for."
+                "neural-compressor-best-configure, neural-compressor-qconfig can say all that is asked for."
             ),
         ),
         (

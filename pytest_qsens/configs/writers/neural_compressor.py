@@ -47,15 +47,8 @@ def write_given(assigned: Sequence[Assigned]) -> dict[str, object]:
         if one.scheme is None:
             entries[name] = _OFF
         elif approach == "weight_only":
-            weight = _weight_only(one, one.scheme, _FLOATS)
-            found = {
-                "dtype": ["int" if weight.dtype in _INTEGERS else _FLOATS[weight.dtype]],
-                "bits": [_bits(weight)],
-                "group_size": [weight.size[0] if weight.size else -1],
-                "scheme": ["sym" if weight.symmetric else "asym"],
-                "algorithm": ["RTN"],
-            }
-            entries[name] = {"weight": found}
+            weight = _round_to_nearest(_weight_only(one, one.scheme, _FLOATS))
+            entries[name] = {"weight": {key: [value] for key, value in weight.items()}}
         elif one.scheme in _STATIC and _STATIC[one.scheme] == "sym":
             entries[name] = {"activation": {"scheme": ["sym"]}}
     return {"approach": approach, "op_name_dict": Lines(entries)}
@@ -69,11 +62,8 @@ def write_chosen(assigned: Sequence[Assigned]) -> dict[str, object]:
 
     """
     approach = _approach(assigned)
-    weight_only = next((one for one in assigned if approach == "weight_only" and one.scheme is not None), None)
-    if weight_only is not None:
-        raise Inexpressible(weight_only, "it holds what is static or dynamic, and weight-only is neither")
     return {
-        "approach": f"post_training_{approach}_quant",
+        "approach": "post_training_weight_only" if approach == "weight_only" else f"post_training_{approach}_quant",
         "framework": "pytorch_fx",
         "fx_sub_module_list": None,
         "bf16_ops_list": [],
@@ -85,15 +75,30 @@ def write_chosen(assigned: Sequence[Assigned]) -> dict[str, object]:
 def _choice(one: Assigned, approach: Approach) -> dict[str, object]:
     if one.scheme is None:
         return {"weight": {"dtype": "fp32"}, "activation": {"dtype": "fp32", "quant_mode": "precision"}}
+    if approach == "weight_only":
+        return {
+            "weight": _round_to_nearest(_weight_only(one, one.scheme, _FLOATS)),
+            "activation": {"dtype": "fp32", "quant_mode": approach},
+        }
     activation = {"algorithm": "placeholder", "dtype": "fp32", "granularity": "per_tensor", "quant_mode": approach}
     weight = {"algorithm": "minmax", "dtype": "int8", "granularity": "per_channel", "scheme": "sym"}
     if one.scheme == EMBEDDING:
         weight |= {"dtype": "uint8", "scheme": "asym_float"}
-        activation |= {"scheme": "asym", "quant_mode": "static"}
+        activation["scheme"] = "asym"
     else:
         algorithm = "kl" if approach == "static" else "minmax"
         activation |= {"algorithm": algorithm, "dtype": "uint8", "scheme": _STATIC.get(one.scheme, "asym")}
     return {"weight": weight, "activation": activation}
+
+
+def _round_to_nearest(weight: WeightScheme) -> dict[str, object]:
+    return {
+        "dtype": "int" if weight.dtype in _INTEGERS else _FLOATS[weight.dtype],
+        "bits": _bits(weight),
+        "group_size": weight.size[0] if weight.size else -1,
+        "scheme": "sym" if weight.symmetric else "asym",
+        "algorithm": "RTN",
+    }
 
 
 def write_qconfig(assigned: Sequence[Assigned]) -> dict[str, object]:
