@@ -87,5 +87,21 @@ def _arguments(scheme: OpScheme) -> dict[str, object]:
 
 
 def _nodes(one: Assigned) -> list[str]:
-    """Names of an op's product; those of its kind that the graph has not exclude nothing."""
-    return [f"/{one.op.name.replace('.', '/')}/{kind}" for kind in _KINDS[one.op.type]]
+    """Names that an op's product can have; those that the graph has not exclude nothing."""
+    return [f"/{'/'.join(scopes)}/{kind}" for scopes in _scopes(one.op.name) for kind in _KINDS[one.op.type]]
+
+
+def _scopes(name: str) -> list[list[str]]:
+    """Scopes in which torch.onnx can put an op.
+
+    Those of a child with a number begin with its container's: ``layers.0``. The container's own comes before only if it
+    is called, as a Sequential is and a ModuleList is not, which a name does not tell.
+    """
+    found: list[list[str]] = [[]]
+    for part in name.split("."):
+        if part.isdecimal() and found[0]:
+            numbered = [[*scopes, f"{scopes[-1]}.{part}"] for scopes in found]
+            found = [way for scopes in numbered for way in ([*scopes[:-2], scopes[-1]], scopes)]
+        else:
+            found = [[*scopes, part] for scopes in found]
+    return found
