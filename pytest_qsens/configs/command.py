@@ -75,8 +75,14 @@ def count(problems: int) -> str:
 
 def _ops(given: Namespace) -> Sequence[Op]:
     if given.ops_from is not None:
+        result = load(given.ops_from)
+        if result.run.granularity != "op":
+            raise QsensError(
+                f"{given.ops_from}: it is of groups of ops (granularity {result.run.granularity!r}), and a config is "
+                "of ops. Give --model, or a result of single ops."
+            )
         # products of two activations and recurrent layers are quantized by no format
-        ops = [Op(op.op, op.type) for op in load(given.ops_from).ops if op.type in CLASS_OF]
+        ops = [Op(op.op, op.type) for op in result.ops if op.type in CLASS_OF]
         if not ops:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."
