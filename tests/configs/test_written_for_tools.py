@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.write import write_config
+from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.ops import Op
+from pytest_qsens.quant.op_scheme import FLOATS, INTEGERS, ActivationScheme, OpScheme, WeightScheme
 from tests.configs.ops import says, write
 from tests.configs.test_real_matching import tool
 from tests.configs.test_write import assignments, scheme_of
@@ -23,8 +26,6 @@ from tests.configs.test_write import assignments, scheme_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
-
-    from pytest_qsens.quant.op_scheme import OpScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tools' own, of torch and of each other
 _SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -160,6 +161,36 @@ def test_compressed_tensors_applies_what_is_written(tmp_path: Path, schemes: dic
     for op, scheme in schemes.items():
         attached = getattr(net.get_submodule(op.name), "quantization_scheme", None)
         assert _said(tmp_path, attached) == ("unquantized" if scheme is None else scheme.name)
+
+
+_SIZES = st.sampled_from([1, 16, 32, 128])
+_EXTENTS = st.one_of(
+    st.tuples(st.sampled_from(["tensor", "channel", "token"]), st.just(())),
+    st.tuples(st.just("group"), st.tuples(_SIZES)),
+    st.tuples(st.just("block"), st.tuples(_SIZES, _SIZES)),
+)
+_DTYPES = st.sampled_from((*INTEGERS, *FLOATS))
+_KINDS = st.sampled_from(["static", "dynamic", "local"])
+_WEIGHTS = st.builds(lambda dtype, extent, sym: WeightScheme(dtype, *extent, sym), _DTYPES, _EXTENTS, st.booleans())
+_ACTIVATIONS = st.builds(
+    lambda dtype, kind, extent, sym: ActivationScheme(dtype, kind, *extent, sym),
+    *(_DTYPES, _KINDS, _EXTENTS, st.booleans()),
+)
+
+
+@settings(_SETTINGS, max_examples=200)
+@given(st.builds(OpScheme, st.none() | _WEIGHTS, st.none() | _ACTIVATIONS, st.booleans()))
+def test_compressed_tensors_has_every_scheme_that_is_written(tmp_path: Path, scheme: OpScheme) -> None:
+    """Whatever scheme is not refused is one that compressed-tensors' own checks let through, and the same."""
+    real = tool("compressed_tensors.quantization")
+    try:
+        text = write_config({"fc": scheme}, [Op("fc", "linear")], "compressed-tensors")
+    except QsensError:
+        return
+    config = real.QuantizationConfig.model_validate(json.loads(text)["quantization_config"])
+    net = Any128([Op("fc", "linear")])
+    real.apply_quantization_config(net, config, show_progress=False)
+    assert _said(tmp_path, net.get_submodule("fc").quantization_scheme) == scheme.name
 
 
 def _said(tmp_path: Path, scheme: Any) -> str:  # noqa: ANN401 - compressed-tensors' own

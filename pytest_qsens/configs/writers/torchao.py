@@ -49,6 +49,8 @@ def _config(one: Assigned, scheme: OpScheme) -> dict[str, object]:
         raise Inexpressible(one, "outputs are requantized, which no config of torchao does")
     if weight is None:
         raise Inexpressible(one, "weights are not quantized, which they are in every config of torchao")
+    if weight.size == (1,):
+        raise Inexpressible(one, "torchao fails on groups of 1")
     found = _weight_only(weight) if activation is None else _both(one, weight, activation)
     if found is None:
         raise Inexpressible(one, "none of its configs rounds to these dtypes with scales of these extents")
