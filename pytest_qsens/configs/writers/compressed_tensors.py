@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names
+from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
 def _scheme(scheme: OpScheme) -> dict[str, object]:
     parts = {"weights": scheme.weight, "input_activations": scheme.activation}
     parts |= {"output_activations": scheme.activation} if scheme.output else {}
-    return {key: _arguments(part) for key, part in parts.items() if part is not None}
+    return {key: Row(_arguments(part)) for key, part in parts.items() if part is not None}
 
 
 def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:

@@ -18,11 +18,8 @@ def dump(value: dict[str, Any], syntax: Syntax) -> str:
     return _DUMPERS[syntax](value)
 
 
-_WIDTH = 120
-
-
-class Lines(dict[Any, Any]):
-    """An object of which JSON has each entry in one line, however long: an op, say."""
+class Row(dict[Any, Any]):
+    """An object that is written in one line, however long: what is said of one op, say."""
 
 
 def _json(value: dict[str, Any]) -> str:
@@ -30,26 +27,15 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _json_value(value: object, indent: str) -> str:
-    line = json.dumps(value)
-    if not isinstance(value, dict | list) or not value or (_is_flat(value) and len(line) <= _WIDTH):
-        return line
+    if not isinstance(value, dict | list) or not value or isinstance(value, Row):
+        return json.dumps(value)
     inner = indent + "  "
-    if isinstance(value, Lines):
-        parts = [f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()]
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         parts = [f"{json.dumps(key)}: {_json_value(entry, inner)}" for key, entry in value.items()]
     else:
         parts = [_json_value(entry, inner) for entry in value]
     start, end = "{}" if isinstance(value, dict) else "[]"
     return f"{start}\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}{end}"
-
-
-def _is_flat(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and not isinstance(value, Lines)
-        and not any(isinstance(entry, dict | list) for entry in value.values())
-    )
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
@@ -61,9 +47,12 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
 
 
 _Dumper.add_representer(
-    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:python/tuple", list(value))
+    tuple,
+    lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:python/tuple", [*value], flow_style=True),
 )
-_Dumper.add_representer(Lines, lambda dumper, value: dumper.represent_dict(value.items()))
+_Dumper.add_representer(
+    Row, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
+)
 
 
 def _yaml(value: dict[str, Any]) -> str:

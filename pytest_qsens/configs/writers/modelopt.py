@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.modelopt import ALGORITHMS
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, names
-from pytest_qsens.configs.writers.dump import Lines
+from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import OpScheme, WeightScheme, parse
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def write_exported(assigned: Sequence[Assigned]) -> dict[str, object]:
     if len(algorithms) == 1:
         inside = {**next(iter(algorithms.values())), "kv_cache_quant_algo": None}
     else:
-        layers = {one.op.name: algorithms[one.scheme] for one in quantized}
-        inside = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": Lines(layers)}
-    return {"producer": {"name": "pytest-qsens"}, "quantization": {**inside, "exclude_modules": excluded}}
+        layers = {one.op.name: Row(algorithms[one.scheme]) for one in quantized}
+        inside = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}
+    return {"producer": Row(name="pytest-qsens"), "quantization": {**inside, "exclude_modules": excluded}}
 
 
 def _algorithm(ops: Sequence[Assigned]) -> dict[str, object]:

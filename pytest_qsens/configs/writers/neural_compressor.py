@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible, most_common
-from pytest_qsens.configs.writers.dump import Lines
+from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Approach = Literal["static", "dynamic", "weight_only"]
 
-_OFF = {"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}}
+_OFF = Row({"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}})
 _STATIC = {
     OpScheme(
         WeightScheme("int8"), ActivationScheme("int8", "static", "tensor", symmetric=symmetric), output=True
@@ -48,10 +48,10 @@ def write_given(assigned: Sequence[Assigned]) -> dict[str, object]:
             entries[name] = _OFF
         elif approach == "weight_only":
             weight = _round_to_nearest(_weight_only(one, one.scheme, _FLOATS))
-            entries[name] = {"weight": {key: [value] for key, value in weight.items()}}
+            entries[name] = Row({"weight": {key: [value] for key, value in weight.items()}})
         elif one.scheme in _STATIC and _STATIC[one.scheme] == "sym":
-            entries[name] = {"activation": {"scheme": ["sym"]}}
-    return {"approach": approach, "op_name_dict": Lines(entries)}
+            entries[name] = Row({"activation": {"scheme": ["sym"]}})
+    return {"approach": approach, "op_name_dict": entries}
 
 
 def write_chosen(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -68,7 +68,7 @@ def write_chosen(assigned: Sequence[Assigned]) -> dict[str, object]:
         "fx_sub_module_list": None,
         "bf16_ops_list": [],
         "reduce_range": False,
-        "op": {(one.op.name, CLASS_OF[one.op.type]): _choice(one, approach) for one in assigned},
+        "op": {(one.op.name, CLASS_OF[one.op.type]): Row(_choice(one, approach)) for one in assigned},
     }
 
 
@@ -110,7 +110,7 @@ def write_qconfig(assigned: Sequence[Assigned]) -> dict[str, object]:
     """
     quantized = [one for one in assigned if one.scheme is not None]
     static = bool(quantized) and most_common(quantized) in _STATIC
-    return Lines({f"('{one.op.name}', '{CLASS_OF[one.op.type]}')": _algorithm(one, static=static) for one in assigned})
+    return {f"('{one.op.name}', '{CLASS_OF[one.op.type]}')": Row(_algorithm(one, static=static)) for one in assigned}
 
 
 def _algorithm(one: Assigned, *, static: bool) -> dict[str, object]:

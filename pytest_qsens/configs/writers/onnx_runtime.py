@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
+from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _arguments(scheme: OpScheme) -> dict[str, object]:
         "weight_type": f"Q{_TYPES[weight.dtype]}" if weight.symmetric else f"QU{_TYPES[weight.dtype]}",
         "activation_type": f"QU{_TYPES[activation.dtype]}",
     }
-    options = {"WeightSymmetric": weight.symmetric, "ActivationSymmetric": activation.symmetric}
+    options = Row(WeightSymmetric=weight.symmetric, ActivationSymmetric=activation.symmetric)
     return {**found, "extra_options": options}
 
 

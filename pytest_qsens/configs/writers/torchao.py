@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.writers.assigned import Inexpressible
-from pytest_qsens.configs.writers.dump import Lines
+from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
         Inexpressible: If torchao has no config for a scheme, or not for this type of op.
 
     """
-    entries = {one.op.name: None if one.scheme is None else _config(one, one.scheme) for one in assigned}
-    return {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": Lines(entries)}}
+    entries = {one.op.name: None if one.scheme is None else Row(_config(one, one.scheme)) for one in assigned}
+    return {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": entries}}
 
 
 def _config(one: Assigned, scheme: OpScheme) -> dict[str, object]:
