@@ -21,6 +21,7 @@ WRITTEN = (
     "compressed-tensors",
     "llm-compressor",
     "modelopt",
+    "modelopt-quant-cfg",
     "modelopt-disabled-layers",
     "onnxruntime",
 )

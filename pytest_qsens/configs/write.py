@@ -14,6 +14,7 @@ from pytest_qsens.configs.writers import (
     compressed_tensors,
     llm_compressor,
     modelopt,
+    modelopt_quant_cfg,
     neural_compressor,
     onnx_runtime,
     ours,
@@ -57,6 +58,7 @@ TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(compressed_tensors.write),
     "llm-compressor": Target(llm_compressor.write, ("YAML",)),
     "modelopt": Target(modelopt.write_exported),
+    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",)),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
     "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
 }

@@ -89,6 +89,17 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
             "conv2d": [NONE],
         }
     ],
+    "modelopt-quant-cfg": [
+        {
+            "linear": [
+                *(NONE, "w4a16_g128", "w8a16", "w3a16_tensor", "wfp8a16_block16x32", "w8a8_static_act_sym"),
+                *("w8a8_tensor_act_sym", "fp8_static_tensor_requant", "fp8_dynamic", "fp8_dynamic_tensor_act_tensor"),
+                *("nvfp4_local", "wnvfp4afp8_static", "mxfp8_dynamic", "wmxfp4a16", "w16afp8_static"),
+            ],
+            "conv2d": [NONE, "w8a16", "fp8_static_tensor"],
+            "embedding": [NONE, "w8a16", "w4a16_g32"],
+        }
+    ],
     "modelopt-disabled-layers": [
         {"linear": [NONE, "w8a8", "fp8_dynamic"], "conv2d": [NONE, "w8a8"], "embedding": [NONE]}
     ],
@@ -211,8 +222,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "fp8_static_tensor"},
             (
                 "fc1 (linear): torchao cannot say 'fp8_static_tensor': its configs hold the scales of static "
-                "activations themselves, and none are known. qsens, compressed-tensors, llm-compressor, modelopt can "
-                "say all that is asked for."
+                "activations themselves, and none are known. qsens, compressed-tensors, llm-compressor, modelopt, "
+                "modelopt-quant-cfg can say all that is asked for."
             ),
         ),
         (
