@@ -16,7 +16,7 @@ from pytest_qsens.configs.write import TARGETS, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown, named
-from tests.configs.ops import NET
+from tests.configs.ops import FILES, LLAMA, NET
 from tests.quant.test_op_scheme import OP_SCHEMES
 
 if TYPE_CHECKING:
@@ -287,6 +287,26 @@ def test_most_common_schemes_are_not_spelled_out() -> None:
     )
     assert write_config(assignment, ops, "neural-compressor").count(".fc") == 1
     assert write_config(assignment, ops, "compressed-tensors").count(".fc") == 1
+
+
+OF_TOOLS = [path.name for path in sorted(FILES.iterdir()) if path.suffix in (".json", ".yaml")]
+WRITTEN_AS = {
+    "neural_compressor_best": "neural-compressor-best-configure",
+    "neural_compressor_qconfig": "neural-compressor-qconfig",
+    "modelopt_fp8_quant_cfg": "modelopt-quant-cfg",
+    "modelopt_auto_quant_cfg": "modelopt-quant-cfg",
+}
+"""Start of a file's name → what it is written as, where that is not the format's name."""
+
+
+@pytest.mark.parametrize("file", OF_TOOLS)
+def test_files_of_tools_are_written_back(tmp_path: Path, file: str) -> None:
+    """What a tool wrote itself is written in the same format, saying the same of each op."""
+    config = read_config(FILES / file)
+    ops = NET if file.startswith("neural") else LLAMA
+    schemes = {op: config.decide(op).scheme for op in ops}
+    target = next((name for start, name in WRITTEN_AS.items() if file.startswith(start)), config.format)
+    written(tmp_path, schemes, target, TARGETS[target].syntaxes[0])  # type: ignore[arg-type] # none is `Unknown`
 
 
 def test_targets_are_listed_once() -> None:
