@@ -82,6 +82,30 @@ def test_a_run_quantizes_what_it_is_told(
         assert is_same == (each is None), op
 
 
+class Branching(torch.nn.Module):
+    """Not to be traced as a whole, so that its layers are traced alone and have other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it."""
+        y: torch.Tensor = self.first(x)
+        return self.second(y if y.sum() > 0 else -y)
+
+
+def test_layers_that_are_traced_alone_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op stays unquantized that Neural Compressor calls by another name than the model does."""
+    monkeypatch.chdir(tmp_path)
+    net = Branching().eval()
+    text = write_config({"first": named("w8a8", "here"), "second": None}, list_ops(net), "neural-compressor")
+    loader = torch.utils.data.DataLoader([(torch.randn(8), 0) for _ in range(2)])
+    model = quantization.fit(net, PostTrainingQuantConfig(**json.loads(text)), calib_dataloader=loader)
+    chosen = {name: config["weight"]["dtype"] for (name, _), config in model.q_config["op"].items()}
+    assert chosen == {"first.module": "int8", "second.module": "fp32"}
+
+
 def test_what_a_strategy_would_have_chosen_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``best_configure`` as it is written takes the place of Neural Compressor's own beside the weights of a run."""
     monkeypatch.chdir(tmp_path)
