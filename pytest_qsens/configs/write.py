@@ -185,7 +185,5 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
         same = (decision.scheme is None) == (one.scheme is None) if target.exclusions else decision.scheme == one.scheme
         if not same or decision.rivals:
             rule = "nothing" if decision.rule is None else repr(decision.rule.label)
-            raise Inexpressible(
-                one, f"it would be read as {scheme_name(decision.scheme)!r}, by {rule}: a name means more than one op"
-            )
+            raise Inexpressible(one, f"a file would be read as {scheme_name(decision.scheme)!r}, by {rule}")
     return text
