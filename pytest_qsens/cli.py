@@ -12,6 +12,7 @@ from pytest_qsens.accept import accept, ranks_of
 from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
 from pytest_qsens.configs.names import FORMATS as CONFIG_FORMATS
+from pytest_qsens.configs.names import WRITTEN as CONFIG_TARGETS
 from pytest_qsens.diff import diff
 from pytest_qsens.diff import read_pair as read_pair_of_scores
 from pytest_qsens.errors import QsensError
@@ -304,6 +305,13 @@ def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help=f"{', '.join(CONFIG_FORMATS)} (default: found out from what is in the file)",
     )
     command.add_argument("--strict", action="store_true", help="everything that is wrong is an error: exit code 4")
+    command.add_argument(
+        "--to",
+        choices=CONFIG_TARGETS,
+        metavar="TARGET",
+        help=f"write the same for all ops to --out, as one of {', '.join(CONFIG_TARGETS)}",
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="file to write with --to; there must be none yet")
     command.set_defaults(run=_config)
 
 
@@ -318,6 +326,7 @@ def _config(arguments: argparse.Namespace) -> list[str]:
         *_aligned(report_config.rows(found, decisions)),
         "",
         *report_config.trouble(problems),
+        *report_config.written(arguments.to, arguments.out),
     ]
 
 

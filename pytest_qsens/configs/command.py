@@ -1,4 +1,4 @@
-"""The command ``qsens config``: op by op, what a quantization config says."""
+"""The command ``qsens config``: op by op, what a quantization config says, and the same in another format."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.decisions import decide
 from pytest_qsens.configs.read import read_config
 from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.configs.write import check_out, write_config
 from pytest_qsens.errors import QsensError
+from pytest_qsens.files import write_atomically
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import Op
+from pytest_qsens.quant.op_scheme import Unknown
 from pytest_qsens.results import load
 
 if TYPE_CHECKING:
@@ -27,9 +30,13 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
 
     Raises:
         QsensError: If the config, the model or the result cannot be used; with ``strict`` if anything is wrong with
-            what the config says.
+            what the config says; with ``to`` if the file cannot be written, or has no way to say it.
 
     """
+    if (given.to is None) != (given.out is None):
+        raise QsensError("--to and --out go together: what is to be written, and where")
+    if given.to is not None and given.model is None and given.ops_from is None:
+        raise QsensError("--to needs the ops of a model: give --model or --ops-from")
     if given.checkpoint is not None and given.model is None:
         raise QsensError("--checkpoint goes with --model")
     if given.model is not None and given.ops_from is not None:
@@ -42,7 +49,23 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
         decisions, problems = decide(config, _ops(given))
     if given.strict and problems:
         raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
+    if given.to is not None:
+        _convert(config, decisions, given.to, given.out)
     return config, decisions, problems
+
+
+def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:
+    syntax = check_out(path, target)
+    assignment = {}
+    for decision in decisions:
+        if isinstance(decision.scheme, Unknown):
+            where = config.path if decision.rule is None else decision.rule.where
+            raise QsensError(
+                f"{where}: {decision.op.name} is {decision.scheme.name!r}, which is written nowhere: "
+                f"{decision.scheme.reason}."
+            )
+        assignment[decision.op.name] = decision.scheme
+    write_atomically(path, write_config(assignment, [decision.op for decision in decisions], target, syntax))
 
 
 def count(problems: int) -> str:
@@ -52,8 +75,14 @@ def count(problems: int) -> str:
 
 def _ops(given: Namespace) -> Sequence[Op]:
     if given.ops_from is not None:
+        result = load(given.ops_from)
+        if result.run.granularity != "op":
+            raise QsensError(
+                f"{given.ops_from}: it is of groups of ops (granularity {result.run.granularity!r}), and a config is "
+                "of ops. Give --model, or a result of single ops."
+            )
         # products of two activations and recurrent layers are quantized by no format
-        ops = [Op(op.op, op.type) for op in load(given.ops_from).ops if op.type in CLASS_OF]
+        ops = [Op(op.op, op.type) for op in result.ops if op.type in CLASS_OF]
         if not ops:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."

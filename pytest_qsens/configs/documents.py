@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 Syntax = Literal["JSON", "YAML", "TOML", "text"]
 
+SUFFIXES: dict[str, Syntax] = {
+    ".json": "JSON",
+    ".yaml": "YAML",
+    ".yml": "YAML",
+    ".toml": "TOML",
+    ".txt": "text",
+}
+"""End of a file's name → what it says of the syntax."""
+
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 1_000_000
 """Values of a YAML document with every alias written out; one of a few lines can stand for billions."""
@@ -47,7 +56,16 @@ def read_document(path: Path) -> Document:
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise QsensError(f"{path} is empty. Give a quantization config; docs/configs.md lists the formats.")
-    syntax = _syntax(path, text)
+    return parse_document(text, path, _syntax(path, text))
+
+
+def parse_document(text: str, path: Path, syntax: Syntax) -> Document:
+    """Make a document of a text.
+
+    Raises:
+        QsensError: If it is malformed; with the line where there is one.
+
+    """
     return Document(path, syntax, _PARSERS[syntax](text, path))
 
 
@@ -67,14 +85,7 @@ def _check(path: Path) -> None:
 
 
 def _syntax(path: Path, text: str) -> Syntax:
-    suffixes: dict[str, Syntax] = {
-        ".json": "JSON",
-        ".yaml": "YAML",
-        ".yml": "YAML",
-        ".toml": "TOML",
-        ".txt": "text",
-    }
-    known = suffixes.get(path.suffix.lower())
+    known = SUFFIXES.get(path.suffix.lower())
     if known is not None:
         return known
     start = text.lstrip()[:1]

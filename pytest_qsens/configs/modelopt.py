@@ -153,8 +153,9 @@ def _algorithm(fields: ConfigFields, name: str) -> OpScheme | Unknown | None:
     template = ALGORITHMS[algorithm]
     if fields.flag("has_zero_point", default=False):
         fields.problem("has_zero_point", "true changes numbers and is not simulated: weights have zero points")
+    told = fields.peek("pre_quant_scale") is not None
     smoothed = fields.flag("pre_quant_scale", default=False)
-    if smoothed or algorithm in _SMOOTHED:
+    if smoothed or (algorithm in _SMOOTHED and not told):
         fields.problem(
             "quant_algo", f"{name!r} changes numbers beside rounding: {_SMOOTHED.get(algorithm, 'inputs are scaled')}"
         )

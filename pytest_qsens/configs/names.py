@@ -11,3 +11,18 @@ FORMATS = (
     "modelopt",
     "onnxruntime",
 )
+
+WRITTEN = (
+    "qsens",
+    "neural-compressor",
+    "neural-compressor-best-configure",
+    "neural-compressor-qconfig",
+    "torchao",
+    "compressed-tensors",
+    "llm-compressor",
+    "modelopt",
+    "modelopt-quant-cfg",
+    "modelopt-disabled-layers",
+    "onnxruntime",
+)
+"""Kinds of files that are written, as in ``--to``: some formats have several."""

@@ -1,7 +1,8 @@
 """ONNX Runtime: the nodes that its quantization is to leave out, and what else ``quantize_static`` is told.
 
 ``nodes_to_exclude`` holds exact names of nodes. torch.onnx names a node after the module that it comes from:
-``/model/layers.0/self_attn/q_proj/MatMul`` is the product of the op ``model.layers.0.self_attn.q_proj``.
+``/model/layers.0/self_attn/q_proj/MatMul`` is the product of the op ``model.layers.0.self_attn.q_proj``, and
+``/mlp/mlp.0/Gemm`` that of ``mlp.0`` in a Sequential.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ def _rule(name: str, where: str, problems: list[Problem]) -> Rule | None:
             )
         )
         return None
-    module = match["modules"].strip("/").replace("/", ".")
+    scopes = match["modules"].strip("/").split("/")
+    # a Sequential is a scope of its own, and its name is repeated in those of its children: mlp/mlp.0
+    module = ".".join(
+        scope for scope, inner in zip(scopes, [*scopes[1:], ""], strict=True) if not inner.startswith(f"{scope}.")
+    )
     return Rule(Pattern("name", module, types=types), None, f"{_EXCLUDE}: {name}", where)
 
 

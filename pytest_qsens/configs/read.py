@@ -62,11 +62,15 @@ def read_config(path: Path, name: str | None = None) -> Config:
         QsensError: If the file cannot be used, or is of none or of several formats; with the place in it.
 
     """
-    document = read_document(path)
+    return config_of(read_document(path), name)
+
+
+def config_of(document: Document, name: str | None = None) -> Config:
+    """Read a quantization config that is a document already; as `read_config`."""
     try:
         return _format(document, name).read(document)
     except RecursionError as error:
-        raise QsensError(f"{path}: values are nested too deeply for any quantization config") from error
+        raise QsensError(f"{document.path}: values are nested too deeply for any quantization config") from error
 
 
 def _format(document: Document, name: str | None) -> Format:

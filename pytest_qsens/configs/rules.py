@@ -6,6 +6,7 @@ import operator
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
@@ -27,14 +28,20 @@ CLASS_OF = {
 """Name of torch's class, as tools write it, for each type of op."""
 
 
+@cache
+def _compiled(text: str) -> re.Pattern[str]:
+    """Compile an expression once; re itself remembers 512, and a file can have one for each of a thousand ops."""
+    return re.compile(text)
+
+
 _IS_MEANT: dict[str, Callable[[str, str], bool]] = {
     "name": operator.eq,
     "glob": matches,
     "wildcard": fnmatchcase,
-    "regex": lambda name, text: re.fullmatch(text, name) is not None,
-    "regex_start": lambda name, text: re.match(text, name) is not None,
+    "regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
+    "regex_start": lambda name, text: _compiled(text).match(name) is not None,
     "class": lambda name, text: text in (name, "Module"),
-    "class_regex": lambda name, text: re.fullmatch(text, name) is not None,
+    "class_regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "any": lambda _, __: True,
 }
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.command import count
 from pytest_qsens.configs.decisions import scheme_name
 from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.configs.write import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from pytest_qsens.configs.rules import Config, Decision, Problem
 
@@ -53,6 +55,15 @@ def trouble(problems: Sequence[Problem]) -> Iterator[str]:
         yield from (f"  {problem}" for problem in problems)
     else:
         yield "no problems"
+
+
+def written(target: str | None, path: Path | None) -> Iterator[str]:
+    """Say what was written, and what of it the file does not say."""
+    if target is not None:
+        yield ""
+        yield f"wrote {path}: {target}"
+        if TARGETS[target].exclusions:
+            yield "  it says which ops are not quantized, and nothing of how the others are"
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.cli import main
-from pytest_qsens.configs.names import FORMATS
+from pytest_qsens.configs.names import FORMATS, WRITTEN
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
 from tests.configs.ops import FILES
 
@@ -38,9 +38,10 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def result(path: Path, *ops: OpResult) -> str:
+def result(path: Path, *ops: OpResult, granularity: str = "op") -> str:
     """Write a result file."""
-    write(path, RunResult(RunInfo("mine", "w8a8", "replay", "isolated", {}, Cost(1.0)), ops))
+    info = RunInfo("mine", "w8a8", "replay", "isolated", {}, Cost(1.0), granularity=granularity)
+    write(path, RunResult(info, ops))
     return str(path)
 
 
@@ -50,6 +51,14 @@ OPS = (
     OpResult("embed", "embedding", "", "unrun"),
     OpResult("encoder.layer.0:qk", "qk", "", "unquantizable", "two activations"),
 )
+
+
+TO_OURS = ["--to", "qsens", "--out", "new.yaml"]
+
+
+def ops_from(path: Path) -> list[str]:
+    """Write a result, and name it."""
+    return ["--ops-from", result(path / "r.json", *OPS)]
 
 
 def test_ops_of_a_result(rules: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +105,36 @@ def test_ops_of_a_model(rules: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "\nmodel.visual.blocks.0.attn.qkv " in printed
     assert "no op of the model" in printed
+
+
+def test_a_config_is_converted(rules: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in another format says of every op what the first one says; reading it back into ours gives our text."""
+    rules.write_text(
+        "schema: 1\nrules: [{ops: '*output*', scheme: unquantized}, {ops: '*fc', scheme: w4a16_g128}, "
+        "{ops: '*', scheme: w8a16_asym}]"
+    )
+    ops = ops_from(tmp_path)
+    assert main(["config", "rules.yaml", *TO_OURS, *ops]) == 0
+    assert capsys.readouterr().out.endswith("\n\nwrote new.yaml: qsens\n")
+    expected = Path("new.yaml").read_text()
+    assert expected == (
+        "schema: 1\nrules:\n- ops: encoder.layer.0.output.dense\n  scheme: unquantized\n"
+        "- ops: embed\n  scheme: w8a16_asym\n- ops: '*'\n  scheme: w4a16_g128\n"
+    )
+    for target in ("torchao", "compressed-tensors"):
+        there, back = Path(f"{target}.json"), f"{target}_back.yaml"
+        assert main(["config", "new.yaml", "--to", target, "--out", str(there), *ops]) == 0
+        assert main(["config", str(there), "--to", "qsens", "--out", back, *ops]) == 0
+        assert Path(back).read_text() == expected
+
+
+def test_exclusions_alone_say_so(rules: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written without schemes is told."""
+    rules.write_text("schema: 1\nrules: [{ops: '*fc', scheme: w8a8}]")
+    arguments = ["--to", "modelopt-disabled-layers", "--out", "new.yaml", *ops_from(tmp_path)]
+    assert main(["config", str(rules), *arguments]) == 0
+    assert "nothing of how the others are" in capsys.readouterr().out.splitlines()[-1]
+    assert Path("new.yaml").read_text() == "disabled_layers:\n- encoder.layer.0.output.dense\n- embed\n"
 
 
 def test_without_a_model_rules_are_listed(rules: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +196,24 @@ def test_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
             lambda path: ["rules.yaml", "--ops-from", result(path / "r.json", OPS[3])],
             "there is no op with a weight in it",
         ),
+        (
+            lambda path: ["rules.yaml", "--ops-from", result(path / "r.json", *OPS, granularity="block")],
+            "it is of groups of ops (granularity 'block')",
+        ),
+        (lambda _: ["rules.yaml", "--to", "qsens", "--model", "minilm"], "--to and --out go together"),
+        (lambda _: ["rules.yaml", "--out", "new.yaml", "--model", "minilm"], "--to and --out go together"),
+        (lambda _: ["rules.yaml", *TO_OURS], "--to needs the ops of a model"),
+        (lambda path: ["rules.yaml", *TO_OURS[:3], "rules.yaml", *ops_from(path)], "rules.yaml exists and is left"),
+        (lambda path: ["rules.yaml", *TO_OURS[:3], "new.txt", *ops_from(path)], "ends in .json, .yaml, .yml, .toml"),
+        (lambda path: ["rules.yaml", *TO_OURS[:3], "none/new.json", *ops_from(path)], "there is no directory none"),
+        (
+            lambda path: ["rules.yaml", "--to", "onnxruntime", "--out", "new.json", *ops_from(path)],
+            "encoder.layer.0.fc (linear): onnxruntime cannot say 'w",
+        ),
+        (
+            lambda path: [str(FILES / "onnxruntime_nodes.txt"), *TO_OURS, *ops_from(path)],
+            "encoder.layer.0.fc is 'not told', which is written nowhere: the file says what is not quantized",
+        ),
     ],
 )
 @pytest.mark.usefixtures("rules")
@@ -169,6 +226,7 @@ def test_bad_input_is_told(
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+    assert [*Path().glob("new*")] == []
 
 
 def test_reading_a_config_needs_no_torch(rules: Path) -> None:
@@ -182,9 +240,7 @@ def test_reading_a_config_needs_no_torch(rules: Path) -> None:
 
 
 def test_the_page_lists_every_format() -> None:
-    """Each format has its line, and the options of the command are there."""
-    assert [name for name in FORMATS if f"`{name}`" not in PAGE] == []
-    assert (
-        "qsens config FILE [--model MODEL] [--checkpoint DIR] [--ops-from RESULT.json] [--format FORMAT] [--strict]"
-        in PAGE
-    )
+    """Each format and each target has its line, and the options of the command are there."""
+    assert [name for name in (*FORMATS, *WRITTEN) if f"`{name}`" not in PAGE] == []
+    usage = "qsens config FILE [--model MODEL] [--checkpoint DIR] [--ops-from RESULT.json] [--format FORMAT] [--strict]"
+    assert f"{usage}\n        [--to TARGET --out FILE]" in PAGE

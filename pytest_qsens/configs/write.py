@@ -1,0 +1,189 @@
+"""From ops and their schemes to a config file, in our own format or that of another tool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qsens.configs.decisions import scheme_name
+from pytest_qsens.configs.documents import SUFFIXES, parse_document
+from pytest_qsens.configs.read import config_of
+from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.configs.writers import (
+    compressed_tensors,
+    llm_compressor,
+    modelopt,
+    modelopt_quant_cfg,
+    neural_compressor,
+    onnx_runtime,
+    ours,
+    torchao,
+)
+from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
+from pytest_qsens.configs.writers.dump import dump
+from pytest_qsens.errors import QsensError
+from pytest_qsens.files import check_replaceable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pytest_qsens.configs.documents import Syntax
+    from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import OpScheme
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of file that can be written.
+
+    Attributes:
+        write: From ops and schemes to the values in the file; raises `Inexpressible`.
+        syntaxes: That it can be written in, the usual one first.
+        exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
+
+    """
+
+    write: Callable[[Sequence[Assigned]], dict[str, Any]]
+    syntaxes: tuple[Syntax, ...] = ("JSON",)
+    exclusions: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    "qsens": Target(ours.write, ("YAML", "TOML", "JSON")),
+    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML")),
+    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",)),
+    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig),
+    "torchao": Target(torchao.write),
+    "compressed-tensors": Target(compressed_tensors.write),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",)),
+    "modelopt": Target(modelopt.write_exported),
+    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",)),
+    "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
+    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
+}
+"""By name, as in `names.WRITTEN`."""
+
+
+def write_config(
+    assignment: Mapping[str, OpScheme | None], ops: Sequence[Op], target: str = "qsens", syntax: Syntax | None = None
+) -> str:
+    """Write down how the ops of a model are to be quantized.
+
+    The text is read back before it is returned: it says of every op what ``assignment`` says, or there is an error.
+
+    Args:
+        assignment: Name of an op → its scheme, ``None`` for one that is not quantized; one entry for every op. What
+            the name of a group is given holds for each of its members. A scheme that is simulated for embeddings is
+            `simulated.EMBEDDING`, not the scheme of other ops.
+        ops: Of the model: all of them, since a file may speak of the rest as one. Those with two activations and
+            recurrent ones are quantized by no tool; they are left out, and must be given ``None``.
+        target: What to write, one of `TARGETS`.
+        syntax: One of the target's syntaxes; its usual one if none is given.
+
+    Returns:
+        Text of the file. Of `Target.exclusions` it does not say how ops are quantized.
+
+    Raises:
+        QsensError: If the target has no way to say it: naming op, scheme, target, the property in the way, and the
+            targets that can say it all.
+
+    """
+    assigned = _assigned(assignment, ops)
+    chosen = TARGETS[target]
+    used = chosen.syntaxes[0] if syntax is None else syntax
+    if used not in chosen.syntaxes:
+        raise QsensError(f"{target} is written as {' or '.join(chosen.syntaxes)}, not as {used}.")
+    try:
+        return _text(assigned, chosen, used)
+    except Inexpressible as refused:
+        one = refused.one
+        others = [name for name in TARGETS if name != target and _can(assigned, TARGETS[name])]
+        raise QsensError(
+            f"{one.op.name} ({one.op.type}): {target} cannot say {scheme_name(one.scheme)!r}: {refused.why}. "
+            + (f"{', '.join(others)} can say all that is asked for." if others else "Neither can any other format.")
+        ) from refused
+
+
+def check_out(path: Path, target: str) -> Syntax:
+    """Check that a config can be written to a file that is not there yet, and what its name says of its syntax.
+
+    Raises:
+        QsensError: If it cannot, or the target is not written in this syntax.
+
+    """
+    syntax = SUFFIXES.get(path.suffix.lower())
+    known = TARGETS[target].syntaxes
+    if syntax not in known:
+        suffixes = ", ".join(suffix for suffix, each in SUFFIXES.items() if each in known)
+        raise QsensError(f"{path}: {target} is written to a file whose name ends in {suffixes}.")
+    check_replaceable(path, _refuse)
+    return syntax
+
+
+def _refuse(path: Path) -> None:
+    # no mark tells a config of ours from one that a person or a tool has written
+    raise QsensError(f"{path} exists and is left untouched. Choose another name or remove it.")
+
+
+def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> list[Assigned]:
+    """Pair ops and schemes.
+
+    Raises:
+        QsensError: If a name is there twice, without op or without scheme, or is of an op that no tool quantizes.
+
+    """
+    known = {op.name for op in ops}
+    for name in assignment:
+        if name not in known:
+            raise QsensError(f"a scheme is given to {name!r}, which is no op of the model.")
+    found: dict[str, Assigned] = {}
+    for op in ops:
+        if op.name not in assignment:
+            raise QsensError(f"{op.name!r} is given no scheme, nor is it left unquantized.")
+        for member in op.ops:
+            one = Assigned(member, assignment[op.name])
+            if member.name in found:
+                raise QsensError(f"{member.name!r} is there twice among the ops.")
+            if member.type in CLASS_OF:
+                found[member.name] = one
+            elif one.scheme is not None:
+                raise QsensError(
+                    f"{member.name} ({member.type}): no format can say {one.scheme.name!r} of an op without a weight "
+                    "of its own, or of a recurrent one. Leave it unquantized."
+                )
+    if not found:
+        raise QsensError("there is no op with a weight. Nothing would be said in a config.")
+    return [*found.values()]
+
+
+def _can(assigned: Sequence[Assigned], target: Target) -> bool:
+    try:
+        _text(assigned, target, target.syntaxes[0])
+    except Inexpressible:
+        return False
+    return not target.exclusions
+
+
+def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
+    """Write and read back.
+
+    Raises:
+        Inexpressible: If the target cannot say it, or not with these names.
+
+    """
+    for one in assigned:
+        if one.op.type == "embedding" and one.scheme is not None and one.scheme.activation is not None:
+            raise Inexpressible(one, "an embedding is given indices, which are not quantized")
+    text = dump(target.write(assigned), syntax)
+    try:
+        config = config_of(parse_document(text, Path("what was written"), syntax))
+    except QsensError as error:
+        raise Inexpressible(assigned[0], f"names of ops have a meaning of their own in it ({error})") from error
+    for one in assigned:
+        decision = config.decide(one.op)
+        same = (decision.scheme is None) == (one.scheme is None) if target.exclusions else decision.scheme == one.scheme
+        if not same or decision.rivals:
+            rule = "nothing" if decision.rule is None else repr(decision.rule.label)
+            raise Inexpressible(one, f"a file would be read as {scheme_name(decision.scheme)!r}, by {rule}")
+    return text

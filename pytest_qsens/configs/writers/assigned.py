@@ -1,0 +1,45 @@
+"""What every writer takes, and how it refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import OpScheme
+
+
+class Assigned(NamedTuple):
+    """An op, and how it is to be quantized; ``None``: not at all."""
+
+    op: Op
+    scheme: OpScheme | None
+
+
+class Inexpressible(Exception):  # noqa: N818 - not an error until no other way is left
+    """A format has no way to say this of this op; ``why`` names the property in the way."""
+
+    def __init__(self, one: Assigned, why: str) -> None:
+        super().__init__(why)
+        self.one = one
+        self.why = why
+
+
+def by_scheme(assigned: Iterable[Assigned]) -> dict[OpScheme | None, list[Assigned]]:
+    """Ops of each scheme, both in the order in which they come."""
+    found: dict[OpScheme | None, list[Assigned]] = {}
+    for one in assigned:
+        found.setdefault(one.scheme, []).append(one)
+    return found
+
+
+def names(assigned: Iterable[Assigned]) -> list[str]:
+    """Names of the ops."""
+    return [one.op.name for one in assigned]
+
+
+def most_common(assigned: Sequence[Assigned]) -> OpScheme | None:
+    """Scheme that most of them have, of equals the first; ``None`` if there are no ops."""
+    return max(by_scheme(assigned).items(), key=lambda item: len(item[1]), default=(None, []))[0]

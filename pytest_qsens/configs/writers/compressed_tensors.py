@@ -1,0 +1,109 @@
+"""compressed-tensors: ``quantization_config`` of a ``config.json``.
+
+Groups of exact names come first, the group of a whole class last: compressed-tensors takes names before classes, vLLM
+what comes first in the file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
+from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names
+from pytest_qsens.configs.writers.dump import Row
+from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.configs.writers.assigned import Assigned
+    from pytest_qsens.quant.op_scheme import OpScheme
+
+_FLOATS = {"fp8_e4m3": 8, "mxfp8": 8, "mxfp6": 6, "fp6_e2m3": 6, "fp4_e2m1": 4, "mxfp4": 4, "nvfp4": 4}
+_SIZES = {"mxfp8": (32,), "mxfp6": (32,), "mxfp4": (32,), "nvfp4": (16,)}
+_OF_WEIGHTS = ("tensor", "channel", "group", "block")
+_DYNAMIC = ("token", "tensor", "group")
+_STATIC = ("tensor", "group")
+
+
+def write(assigned: Sequence[Assigned]) -> dict[str, object]:
+    """Write a ``quantization_config``.
+
+    Raises:
+        Inexpressible: If compressed-tensors does not quantize a type of op, or has no terms for a scheme.
+
+    """
+    return {"quantization_config": {"quant_method": NAME, **groups(assigned)}}
+
+
+def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
+    """Make ``config_groups`` and ``ignore``, which llm-compressor has, too."""
+    default = most_common([one for one in assigned if one.op.type == "linear"])
+    named: list[tuple[OpScheme, list[str]]] = []
+    for scheme, ops in by_scheme(assigned).items():
+        if scheme is not None:
+            exact = [one for one in ops if (one.op.type, scheme) != ("linear", default)]
+            named += [(scheme, names(exact))] if exact else []
+            _check(ops, scheme)
+    named += [(default, [CLASS_OF["linear"]])] if default is not None else []
+    ignored = [one for one in assigned if one.scheme is None and one.op.type in QUANTIZED]
+    config_groups = {
+        f"group_{number}": {"targets": targets, **_scheme(scheme)} for number, (scheme, targets) in enumerate(named)
+    }
+    return {"config_groups": config_groups, "ignore": names(ignored)}
+
+
+def _check(ops: Sequence[Assigned], scheme: OpScheme) -> None:
+    for one in ops:
+        if one.op.type not in QUANTIZED:
+            raise Inexpressible(one, f"it quantizes linear layers and embeddings, and no {one.op.type}")
+    for part in (scheme.weight, scheme.activation):
+        why = None if part is None else _obstacle(part)
+        if why is not None:
+            raise Inexpressible(ops[0], why)
+    if scheme.output and (scheme.activation is None or scheme.activation.kind != "static"):
+        raise Inexpressible(ops[0], "outputs have an observer like that of static inputs, and there are none")
+
+
+def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
+    """Why ``QuantizationArgs`` has no terms for this, or they do not go together."""
+    what = "weights" if isinstance(part, WeightScheme) else "activations"
+    if part.dtype not in INTEGERS and part.dtype not in _FLOATS:
+        return f"it has no {part.dtype}"
+    if part.dtype not in INTEGERS and not part.symmetric:
+        return f"{what} of {part.dtype} have no zero points"
+    needed = _SIZES.get(part.dtype)
+    if needed is not None and (part.granularity, part.size) != ("group", needed):
+        return f"{part.dtype} has groups of {needed[0]}"
+    if isinstance(part, WeightScheme):
+        return None if part.granularity in _OF_WEIGHTS else f"weights have no scale per {part.granularity}"
+    if (part.kind == "local") != (part.dtype == "nvfp4" and part.kind != "static"):
+        return "scales of two kinds, local and of the tensor, are those of dynamic nvfp4"
+    known = _DYNAMIC if part.kind != "static" else _STATIC
+    return None if part.granularity in known else f"{part.kind} activations have no scale per {part.granularity}"
+
+
+def _scheme(scheme: OpScheme) -> dict[str, object]:
+    parts = {"weights": scheme.weight, "input_activations": scheme.activation}
+    parts |= {"output_activations": scheme.activation} if scheme.output else {}
+    return {key: Row(_arguments(part)) for key, part in parts.items() if part is not None}
+
+
+def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
+    is_integer = part.dtype in INTEGERS
+    found: dict[str, object] = {
+        "num_bits": int(part.dtype.removeprefix("int")) if is_integer else _FLOATS[part.dtype],
+        "type": "int" if is_integer else "float",
+        "symmetric": part.symmetric,
+        "strategy": "tensor_group" if part.dtype == "nvfp4" else part.granularity,
+    }
+    if part.granularity == "group":
+        found["group_size"] = part.size[0]
+    if part.granularity == "block":
+        found["block_structure"] = [*part.size]
+    if part.dtype.startswith("mx"):
+        found["scale_dtype"] = "torch.uint8"
+    if isinstance(part, ActivationScheme):
+        found["dynamic"] = "local" if part.kind == "local" else part.kind == "dynamic"
+    return found
