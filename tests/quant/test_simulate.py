@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pytest_qsens.graph.calls import Call
 from pytest_qsens.quant.calibration import Calibration, QParams
+from pytest_qsens.quant.integers import quantize_activation, quantize_weight, quantized_embedding
 from pytest_qsens.quant.schemes import SCHEMES
-from pytest_qsens.quant.simulate import Simulator, quantize_activation, quantize_weight, quantized_embedding
+from pytest_qsens.quant.simulate import Simulator
 
 # torch announces the end of its quantized tensor types; while they exist, they are the reference
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
@@ -215,11 +216,11 @@ def test_integers_do_not_depend_on_the_cpu(instructions: str) -> None:
     """Where torch's int8 product saturates, as without VNNI, another one is used."""
     code = """
 import torch
-from pytest_qsens.quant.simulate import _integer_linear
+from pytest_qsens.quant.integers import integer_linear
 g = torch.Generator().manual_seed(0)
 x = torch.randint(-128, 128, (5, 7, 300), generator=g).to(torch.int8)
 w = torch.randint(-128, 128, (40, 300), generator=g).to(torch.int8)
-assert torch.equal(_integer_linear(x, w).long(), x.long() @ w.long().t())
+assert torch.equal(integer_linear(x, w).long(), x.long() @ w.long().t())
 """
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
