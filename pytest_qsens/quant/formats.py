@@ -42,7 +42,7 @@ _CHUNK = 2**17
 
 
 class Scales(NamedTuple):
-    """How values turn into codes and back; fp32, ``(rows, groups, 1)``.
+    """How values turn into codes and back; fp32, ``(*, groups, 1)``, or ``()`` for all of them.
 
     Attributes:
         scale: A code stands for ``(code - zero_point) * scale``.
@@ -127,13 +127,13 @@ def round_input(x: Tensor, scheme: ActivationScheme, largest: float | None = Non
     if not x.numel():
         return x
     known = None if largest is None else torch.tensor(largest, dtype=torch.float32, device=x.device)
-    if scheme.granularity == "tensor":
-        groups = x.reshape(1, 1, -1)
-    else:
-        groups = x.reshape(-1, *((x.shape[-1] // scheme.size[0], scheme.size[0]) if scheme.size else (1, x.shape[-1])))
+    size = scheme.size[0] if scheme.size else x.shape[-1]
+    groups = x if scheme.granularity == "tensor" else x.reshape(*x.shape[:-1], -1, size)
     if scheme.kind == "static":
         assert known is not None  # noqa: S101 - observed
-        low, high = -known.view(1, 1, 1), known.view(1, 1, 1)
+        low, high = -known, known
+    elif scheme.granularity == "tensor":  # as it is: a convolution's output has the layout of its input
+        low, high = x.amin().clamp_(max=0), x.amax().clamp_(min=0)
     else:
         low, high = _extremes(groups)
     if scheme.dtype == "nvfp4" and known is None:
@@ -146,7 +146,7 @@ def round_input(x: Tensor, scheme: ActivationScheme, largest: float | None = Non
 
 
 def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the largest value of each group, and zero, fp32: ``(rows, groups, 1)``."""
+    """Return the least and the largest value of each group, and zero, fp32: ``(*, groups, 1)``."""
     return groups.amin(-1, keepdim=True).float().clamp_(max=0), groups.amax(-1, keepdim=True).float().clamp_(min=0)
 
 
@@ -204,7 +204,7 @@ def _nvfp4_scales(magnitude: Tensor, largest: Tensor) -> Scales:
 
 
 def _codes(dtype: str, groups: Tensor, scales: Scales) -> Tensor:
-    """Round values ``(rows, groups, size)`` to numbers of the format, in fp32."""
+    """Round values ``(*, groups, size)`` to numbers of the format, in fp32."""
     found = groups / scales.scale if scales.inverse is None else groups * scales.inverse
     if dtype in ("fp8_e4m3", "mxfp8"):
         return found.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
