@@ -122,7 +122,8 @@ def scheme_named(name: str, where: str) -> Scheme:
     parts = parse(name)
     usual = ", ".join(SCHEMES)
     if parts is None:
-        near = difflib.get_close_matches(name, SCHEMES, n=1)
+        longer = [known for known in SCHEMES if known.startswith(f"{name}_")]
+        near = longer or difflib.get_close_matches(name, SCHEMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise QsensError(f"no {where} {name!r}{hint}. Known: {usual}, and others by the names of docs/configs.md")
     found = simulated(parts)
