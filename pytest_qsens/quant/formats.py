@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
+from pytest_qsens.quant.schemes import HELD_IN_BF16
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,7 +161,7 @@ def _is_e2m1(dtype: str) -> bool:
 
 
 def _stored(dtype: str) -> torch.dtype:
-    return torch.bfloat16 if dtype in ("fp8_e4m3", "mxfp8") else torch.int8
+    return torch.bfloat16 if dtype in HELD_IN_BF16 else torch.int8
 
 
 def _bounds(dtype: str) -> tuple[int, int]:

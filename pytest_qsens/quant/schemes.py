@@ -13,6 +13,9 @@ _EXACT = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "static", "tens
 PER_TOKEN = ActivationScheme("int8", "dynamic", "token")
 """What torch has a primitive for."""
 
+HELD_IN_BF16 = ("fp8_e4m3", "mxfp8")
+"""Formats of weights whose numbers are held in bf16; those of others are held as int8."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -42,6 +45,11 @@ class Scheme:
     def needs_ranges(self) -> bool:
         """Whether scales come from the calibration data."""
         return self.parts.activation is not None and self.parts.activation.kind != "dynamic"
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes in which a simulation holds each number of a weight."""
+        return 2 if self.parts.weight is not None and self.parts.weight.dtype in HELD_IN_BF16 else 1
 
     @property
     def is_row_wise(self) -> bool:

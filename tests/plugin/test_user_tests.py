@@ -271,7 +271,7 @@ def test_a_result_file_of_two_models_is_refused(pytester: pytest.Pytester, worke
         (f"model='{MODEL}', ops='haed'", "qsens: ops= of @pytest.mark.qsens 'haed' matches none of the 8 ops*"),
         (
             f"model='{MODEL}', scheme='w4a4'",
-            "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*activations are int4*w8a8*",
+            "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*are int4*w8a8*",
         ),
         (f"model='{MODEL}', max_ops=0", "qsens: max_ops= of @pytest.mark.qsens takes a whole number from 1, not 0"),
         (f"model='{MODEL}', calib='none.txt'", "qsens: *"),

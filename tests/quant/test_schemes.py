@@ -64,7 +64,7 @@ def test_linears_equal_those_of_compressed_tensors(name: str, preset: str, toler
     arguments = preset_name_to_scheme(preset, ["Linear"])
     assert arguments.weights is not None
     rows, columns = {"channel": (1, 256), "tensor": (96, 256), "group": (1, 128), "block": (128, 128)}[
-        str(arguments.weights.strategy.value)  # type: ignore[union-attr]
+        str(arguments.weights.strategy.value)
     ]
     blocks = functional.pad(call.weight, (0, 0, 0, -96 % rows)).unflatten(0, (-1, rows)).unflatten(-1, (-1, columns))  # type: ignore[no-untyped-call]
     scale, zero_point = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), arguments.weights)
