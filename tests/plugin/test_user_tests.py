@@ -269,7 +269,10 @@ def test_a_result_file_of_two_models_is_refused(pytester: pytest.Pytester, worke
         ("sheme='x'", "qsens: no keyword of @pytest.mark.qsens 'sheme' (did you mean scheme?)*"),
         (f"'{MODEL}'", f"qsens: @pytest.mark.qsens takes keywords only, such as model=, not '{MODEL}'"),
         (f"model='{MODEL}', ops='haed'", "qsens: ops= of @pytest.mark.qsens 'haed' matches none of the 8 ops*"),
-        (f"model='{MODEL}', scheme='w4a4'", "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*w8a8*"),
+        (
+            f"model='{MODEL}', scheme='w4a4'",
+            "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*are int4*w8a8*",
+        ),
         (f"model='{MODEL}', max_ops=0", "qsens: max_ops= of @pytest.mark.qsens takes a whole number from 1, not 0"),
         (f"model='{MODEL}', calib='none.txt'", "qsens: *"),
     ],
