@@ -56,12 +56,14 @@ class SchemeKeys:
     """Keys of the schemes that a score depends on.
 
     Args:
-        schemes: Op → its scheme, for all ops of the model.
+        schemes: Op → its scheme, or why it has none, for all ops of the model.
 
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
-        known = {scheme: digest(asdict(scheme)) for scheme in set(schemes.values())}
+    def __init__(self, schemes: Mapping[str, Scheme | str]) -> None:
+        known = {
+            scheme: digest(scheme if isinstance(scheme, str) else asdict(scheme)) for scheme in set(schemes.values())
+        }
         self._own = {op: known[scheme] for op, scheme in schemes.items()}
         self.joint = digest(self._own)
         """Key of the schemes of all ops."""
@@ -80,7 +82,7 @@ class ResultCache:
         cache_dir: The cache.
         model: Label of the model, for those who look into the cache.
         facts: All that the scores depend on but schemes, in builtin values.
-        schemes: The ops' schemes.
+        schemes: The ops' schemes, as for `SchemeKeys`.
 
     Attributes:
         path: Directory of the entry.
@@ -89,7 +91,9 @@ class ResultCache:
 
     """
 
-    def __init__(self, cache_dir: Path, model: str, facts: Mapping[str, object], schemes: Mapping[str, Scheme]) -> None:
+    def __init__(
+        self, cache_dir: Path, model: str, facts: Mapping[str, object], schemes: Mapping[str, Scheme | str]
+    ) -> None:
         self._key = digest([SCHEMA, facts])
         self._keys = SchemeKeys(schemes)
         self._model = model

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Status = Literal["measured", "estimated", "unexercised", "unquantizable", "failed", "unrun"]
-"""``unrun``: an op of the model that this run did not select or did not reach."""
+Status = Literal["measured", "estimated", "unexercised", "unquantizable", "unquantized", "failed", "unrun"]
+"""``unrun``: an op of the model that this run did not select or did not reach; ``unquantized``: one that the config
+leaves as it is."""
 
 Mode = Literal["isolated", "fallback"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -87,6 +88,8 @@ class OpResult:
     intervals: Mapping[Mode, Interval] = field(default_factory=dict, hash=False)
     ops: tuple[str, ...] = ()
     """Of a group, the ops that were flipped together; empty for an op."""
+    scheme: str | None = None
+    """Name of its scheme, or of all schemes of a group or of the whole model, where a config is measured."""
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -125,7 +128,8 @@ class RunInfo:
     it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
     where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
     ``cached`` is how many of the ops were measured by an earlier run and taken from the cache. ``granularity`` says
-    what was measured as one, see `pytest_qsens.groups`.
+    what was measured as one, see `pytest_qsens.groups`. Where a config is measured, ``scheme`` is what it is called,
+    and ``config`` has its ``path``, ``format`` and ``sha256``.
     """
 
     model: str
@@ -142,6 +146,7 @@ class RunInfo:
     shard: Shard | None = None
     cached: int = 0
     granularity: str = "op"
+    config: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,8 @@ def to_payload(result: OpResult) -> Payload:
     """
     payload = asdict(result)
     del payload["intervals"], payload["ops"]
+    if result.scheme is None:
+        del payload["scheme"]
     if result.ops:
         payload["ops"] = list(result.ops)
     payload["seconds"] = float(result.seconds)
@@ -234,6 +241,7 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         seconds=fields.number("seconds"),
         intervals=intervals,
         ops=_optional_names(fields, "ops"),
+        scheme=fields.optional_text("scheme"),
     )
     fields.end()
     return result
@@ -288,7 +296,7 @@ def _score(metric: str, number: object, where: str) -> float:
 def dump(result: RunResult) -> str:
     """Text of a result file: floats at full precision, one op a line."""
     facts = asdict(result.run)
-    for name in ("profile", "reference", "checkpoint", "shard"):
+    for name in ("profile", "reference", "checkpoint", "shard", "config"):
         if facts[name] is None:
             del facts[name]
     if result.run.granularity == "op":
@@ -358,6 +366,7 @@ def _read_run(fields: Fields) -> RunInfo:
         shard=_optional_shard(fields),
         cached=int(fields.optional_number("cached") or 0),
         granularity=fields.optional_text("granularity") or "op",
+        config=_optional_texts(fields, "config"),
     )
     cost.end()
     fields.end()
@@ -367,6 +376,13 @@ def _read_run(fields: Fields) -> RunInfo:
 def _optional_profile(fields: Fields) -> Profile | None:
     value = fields.take("profile")
     return None if value is None else read_profile(value, fields.at("profile"))
+
+
+def _optional_texts(fields: Fields, key: str) -> dict[str, str] | None:
+    value, where = fields.take(key), fields.at(key)
+    if value is None:
+        return None
+    return {name: typed(text, str, f"{where}, {name!r}") for name, text in typed(value, dict, where).items()}
 
 
 def _optional_shard(fields: Fields) -> Shard | None:

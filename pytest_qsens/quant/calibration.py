@@ -10,6 +10,7 @@ from torch.ao.quantization.observer import HistogramObserver
 from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.quant.schemes import all_of, scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
-    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.schemes import Scheme, Schemes
 
 
 class QParams(NamedTuple):
@@ -69,7 +70,7 @@ class Calibration:
     """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op.
 
     Args:
-        scheme: What needs ranges.
+        schemes: What needs ranges, of every op or of each; an op without a scheme needs none.
         ranges: Whether to observe those it needs; otherwise only what is reached is noted.
 
     Attributes:
@@ -78,9 +79,9 @@ class Calibration:
 
     """
 
-    def __init__(self, scheme: Scheme, *, ranges: bool = True) -> None:
-        self._scheme = scheme
-        self.ranges = ranges and scheme.activation != "dynamic"
+    def __init__(self, schemes: Schemes, *, ranges: bool = True) -> None:
+        self._schemes = schemes
+        self.ranges = ranges and any(scheme.activation != "dynamic" for scheme in all_of(schemes))
         self._inputs: dict[str, _Range] = {}
         self._outputs: dict[str, _Range] = {}
         self.reached: set[str] = set()
@@ -97,11 +98,15 @@ class Calibration:
         if not output.numel():
             return
         self.reached.add(op)
-        if call.kind == "embedding" or not self.ranges:
+        scheme = self._scheme_of(op)
+        if call.kind == "embedding" or not self.ranges or scheme is None or scheme.activation == "dynamic":
             return
         self._inputs.setdefault(op, _Range()).observe(_finite(call.x, call.kind, f"input of {op}"))
-        if self._scheme.requantize_output:
+        if scheme.requantize_output:
             self._outputs.setdefault(op, _Range()).observe(_finite(output, call.kind, f"output of {op}"))
+
+    def _scheme_of(self, op: str) -> Scheme | None:
+        return scheme_of(self._schemes, op)
 
     def state(self) -> dict[str, Tensor]:
         """All that was observed, beside `reached`; see `from_state`."""
@@ -114,16 +119,16 @@ class Calibration:
         }
 
     @classmethod
-    def from_state(cls, scheme: Scheme, reached: Collection[str], state: Mapping[str, Tensor]) -> Calibration:
+    def from_state(cls, schemes: Schemes, reached: Collection[str], state: Mapping[str, Tensor]) -> Calibration:
         """Make one of what another observed.
 
         Args:
-            scheme: What needed ranges.
+            schemes: What needed ranges.
             reached: Ops that were reached.
             state: From `state`; other tensors may be among them.
 
         """
-        found = cls(scheme)
+        found = cls(schemes)
         found.reached.update(reached)
         observed: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, value in state.items():

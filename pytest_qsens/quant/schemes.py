@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,3 +48,16 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w8a8_dynamic", "int8 per-channel weights, dynamic int8 per-token activations", activation="dynamic"),
     )
 }
+
+Schemes = Scheme | Mapping[str, Scheme]
+"""One scheme for all ops, or op → its own."""
+
+
+def scheme_of(schemes: Schemes, op: str) -> Scheme | None:
+    """Return what quantizes an op; ``None`` if nothing does."""
+    return schemes if isinstance(schemes, Scheme) else schemes.get(op)
+
+
+def all_of(schemes: Schemes) -> list[Scheme]:
+    """List the schemes in use."""
+    return [schemes] if isinstance(schemes, Scheme) else list(dict.fromkeys(schemes.values()))

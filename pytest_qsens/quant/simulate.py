@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pytest_qsens import profile
 from pytest_qsens.graph.calls import CONVOLUTIONS, finite_rows, unquantized
+from pytest_qsens.quant.schemes import scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.quant.calibration import Calibration, QParams
-    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.schemes import Scheme, Schemes
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,16 @@ def _integer_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Simulator:
-    """Computes the outputs of quantized ops; every weight is quantized once."""
+    """Computes the outputs of quantized ops; every weight is quantized once.
 
-    def __init__(self, scheme: Scheme, calibration: Calibration) -> None:
-        self._scheme = scheme
+    Args:
+        schemes: What quantizes every op, or each; nothing is asked of an op without a scheme.
+        calibration: Ranges of their inputs and outputs.
+
+    """
+
+    def __init__(self, schemes: Schemes, calibration: Calibration) -> None:
+        self._schemes = schemes
         self._calibration = calibration
         self._weights: dict[str, QuantizedWeight] = {}
         self._passing: dict[str, QuantizedWeight] = {}
@@ -237,7 +244,7 @@ class Simulator:
         real = replace(call, x=call.x + rounding, weight=weight.values * scale)
         with profile.phase("local quantization", product=True):
             output = unquantized(real)
-        if self._scheme.requantize_output:
+        if self._scheme_of(op).requantize_output:
             output = _fake_quantized(output, self._calibration.output_qparams(op))
         return output, rounding
 
@@ -285,8 +292,14 @@ class Simulator:
         """Free the quantized weight of an op that is done."""
         self._weights.pop(op, None)
 
+    def _scheme_of(self, op: str) -> Scheme:
+        scheme = scheme_of(self._schemes, op)
+        if scheme is None:
+            raise LookupError(f"nothing quantizes {op}")
+        return scheme
+
     def _quantized_rows(self, op: str, x: Tensor) -> _Rows:
-        if self._scheme.activation == "static":
+        if self._scheme_of(op).activation == "static":
             qparams = self._calibration.input_qparams(op)
             integers = quantize_activation(x, qparams).sub_(128).to(torch.int8)
             return _Rows(integers, torch.tensor(qparams.scale, device=x.device), 128 - qparams.zero_point)
@@ -313,7 +326,7 @@ class Simulator:
         scale = _per_channel(x_scale * weight_scale, kind)
         bias = None if bias is None else _per_channel(bias, kind)
         found = torch.empty_like(products, dtype=torch.float32)
-        if not self._scheme.requantize_output:
+        if not self._scheme_of(op).requantize_output:
             for output, part in _rows(kind, found, products):
                 torch.mul(part.float(), scale, out=output)
                 if bias is not None:

@@ -1,0 +1,119 @@
+"""A quantization config as what is measured: from the file to the scheme of every op of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.decisions import decide, scheme_name
+from pytest_qsens.configs.read import read_config
+from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import GRANULARITIES
+from pytest_qsens.quant.assignment import Assignment
+from pytest_qsens.quant.op_scheme import parse
+from pytest_qsens.quant.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.configs.rules import Decision
+    from pytest_qsens.ops import Op
+    from pytest_qsens.results import Status
+
+UNQUANTIZED = "the config leaves it unquantized"
+"""Reason of an op with status ``unquantized``."""
+
+_LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ConfigRequest:
+    """Which config is measured: the file, its format if it is forced, and whether what is wrong with it is an error."""
+
+    path: str
+    format: str | None
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What is quantized how.
+
+    Attributes:
+        assignment: Of the ops.
+        about: ``path``, ``format`` and ``sha256`` of the config; ``None`` if there is none.
+        problems: What is wrong with it, and only told.
+
+    """
+
+    assignment: Assignment
+    about: dict[str, str] | None = None
+    problems: tuple[str, ...] = ()
+
+
+def label_of(path: Path, origin: str) -> str:
+    """Name of a config in node ids and file names: that of the file, without its last suffix.
+
+    Raises:
+        QsensError: If it cannot be one, or is that of a scheme.
+
+    """
+    label = path.stem
+    what = None
+    if not _LABEL.fullmatch(label):
+        what = f"{label!r} is no name for test ids and files: letters, digits and . _ + - can be in one"
+    elif label in SCHEMES or parse(label) is not None:
+        what = f"{label!r} is a scheme, whose scores have snapshots under that name"
+    elif any(label.endswith(f"-{granularity}") for granularity in GRANULARITIES):
+        what = f"the snapshot of {label.rpartition('-')[0]!r} with another granularity has the name {label!r}"
+    if what is not None:
+        raise QsensError(f"{origin} {path}: the config is called as its file, and {what}. Rename the file")
+    return label
+
+
+def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
+    """Read a config, and tell what it does to the ops of a model.
+
+    Raises:
+        QsensError: If it cannot be used, quantizes no op, or has something wrong with it and the request is strict.
+
+    """
+    path = Path(request.path)
+    config = read_config(path, request.format)
+    about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    decisions, problems = decide(config, ops)
+    told = tuple(map(str, problems))
+    if told and request.strict:
+        number = "something is" if len(told) == 1 else f"{len(told)} things are"
+        raise QsensError(
+            "\n  ".join([f"{number} wrong with the config {path}:", *told])
+            + "\nCorrect the file, or measure it as far as that goes: --qsens-config-problems warn"
+        )
+    assignment = _assignment(decisions)
+    if not assignment.schemes:
+        why = f": {len(assignment.unsimulated)} ops have schemes that cannot be simulated" * bool(assignment.unsimulated)
+        raise QsensError(
+            f"{path} quantizes none of the {len(ops)} ops of the model{why}, so there is nothing to measure. "
+            "`qsens config FILE --model MODEL` tells what it says"
+        )
+    return Assigned(assignment, about, told)
+
+
+def _assignment(decisions: Sequence[Decision]) -> Assignment:
+    names = {decision.op.name: scheme_name(decision.scheme) for decision in decisions}
+    schemes, left_out = {}, dict[str, tuple["Status", str]]()
+    for decision in decisions:
+        op = decision.op
+        if decision.scheme is None:
+            left_out[op.name] = "unquantized", UNQUANTIZED
+            continue
+        simulated, obstacle = simulated_as(decision.scheme, op.type)
+        if simulated is None:
+            left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
+        else:
+            schemes[op.name] = SCHEMES[simulated]
+    return Assignment("the config", schemes, names, left_out)

@@ -1,0 +1,83 @@
+"""Which op of a model is quantized with which scheme. No torch needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pytest_qsens.ops import Op
+    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.results import Status
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One scheme for all ops, or each op's own.
+
+    Attributes:
+        title: How messages call it.
+        schemes: Op → what quantizes it.
+        names: Op → canonical name of its scheme (`pytest_qsens.quant.op_scheme`), for all ops.
+        left_out: Op → status and reason, for the ops that are not in ``schemes``.
+
+    """
+
+    title: str
+    schemes: Mapping[str, Scheme]
+    names: Mapping[str, str]
+    left_out: Mapping[str, tuple[Status, str]] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, scheme: Scheme, ops: Iterable[Op]) -> Assignment:
+        """Quantize every op with one scheme, as far as it can be."""
+        names = [op.name for op in ops]
+        return cls(scheme.name, dict.fromkeys(names, scheme), dict.fromkeys(names, scheme.name))
+
+    def refusal(self, op: Op) -> tuple[Status, str] | None:
+        """Status of an op that is not quantized, and why; ``None`` if it is."""
+        scheme = self.schemes.get(op.name)
+        if scheme is None:
+            return self.left_out[op.name]
+        reason = scheme.refusal(op.type)
+        return None if reason is None else ("unquantizable", reason)
+
+    def measures(self, op: Op) -> bool:
+        """Whether an op, or a member of a group, is quantized, or would be if that could be done."""
+        return any(self.left_out.get(member.name, ("", ""))[0] != "unquantized" for member in op.ops)
+
+    @property
+    def unsimulated(self) -> list[str]:
+        """Ops that are quantized, but in no way that can be simulated."""
+        return [op for op, (status, _) in self.left_out.items() if status == "unquantizable"]
+
+    @property
+    def keys(self) -> dict[str, Scheme | str]:
+        """Op → all that its quantization depends on: its scheme, or why it has none."""
+        return {**self.schemes, **{op: f"{status}: {reason}" for op, (status, reason) in self.left_out.items()}}
+
+    def name_of(self, op: Op) -> str:
+        """Name of an op's scheme; of a group, equal for equal schemes of the same ops only."""
+        return joint_name({member.name: self.names[member.name] for member in op.ops})
+
+    @property
+    def name(self) -> str:
+        """Name of all schemes together, equal for equal ones only."""
+        return joint_name(self.names)
+
+
+def joint_name(names: Mapping[str, str]) -> str:
+    """Name the schemes of several ops together; where they differ, a hash tells which op has which.
+
+    >>> joint_name({"q": "w8a8", "k": "w8a8"}), joint_name({"q": "w8a8", "k": "unquantized"})
+    ('w8a8', 'unquantized+w8a8#abadc503')
+    """
+    known = sorted(set(names.values()))
+    if len(known) == 1:
+        return known[0]
+    digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+    return f"{'+'.join(known)}#{digest[:8]}"
