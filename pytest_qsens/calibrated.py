@@ -23,6 +23,7 @@ from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
+from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.preparation import Prepared
     from pytest_qsens.profile import Phase
-    from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
 
 _NOT_FINITE = "the output holds NaN or infinite values"
@@ -54,7 +54,7 @@ _NAMED = 3
 
 
 class CalibratedModel:
-    """One model under one scheme, calibrated once; scores one op at a time. Make it with `calibrate`.
+    """One model, quantized in one way, calibrated once; scores one op at a time. Make it with `calibrate`.
 
     Attributes:
         reference_seconds: Wall seconds of one unquantized forward of all evaluation batches.
@@ -63,7 +63,7 @@ class CalibratedModel:
 
     def __init__(
         self,
-        scheme: Scheme,
+        assignment: Assignment,
         calibration: Calibration,
         simulator: Simulator,
         engine: Engine,
@@ -75,7 +75,7 @@ class CalibratedModel:
     ) -> None:
         self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
-        self._scheme = scheme
+        self._assignment = assignment
         self._calibration = calibration
         self._simulator = simulator
         self._engine = engine
@@ -103,8 +103,9 @@ class CalibratedModel:
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
         """Products of activations, which no scheme quantizes yet."""
+        title = self._assignment.title
         return tuple(
-            _result(Op(name, kind), "unquantizable", reason=f"{self._scheme.name} does not quantize {kind} products")
+            _result(Op(name, kind), "unquantizable", reason=f"{title} does not quantize {kind} products")
             for name, kind in self._engine.functional
         )
 
@@ -121,7 +122,8 @@ class CalibratedModel:
             return None
         without = self._left_out(op)
         statuses = {status for status, _ in without.values()}
-        return _result(op, "unexercised" if "unexercised" in statuses else "unquantizable", reason=_told(op, without))
+        gravest: tuple[Status, ...] = ("unexercised", "unquantizable", "unquantized")
+        return _result(op, next(status for status in gravest if status in statuses), reason=_told(op, without))
 
     def _left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
         """Members that cannot be measured → why."""
@@ -142,7 +144,7 @@ class CalibratedModel:
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        notes += [self._engine.note] if "fallback" in measured else []
+        notes += [self._note] if "fallback" in measured else []
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
         if without := self._left_out(op):
@@ -176,9 +178,11 @@ class CalibratedModel:
 
     def _why_not(self, op: Op) -> tuple[Status, str] | None:
         """Tell the status of an op that cannot be measured, and the reason."""
-        refusal = self._scheme.refusal(op.type) or self._engine.out_of_reach.get(op.name)
+        refusal = self._assignment.refusal(op)
         if refusal is not None:
-            return "unquantizable", refusal
+            return refusal
+        if (why := self._engine.out_of_reach.get(op.name)) is not None:
+            return "unquantizable", why
         if op.name not in self._engine.exercised:
             return "unexercised", "the evaluation data never reached it"
         if op.name not in self._calibration.reached:
@@ -192,9 +196,16 @@ class CalibratedModel:
         with self._profiled(self._engine.phase), torch.no_grad(), self._simulator.passing():
             joint = self._joint_scores()
         failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
-        return _measured(
-            Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._engine.note, time.perf_counter() - start
-        )
+        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._note, time.perf_counter() - start)
+
+    @property
+    def _note(self) -> str | None:
+        """What has to be said of every score with everything else quantized, if something has."""
+        without = self._assignment.unsimulated
+        told = None
+        if without:
+            told = f"without {_some(without)}, whose schemes cannot be simulated"
+        return "; ".join(filter(None, (self._engine.note, told))) or None
 
     @contextmanager
     def _profiled(self, phase: Phase) -> Iterator[None]:
@@ -320,10 +331,11 @@ def _told(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
     by_reason: dict[tuple[Status, str], list[str]] = {}
     for name, why in without.items():
         by_reason.setdefault(why, []).append(name)
-    return ", ".join(
-        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)} ({status}: {reason})"
-        for (status, reason), names in by_reason.items()
-    )
+    return ", ".join(f"{_some(names)} ({status}: {reason})" for (status, reason), names in by_reason.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)}"
 
 
 def _measured(
@@ -347,7 +359,7 @@ def _measured(
 def calibrate(
     spec: ModelSpec,
     ops: Sequence[Op],
-    scheme: str,
+    scheme: str | Assignment,
     *,
     engine: str = "auto",
     device: str = "cpu",
@@ -366,7 +378,7 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and stays so. It computes in fp32, but the
             weights of its linear layers and embeddings stay as narrow as they are (`pytest_qsens.graph.narrow`).
         ops: The ops of the model, as listed at collection.
-        scheme: Name in `SCHEMES`.
+        scheme: Name in `SCHEMES`, for all ops; or what quantizes each of them.
         engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
             ``probe`` estimates; ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
@@ -385,7 +397,8 @@ def calibrate(
             ``delta``, ``probe`` or ``replay`` is asked for and refused.
 
     """
-    check_engine(engine, scheme, device)
+    assignment = Assignment.uniform(SCHEMES[scheme], ops) if isinstance(scheme, str) else scheme
+    check_engine(engine, assignment.title, device)
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
@@ -400,7 +413,7 @@ def calibrate(
         model,
         spec,
         ops,
-        SCHEMES[scheme],
+        assignment,
         engine,
         device,
         limit,
@@ -415,7 +428,7 @@ def calibrate(
         else:
             prepared, built = setup.shared(artifact, workers)
     return CalibratedModel(
-        setup.scheme,
+        assignment,
         prepared.calibration,
         built.simulator,
         built.engine,
@@ -440,7 +453,7 @@ class _Setup:
         model: nn.Module,
         spec: ModelSpec,
         ops: Sequence[Op],
-        scheme: Scheme,
+        assignment: Assignment,
         engine: str,
         device: str,
         memory: int,
@@ -449,7 +462,7 @@ class _Setup:
         logits: bool,
         strata: int | None,
     ) -> None:
-        self.scheme = scheme
+        self._assignment = assignment
         self._strata = strata
         self.logits = logits
         self._engine = engine
@@ -470,7 +483,7 @@ class _Setup:
             self._spec,
             self._batches,
             self._calibrating,
-            Calibration(self.scheme, ranges=self._engine not in KERNEL_ENGINES),
+            Calibration(self._assignment.schemes, ranges=self._engine not in KERNEL_ENGINES),
             self._share if self.captures else None,
         )
 
@@ -506,7 +519,8 @@ class _Setup:
         if content is None:
             return None
         with profile.phase("capture"):
-            return put_together(content, self._model, self._batches, self._calibrating, self.scheme, self._share)
+            schemes = self._assignment.schemes
+            return put_together(content, self._model, self._batches, self._calibrating, schemes, self._share)
 
     def build(self, prepared: Prepared) -> _Built:
         """Make the engine.
@@ -516,8 +530,8 @@ class _Setup:
 
         """
         reached = prepared.calibration.reached
-        quantizable = [op.name for op in self._ops if op.name in reached and self.scheme.refusal(op.type) is None]
-        simulator = Simulator(self.scheme, prepared.calibration)
+        quantizable = [op.name for op in self._ops if op.name in reached and self._assignment.refusal(op) is None]
+        simulator = Simulator(self._assignment.schemes, prepared.calibration)
         if prepared.captured is None:
             engine = self._forward_engine(prepared, quantizable, simulator)
             return _Built(engine, simulator, self._rows(engine.references))

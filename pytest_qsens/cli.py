@@ -368,13 +368,16 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         columns["gain"] = lambda op: _cell(op.fallback, "gain") + " ~" * lost_in_noise(op.fallback)
     if any(op.fallback and "noise" in op.fallback for op in ops):
         columns["noise"] = lambda op: _cell(op.fallback, "noise")
+    if run.config is not None:
+        columns["scheme"] = lambda op: op.scheme or "-"
     if any(op.ops for op in ops):
         columns["ops"] = lambda op: str(len(op.ops) or 1) if op.type != TOTAL else "-"
     header = ["op", "type", "status", *columns, "reason"]
     rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
     granularity = "" if run.granularity == "op" else f", granularity {run.granularity}"
+    what = "scheme" if run.config is None else "config"
     return [
-        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}{granularity}",
+        f"model {run.model}, {what} {run.scheme}, engine {run.engine}, mode {run.mode}{granularity}",
         *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),

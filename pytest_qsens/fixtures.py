@@ -46,7 +46,7 @@ class _Record:
         entry = self.score.entry if self.score else None
         return {
             "model": self.model.label,
-            "scheme": self.options.scheme,
+            "scheme": self.options.label,
             "granularity": self.options.granularity,
             "result": to_payload(self.result),
             "spent": None if self.spent is None else float(self.spent),
@@ -157,7 +157,7 @@ def _score(
             thresholds=thresholds,
             path=options.snapshot_path(model.label),
             model=model.label,
-            scheme=options.scheme,
+            scheme=options.label,
             granularity=options.granularity,
             accept=accept_command(request.config.invocation_params.args),
             evaluation=model.evaluation,

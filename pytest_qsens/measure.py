@@ -24,10 +24,9 @@ from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
-from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
-from pytest_qsens.result_cache import ResultCache
+from pytest_qsens.result_cache import ResultCache, SchemeKeys
 from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
 from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
@@ -112,11 +111,17 @@ class Bench:
         """Tell what is known of one op, measured once however many tests ask for it."""
         found = [self._part(spec, model, op, mode) for mode in modes]
         spent = [part.spent for part in found if part.spent is not None]
-        return Measured(joined([part.result for part in found]), sum(spent) if spent else None)
+        result = joined([part.result for part in found])
+        if spec.config is not None:
+            result = replace(result, scheme=model.assigned(spec).assignment.name_of(op))
+        return Measured(result, sum(spent) if spent else None)
 
     def total(self, spec: RunSpec, model: Model) -> Measured:
         """Tell what is known of the whole model, everything quantized at once."""
-        return self._part(spec, model, Op(TOTAL, TOTAL), "total")
+        found = self._part(spec, model, Op(TOTAL, TOTAL), "total")
+        if spec.config is None:
+            return found
+        return replace(found, result=replace(found.result, scheme=model.assigned(spec).assignment.name))
 
     def _part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
         scores = self._known(spec, model)
@@ -277,7 +282,7 @@ class Bench:
         known = (("data", data), (EVALUATION, model.evaluation))
         return facts | {
             "model": model.label,
-            "scheme": options.scheme,
+            "scheme": options.label,
             "granularity": options.granularity,
             "mode": options.mode,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
@@ -338,7 +343,7 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
-    schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
+    schemes = model.assigned(spec).assignment.keys
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
 
 
@@ -350,7 +355,7 @@ def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) 
     cache_dir = options.cache_dir()
     if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
-    facts = _basis(options, spec, model, seen) | {"scheme": asdict(SCHEMES[spec.scheme])}
+    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned(spec).assignment.keys).joint}
     return Artifact.of(cache_dir, model.label, facts)
 
 
@@ -413,7 +418,7 @@ def _calibrate(
     return calibrate(
         model.source.load(),
         model.ops,
-        spec.scheme,
+        model.assigned(spec).assignment,
         engine=spec.engine,
         device=spec.device,
         divergence=spec.divergence,

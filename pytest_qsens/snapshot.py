@@ -292,7 +292,7 @@ def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:
     for name, entry in entries.items():
         same = name in ops and (ops[name].type, ops[name].scheme) == (entry.type, entry.scheme)
         kept = ops[name].modes if same else {}
-        ops[name] = replace(entry, **{**kept, **entry.modes})
+        ops[name] = Entry(entry.type, **{**kept, **entry.modes}, scheme=entry.scheme)
     return replace(old, ops=ops)
 
 

@@ -95,7 +95,8 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
         )
     assignment = _assignment(decisions)
     if not assignment.schemes:
-        why = f": {len(assignment.unsimulated)} ops have schemes that cannot be simulated" * bool(assignment.unsimulated)
+        unsimulated = len(assignment.unsimulated)
+        why = f": {unsimulated} of them have schemes that cannot be simulated" if unsimulated else ""
         raise QsensError(
             f"{path} quantizes none of the {len(ops)} ops of the model{why}, so there is nothing to measure. "
             "`qsens config FILE --model MODEL` tells what it says"

@@ -48,7 +48,7 @@ class Assignment:
 
     def measures(self, op: Op) -> bool:
         """Whether an op, or a member of a group, is quantized, or would be if that could be done."""
-        return any(self.left_out.get(member.name, ("", ""))[0] != "unquantized" for member in op.ops)
+        return any(member.name in self.schemes or self.left_out[member.name][0] != "unquantized" for member in op.ops)
 
     @property
     def unsimulated(self) -> list[str]:
