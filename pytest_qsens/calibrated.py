@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
-from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine, check_group
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
@@ -48,7 +48,14 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode, Scores, Status
 
 _NOT_FINITE = "the output holds NaN or infinite values"
-_QUANTIZED = {"isolated": "only this {} is", "fallback": "everything but this {} is"}
+_QUANTIZED = {
+    "isolated": "only this {} is",
+    "fallback": "everything but this {} is",
+    "added": "this {} is, beside all that the config says,",
+}
+_CHANGE: dict[Mode, tuple[str, int]] = {"fallback": ("gain", 1), "added": ("loss", -1)}
+"""Mode → what the difference to the whole model is called, and its sign: positive is what speaks for full precision."""
+
 _NAMED = 3
 """Members of a group that are named for one reason."""
 
@@ -127,7 +134,7 @@ class CalibratedModel:
 
     def _left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
         """Members that cannot be measured → why."""
-        return {member.name: why for member in op.ops if (why := self._why_not(member)) is not None}
+        return {member.name: why for member in op.ops if (why := self._why_not(member, op)) is not None}
 
     def _scored(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         unit = self._flipped(op)
@@ -144,7 +151,7 @@ class CalibratedModel:
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        notes += [self._note] if "fallback" in measured else []
+        notes += [self._note] if measured.keys() - {"isolated"} else []
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
         if without := self._left_out(op):
@@ -174,11 +181,11 @@ class CalibratedModel:
 
     def _flipped(self, op: Op) -> Unit:
         """Names of what is quantized, or not, when a score is measured."""
-        return tuple(member.name for member in op.ops if self._why_not(member) is None)
+        return tuple(member.name for member in op.ops if self._why_not(member, op) is None)
 
-    def _why_not(self, op: Op) -> tuple[Status, str] | None:
-        """Tell the status of an op that cannot be measured, and the reason."""
-        refusal = self._assignment.refusal(op)
+    def _why_not(self, op: Op, group: Op) -> tuple[Status, str] | None:
+        """Tell the status of an op that cannot be measured, by itself or in a group, and the reason."""
+        refusal = self._assignment.refusal(op, group)
         if refusal is not None:
             return refusal
         if (why := self._engine.out_of_reach.get(op.name)) is not None:
@@ -225,9 +232,10 @@ class CalibratedModel:
         joint = self._joint_scores()
         result = self._all_but(unit, None)
         if not isinstance(result, str) and not isinstance(joint, str):
-            result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
+            change, sign = _CHANGE[mode]
+            result[change] = sign * (_number(joint["nmse"]) - _number(result["nmse"]))
             if self._engine.perturbs:
-                self._add_noise(unit, result)
+                self._add_noise(unit, result, change, sign)
         return result
 
     def _estimated(self, estimate: Mapping[str, Estimate], mode: Mode) -> Scores | str:
@@ -270,18 +278,18 @@ class CalibratedModel:
             [energy for size, _ in sizes for energy in size.samples],
         )
 
-    def _add_noise(self, unit: Unit, result: Scores) -> None:
-        """Say how far the score, and the gain, move when values move in their last digits."""
-        draws, gains = [_number(result["nmse"])], [_number(result["gain"])]
+    def _add_noise(self, unit: Unit, result: Scores, change: str, sign: int) -> None:
+        """Say how far the score, and its difference to the whole, move when values move in their last digits."""
+        draws, changes = [_number(result["nmse"])], [_number(result[change])]
         for seed in SEEDS:
             joint, other = self._joint_scores(seed), self._all_but(unit, seed)
             if not isinstance(joint, str) and not isinstance(other, str):
                 draws.append(_number(other["nmse"]))
-                gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
+                changes.append(sign * (_number(joint["nmse"]) - _number(other["nmse"])))
         if len(draws) == 1 + len(SEEDS):
             result["noise"] = spread(draws)
-            result["gain_noise"] = spread(gains)
-            result["distinguishable"] = distinguishable(gains)
+            result[f"{change}_noise"] = spread(changes)
+            result["distinguishable"] = distinguishable(changes)
 
     def _joint_scores(self, seed: int | None = None) -> Scores | str:
         if seed not in self._joint:
@@ -351,6 +359,7 @@ def _measured(
         "; ".join(failures) or (IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
+        added=found.get("added"),
         seconds=seconds,
         ops=op.member_names,
     )
@@ -399,6 +408,7 @@ def calibrate(
     """
     assignment = Assignment.uniform(SCHEMES[scheme], ops) if isinstance(scheme, str) else scheme
     check_engine(engine, assignment.title, device)
+    check_added(engine, assignment.added)
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
@@ -552,7 +562,8 @@ class _Setup:
                 f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
             )
         with profile.phase("capture"):
-            return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+            batches, output = self._batches, self._spec.output
+            return EagerEngine(self._model, batches, output, simulator, quantizable, self._assignment.added)
 
     def _replaying(
         self,
@@ -564,8 +575,9 @@ class _Setup:
     ) -> Engine:
         with profile.phase("capture"):
             if self._engine == "replay":
-                return ReplayEngine(captured, simulator, quantizable, self._memory)
-            made = partial(ProbeEngine, strata=self._strata) if self._engine == "probe" else DeltaEngine
+                return ReplayEngine(captured, simulator, quantizable, self._memory, self._assignment.added)
+            probe, delta = partial(ProbeEngine, strata=self._strata), partial(DeltaEngine, added=self._assignment.added)
+            made = probe if self._engine == "probe" else delta
             return made(
                 captured,
                 simulator,
@@ -582,7 +594,8 @@ class _Setup:
         places = {name: place for place, name in enumerate(quantizable)}
         units = []
         for op in self._ops if self._expected is None else self._expected:
-            unit = tuple(member.name for member in op.ops if member.name in places)
+            able = (member for member in op.ops if self._assignment.refusal(member, op) is None)
+            unit = tuple(member.name for member in able if member.name in places)
             units += [(op.spans_blocks, places[unit[0]], unit)] if unit else []
         return [unit for *_, unit in sorted(units)]
 

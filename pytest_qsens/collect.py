@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pytest
 
-from pytest_qsens.engines.availability import check_engine, check_group
+from pytest_qsens.engines.availability import check_added, check_engine, check_group
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
@@ -198,6 +198,7 @@ class Catalogue:
         """
         check_engine(options.engine, options.label, options.device)
         model = self._models.get(options.request) or self._look_up(options)
+        check_added(options.run_spec.engine, model.assigned(options.run_spec).assignment.added)
         for unit in select(model, options):
             check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)
@@ -492,7 +493,8 @@ def plan(session: pytest.Session) -> Payload | None:
         wanted = config.stash.setdefault(_WANTED, {}).setdefault((model.label, spec.scheme), Wanted())
         wanted.model = wanted.model or "qsens_model" in names
         if op is not None and "qsens_score" in names:
-            wanted.parts.setdefault(op, set()).update(_modes(item))
+            modes = model.assigned(spec).assignment.modes_of(op, _modes(item))
+            wanted.parts.setdefault(op, set()).update(modes)
         if "qsens_total" in names:
             wanted.parts.setdefault(Op(TOTAL, TOTAL), set()).add("total")
         if "qsens_score" in names or "qsens_total" in names:

@@ -267,7 +267,8 @@ def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     """Join two reports of one op: a measurement counts more than none, and modes add up."""
     if old is None or old.status != "measured" or new.status == "estimated":
         return new
-    return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
+    modes = {mode: getattr(old, mode) or getattr(new, mode) for mode in ("isolated", "fallback", "added")}
+    return replace(old, **modes)
 
 
 def _subject(payload: Payload) -> Subject:
@@ -641,7 +642,10 @@ class Controller:
         run.moved = {
             name: (entry.scheme or "not recorded", run.schemes[name])
             for name, entry in now.ops.items()
-            if name in run.schemes and run.schemes[name] != entry.scheme
+            if name in run.schemes
+            and run.schemes[name] != entry.scheme
+            # what it would cost to add it may have been measured by another run
+            and not (name in run.unquantized and (entry.scheme or "").startswith("unquantized"))
         }
 
     def _moved(self, snapshot: Snapshot, run: Run) -> Snapshot:

@@ -108,12 +108,16 @@ class Bench:
         return self._calibrated
 
     def score(self, spec: RunSpec, model: Model, op: Op, modes: Sequence[Mode]) -> Measured:
-        """Tell what is known of one op, measured once however many tests ask for it."""
-        found = [self._part(spec, model, op, mode) for mode in modes]
+        """Tell what is known of one op, measured once however many tests ask for it.
+
+        Of an op that is added to a config, the score of mode ``fallback`` is that of mode ``added``.
+        """
+        assignment = model.assigned(spec).assignment
+        found = [self._part(spec, model, op, mode) for mode in assignment.modes_of(op, modes)]
         spent = [part.spent for part in found if part.spent is not None]
         result = joined([part.result for part in found])
         if spec.config is not None:
-            result = replace(result, scheme=model.assigned(spec).assignment.name_of(op))
+            result = replace(result, scheme=assignment.name_of(op))
         return Measured(result, sum(spent) if spent else None)
 
     def total(self, spec: RunSpec, model: Model) -> Measured:
@@ -219,10 +223,12 @@ class Bench:
         scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
         wanted = expected(self._config, model.label, spec.scheme).parts
         others = (op for op in dict.fromkeys((*model.ops, *wanted)) if op.name != TOTAL)
+        assignment = model.assigned(spec).assignment
         for op in calibrated.measured_with(measured, mode, others):
-            if scores.get(op, mode) is None:
-                result = calibrated.score(op, (mode,))
-                scores.add(op, mode, result, self._facts_of(calibrated), spec.scheme)
+            (its_mode,) = assignment.modes_of(op, ["isolated" if mode == "isolated" else "fallback"])
+            if scores.get(op, its_mode) is None:
+                result = calibrated.score(op, (its_mode,))
+                scores.add(op, its_mode, result, self._facts_of(calibrated), spec.scheme)
 
     def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:
@@ -343,8 +349,8 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
-    schemes = model.assigned(spec).assignment.keys
-    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
+    found = model.assigned(spec).assignment
+    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, found.own, found.base)
 
 
 def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) -> Artifact | None:
@@ -355,7 +361,7 @@ def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) 
     cache_dir = options.cache_dir()
     if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
-    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned(spec).assignment.keys).joint}
+    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned(spec).assignment.own).joint}
     return Artifact.of(cache_dir, model.label, facts)
 
 

@@ -118,7 +118,7 @@ def _check_same_run(first: Part, other: Part) -> None:
         versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
         names = ("model", "scheme", "granularity", "mode", "engine", "data", "checkpoint")
         same = {name: getattr(run, name) for name in names}
-        config = {f"config {name}": run.config[name] for name in ("format", "sha256")} if run.config else {}
+        config = {f"config {name}": value for name, value in (run.config or {}).items() if name != "path"}
         return {"number of shards": part.shard.count, **same, **config, **versions}
 
     one, two = facts(first), facts(other)

@@ -89,6 +89,14 @@ _DECLARATIONS = (
         marker=True,
     ),
     _Declaration(
+        "config_down",
+        "text",
+        "measure the ops that the config leaves unquantized, too, with SCHEME: in mode fallback, what it would cost to "
+        "add one of them to the config",
+        "SCHEME",
+        marker=True,
+    ),
+    _Declaration(
         "mode",
         "text",
         "isolated: only the op is quantized (default); fallback: everything but the op; both",
@@ -225,6 +233,7 @@ class Options:
     config: Path | None
     config_format: str | None
     config_problems: str
+    config_down: str | None
     mode: str
     ops: tuple[str, ...]
     max_ops: int | None
@@ -323,7 +332,7 @@ class Options:
             parse_fail(values["fail"], origins["fail"])
         _choose_quantization(values, origins)
         if "scheme" in values:
-            values |= {"config": None, "config_format": None}
+            values |= _NO_CONFIG
         options = replace(self, **values, origins=origins)
         options.check_config()
         return options
@@ -332,14 +341,13 @@ class Options:
         """Check what can be known of the config without reading it.
 
         Raises:
-            QsensError: If it cannot be called as its file is, or there is a format and no config.
+            QsensError: If it cannot be called as its file is, or there is only something about a config.
 
         """
         _ = self.label
-        if self.config is None and self.config_format is not None:
-            raise QsensError(
-                f"{self.origins['config_format']} says the format of a config. Give one with --qsens-config FILE"
-            )
+        for name in ("config_format", "config_down"):
+            if self.config is None and getattr(self, name) is not None:
+                raise QsensError(f"{self.origins[name]} is about a config. Give one with --qsens-config FILE")
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -390,7 +398,8 @@ class Options:
             return None
         from pytest_qsens.configs.gate import ConfigRequest
 
-        return ConfigRequest(str(self.config), self.config_format, self.config_problems == "error")
+        strict = self.config_problems == "error"
+        return ConfigRequest(str(self.config), self.config_format, strict, self.config_down)
 
     @property
     def run_spec(self) -> RunSpec:
@@ -508,6 +517,9 @@ def declare(parser: pytest.Parser) -> None:
     )
 
 
+_NO_CONFIG: dict[str, Any] = {"config": None, "config_format": None, "config_down": None}
+
+
 def _choose_quantization(values: dict[str, Any], origins: Mapping[str, str]) -> None:
     """Take the scheme or the config, whichever is given closer to the test: the command line goes before the ini file.
 
@@ -522,7 +534,7 @@ def _choose_quantization(values: dict[str, Any], origins: Mapping[str, str]) -> 
             raise QsensError(
                 f"{origins['config']} says the scheme of each op, and {origins['scheme']} that of all. Leave one out"
             )
-        values |= {"scheme": None} if in_ini[0] else {"config": None, "config_format": None}
+        values |= {"scheme": None} if in_ini[0] else _NO_CONFIG
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
@@ -664,6 +676,7 @@ def _check_memory(text: str, origin: str) -> None:
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     "scheme": _check_choice(SCHEMES),
     "config_format": _check_choice(FORMATS),
+    "config_down": _check_choice(SCHEMES),
     "config_problems": _check_choice(("error", "warn")),
     "mode": _check_choice(MODES),
     "granularity": _check_choice(GRANULARITIES),

@@ -82,6 +82,7 @@ class Entry:
     isolated: Scores | None = None
     fallback: Scores | None = None
     scheme: str | None = None
+    added: Scores | None = None
 
     @property
     def modes(self) -> dict[Mode, Scores]:

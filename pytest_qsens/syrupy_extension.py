@@ -18,7 +18,7 @@ from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.snapshot import Entry, accepted, load, on_other_data
-from pytest_qsens.thresholds import Verdict, combine, judge
+from pytest_qsens.thresholds import Verdict, applied, combine, judge
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -112,7 +112,7 @@ class Score:
             reason = f" ({self.result.reason})" if self.result.reason else ""
             raise QsensError(f"{self.result.op} has no score to compare: it is {self.result.status}{reason}.")
         known = {metric for scores in self.result.metrics.values() for metric in scores}
-        gated = [threshold.metric for threshold in self.thresholds]
+        gated = list(dict.fromkeys(t.metric for mode in self.result.modes for t in applied(self.thresholds, mode)))
         if gated and not known.intersection(gated):
             raise QsensError(
                 f"{self.result.op}: none of the gated metrics ({', '.join(gated)}) was measured. "

@@ -32,11 +32,20 @@ _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class ConfigRequest:
-    """Which config is measured: the file, its format if it is forced, and whether what is wrong with it is an error."""
+    """Which config is measured.
+
+    Attributes:
+        path: The file.
+        format: Its format, if it is forced.
+        strict: Whether what is wrong with it is an error.
+        down: Scheme of the ops that it leaves unquantized, if it is measured what quantizing them, too, would cost.
+
+    """
 
     path: str
-    format: str | None
-    strict: bool
+    format: str | None = None
+    strict: bool = True
+    down: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Assigned:
 
     Attributes:
         assignment: Of the ops.
-        about: ``path``, ``format`` and ``sha256`` of the config; ``None`` if there is none.
+        about: ``path``, ``format`` and ``sha256`` of the config, and ``down`` if that is asked for; ``None``
+            without one.
         problems: What is wrong with it, and only told.
 
     """
@@ -85,6 +95,7 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
     path = Path(request.path)
     config = read_config(path, request.format)
     about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    about |= {} if request.down is None else {"down": request.down}
     decisions, problems = decide(config, ops)
     told = tuple(map(str, problems))
     if told and request.strict:
@@ -93,8 +104,8 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
             "\n  ".join([f"{number} wrong with the config {path}:", *told])
             + "\nCorrect the file, or measure it as far as that goes: --qsens-config-problems warn"
         )
-    assignment = _assignment(decisions)
-    if not assignment.schemes:
+    assignment = _assignment(decisions, request.down)
+    if not assignment.schemes.keys() - assignment.added:
         unsimulated = len(assignment.unsimulated)
         why = f": {unsimulated} of them have schemes that cannot be simulated" if unsimulated else ""
         raise QsensError(
@@ -104,17 +115,21 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
     return Assigned(assignment, about, told)
 
 
-def _assignment(decisions: Sequence[Decision]) -> Assignment:
+def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
     names = {decision.op.name: scheme_name(decision.scheme) for decision in decisions}
     schemes, left_out = {}, dict[str, tuple["Status", str]]()
+    added = set()
     for decision in decisions:
         op = decision.op
         if decision.scheme is None:
             left_out[op.name] = "unquantized", UNQUANTIZED
+            if down is not None and SCHEMES[down].refusal(op.type) is None:
+                schemes[op.name] = SCHEMES[down]
+                added.add(op.name)
             continue
         simulated, obstacle = simulated_as(decision.scheme, op.type)
         if simulated is None:
             left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
         else:
             schemes[op.name] = SCHEMES[simulated]
-    return Assignment("the config", schemes, names, left_out)
+    return Assignment("the config", schemes, names, left_out, frozenset(added))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.schemes import Scheme
-    from pytest_qsens.results import Status
+    from pytest_qsens.results import Mode, Status
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class Assignment:
 
     Attributes:
         title: How messages call it.
-        schemes: Op → what quantizes it.
+        schemes: Op → what quantizes it when it is quantized.
         names: Op → canonical name of its scheme (`pytest_qsens.quant.op_scheme`), for all ops.
-        left_out: Op → status and reason, for the ops that are not in ``schemes``.
+        left_out: Op → status and reason, for the ops that are not quantized when all are.
+        added: Those of them that have a scheme all the same: it is measured what quantizing them, too, would cost.
 
     """
 
@@ -31,6 +32,7 @@ class Assignment:
     schemes: Mapping[str, Scheme]
     names: Mapping[str, str]
     left_out: Mapping[str, tuple[Status, str]] = field(default_factory=dict)
+    added: Collection[str] = frozenset()
 
     @classmethod
     def uniform(cls, scheme: Scheme, ops: Iterable[Op]) -> Assignment:
@@ -38,13 +40,22 @@ class Assignment:
         names = [op.name for op in ops]
         return cls(scheme.name, dict.fromkeys(names, scheme), dict.fromkeys(names, scheme.name))
 
-    def refusal(self, op: Op) -> tuple[Status, str] | None:
-        """Status of an op that is not quantized, and why; ``None`` if it is."""
+    def refusal(self, op: Op, group: Op | None = None) -> tuple[Status, str] | None:
+        """Status of an op that is not quantized when it is scored, by itself or in a group; ``None`` if it is."""
         scheme = self.schemes.get(op.name)
-        if scheme is None:
+        if scheme is None or (op.name in self.added and not self.adds(group or op)):
             return self.left_out[op.name]
         reason = scheme.refusal(op.type)
         return None if reason is None else ("unquantizable", reason)
+
+    def adds(self, op: Op) -> bool:
+        """Whether a score is of what is quantized beside all others: of a group, if none of its members is anyway."""
+        members = [member.name for member in op.ops]
+        return any(name in self.added for name in members) and all(name in self.left_out for name in members)
+
+    def modes_of(self, op: Op, modes: Iterable[Mode]) -> tuple[Mode, ...]:
+        """Modes that an op is measured in: the others' mode ``fallback`` is ``added`` of one that is added."""
+        return tuple("added" if mode == "fallback" and self.adds(op) else mode for mode in modes)
 
     def measures(self, op: Op) -> bool:
         """Whether an op, or a member of a group, is quantized, or would be if that could be done."""
@@ -56,13 +67,23 @@ class Assignment:
         return [op for op, (status, _) in self.left_out.items() if status == "unquantizable"]
 
     @property
-    def keys(self) -> dict[str, Scheme | str]:
-        """Op → all that its quantization depends on: its scheme, or why it has none."""
+    def base(self) -> dict[str, Scheme | str]:
+        """Op → what is known of it when all are quantized: its scheme, or why it has none."""
         return {**self.schemes, **{op: f"{status}: {reason}" for op, (status, reason) in self.left_out.items()}}
+
+    @property
+    def own(self) -> dict[str, Scheme | str]:
+        """Op → what is known of it when it is scored."""
+        return {**self.base, **self.schemes}
 
     def name_of(self, op: Op) -> str:
         """Name of an op's scheme; of a group, equal for equal schemes of the same ops only."""
-        return joint_name({member.name: self.names[member.name] for member in op.ops})
+        found = {member.name: self.names[member.name] for member in op.ops}
+        if self.adds(op):
+            found |= {
+                name: f"{found[name]}, added as {self.schemes[name].name}" for name in found if name in self.added
+            }
+        return joint_name(found)
 
     @property
     def name(self) -> str:

@@ -124,7 +124,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
     """
     total = run.total
     one = "op" if run.granularity == "op" else "group"
-    rest = "all" if run.config is None else "all that the config says"
+    rest = "all" if run.config is None else "all of the config"
     modes: tuple[tuple[Mode, str, str], ...] = (
         ("isolated", "nmse", f"only this {one} quantized; higher nmse is worse"),
         (
@@ -132,6 +132,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             "gain",
             f"{rest} but this {one} quantized; gain: total nmse minus its nmse, high: keep it in fp32",
         ),
+        ("added", "loss", f"{rest} and this {one} quantized; loss: its nmse minus total nmse, high: keep it in fp32"),
     )
     for mode, metric, direction in modes:
         known = {result.op: result for result in (*run.measured, *run.estimated) if mode in result.modes}
@@ -143,10 +144,11 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             yield from _table(scores, metric, width, bar, intervals)
         noisy = sum(map(lost_in_noise, scores.values()))
         if noisy:
-            yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
+            yield f"~ {noisy} of {len(scores)} {'losses' if mode == 'added' else 'gains'} are not to be told from noise"
     if total is not None and total.isolated is not None:
         how = "" if run.config is None else " as the config says"
-        yield f"total, everything quantized{how}: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
+        note = f" ({total.reason})" if total.reason else ""
+        yield f"total, everything quantized{how}: {_numbers(total.isolated)}{note}"
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
@@ -290,11 +292,11 @@ def _about_config(run: Run) -> Iterator[str]:
     if problems:
         yield f"CONFIG: {_things(len(problems))} wrong with {run.config['about']['path']}:"
         yield from (f"  {problem}" for problem in problems)
-    left_out = run.config["unsimulated"]
+    left_out, ops = run.config["unsimulated"], sum(len(unit.ops) for unit in run.ops)
     if left_out:
         yield (
-            f"NOT SIMULATED: {len(left_out)} of {sum(len(unit.ops) for unit in run.ops)} ops are quantized by the config, "
-            f"but have no score, and the total is without them: {_shown(left_out)}"
+            f"NOT SIMULATED: the config quantizes {len(left_out)} of {ops} ops in a way that has no score; the "
+            f"total is without them: {_shown(left_out)}"
         )
     moved = [f"{op} ({old} → {new})" for op, (old, new) in run.moved.items() if op != TOTAL]
     if moved:
