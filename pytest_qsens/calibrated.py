@@ -594,8 +594,8 @@ class _Setup:
         places = {name: place for place, name in enumerate(quantizable)}
         units = []
         for op in self._ops if self._expected is None else self._expected:
-            able = (member for member in op.ops if self._assignment.refusal(member, op) is None)
-            unit = tuple(member.name for member in able if member.name in places)
+            able = (member for member in op.ops if member.name in places)  # not the whole model, which is no op
+            unit = tuple(member.name for member in able if self._assignment.refusal(member, op) is None)
             units += [(op.spans_blocks, places[unit[0]], unit)] if unit else []
         return [unit for *_, unit in sorted(units)]
 

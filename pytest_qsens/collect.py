@@ -18,7 +18,7 @@ from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
-from pytest_qsens.quant.assignment import Assignment
+from pytest_qsens.quant.assignment import Assigned, Assignment
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.shards import predicted_costs, split
 from pytest_qsens.workers import SNAPSHOTS, cores, fitting, place
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
-    from pytest_qsens.configs.gate import Assigned, ConfigRequest
+    from pytest_qsens.configs.gate import ConfigRequest
     from pytest_qsens.groups import Fused
     from pytest_qsens.models.source import ModelRequest, ModelSource
     from pytest_qsens.options import RunSpec
@@ -139,11 +139,11 @@ class Model:
         """
         key = spec.config or spec.scheme
         if key not in self._assigned:
-            from pytest_qsens.configs.gate import Assigned, assign
-
             if spec.config is None:
                 self._assigned[key] = Assigned(Assignment.uniform(SCHEMES[spec.scheme], self.ops))
             else:
+                from pytest_qsens.configs.gate import assign
+
                 self._assigned[key] = assign(spec.config, self.ops)
         return self._assigned[key]
 

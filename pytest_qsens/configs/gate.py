@@ -13,7 +13,7 @@ from pytest_qsens.configs.read import read_config
 from pytest_qsens.configs.simulated import simulated_as
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES
-from pytest_qsens.quant.assignment import Assignment
+from pytest_qsens.quant.assignment import Assigned, Assignment
 from pytest_qsens.quant.op_scheme import parse
 from pytest_qsens.quant.schemes import SCHEMES
 
@@ -46,23 +46,6 @@ class ConfigRequest:
     format: str | None = None
     strict: bool = True
     down: str | None = None
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """What is quantized how.
-
-    Attributes:
-        assignment: Of the ops.
-        about: ``path``, ``format`` and ``sha256`` of the config, and ``down`` if that is asked for; ``None``
-            without one.
-        problems: What is wrong with it, and only told.
-
-    """
-
-    assignment: Assignment
-    about: dict[str, str] | None = None
-    problems: tuple[str, ...] = ()
 
 
 def label_of(path: Path, origin: str) -> str:

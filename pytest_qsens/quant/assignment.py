@@ -91,6 +91,23 @@ class Assignment:
         return joint_name(self.names)
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """An assignment, and the config that it comes from, if it comes from one.
+
+    Attributes:
+        assignment: Of the ops.
+        about: ``path``, ``format`` and ``sha256`` of it, and ``down`` if that is asked for; ``None``
+            if there is none.
+        problems: What is wrong with it, and only told.
+
+    """
+
+    assignment: Assignment
+    about: dict[str, str] | None = None
+    problems: tuple[str, ...] = ()
+
+
 def joint_name(names: Mapping[str, str]) -> str:
     """Name the schemes of several ops together; where they differ, a hash tells which op has which.
 

@@ -300,9 +300,10 @@ def _about_config(run: Run) -> Iterator[str]:
         )
     moved = [f"{op} ({old} → {new})" for op, (old, new) in run.moved.items() if op != TOTAL]
     if moved:
+        prune = " --qsens-snapshot-prune" if run.unquantized.intersection(run.moved) else ""
         yield (
             f"the snapshot was measured with another scheme of {len(moved)} {_noun(run)}: {_shown(moved)}; record with "
-            "--snapshot-update"
+            f"--snapshot-update{prune}"
         )
 
 
