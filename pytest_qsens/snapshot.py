@@ -241,7 +241,7 @@ def union(*batches: Mapping[str, Entry]) -> dict[str, Entry]:
     value that was really measured, and the one a later run is least likely to be flagged against.
 
     Raises:
-        QsensError: If two reports disagree about the type of an op.
+        QsensError: If two reports disagree about the type or the scheme of an op.
 
     """
     result: dict[str, Entry] = {}
@@ -252,9 +252,9 @@ def union(*batches: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def _larger(name: str, one: Entry, other: Entry) -> Entry:
-    if one.type != other.type:
-        types = " and ".join(sorted((one.type, other.type)))
-        raise QsensError(f"op {name!r} was reported with two types, {types}")
+    for what, both in (("types", {one.type, other.type}), ("schemes", {str(one.scheme), str(other.scheme)})):
+        if len(both) > 1:
+            raise QsensError(f"op {name!r} was reported with two {what}, {' and '.join(sorted(both))}")
     modes = {
         mode: max((entry.modes[mode] for entry in (one, other) if mode in entry.modes), key=_rank)
         for mode in MODES

@@ -245,7 +245,7 @@ def test_a_config_measures_what_differs(pytester: pytest.Pytester) -> None:
     run(pytester)
     log(pytester)
     plain = {op["op"]: op["isolated"] for op in written(pytester)["ops"]}
-    changed = [op for op in plain if op.endswith("attention.output.dense")] + ["pooler.dense"]
+    changed = [op for op in plain if op.endswith("attention.output.dense")] + ["encoder.layer.1.output.dense"]
     assert len(changed) == 3
     rules = [{"ops": changed, "scheme": "w8a8_dynamic"}, {"ops": "*", "types": ["linear"], "scheme": "w8a8"}]
     rules.append({"ops": "*", "scheme": "w8a16_asym"})
