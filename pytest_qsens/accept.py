@@ -97,7 +97,7 @@ def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold], *, othe
     if recorded is not None and recorded.type != op.type:
         recorded = None
     known = {} if recorded is None else recorded.modes
-    gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric != "gain"]
+    gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric not in ("gain", "loss")]
     verdicts = {
         mode: judge(known.get(mode), scores, gated, mode, other_data=other_data) for mode, scores in op.modes.items()
     }

@@ -502,8 +502,9 @@ def plan(session: pytest.Session) -> Payload | None:
             members = op.member_names if op else ()
             cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL, made.granularity, members)
             subject = Subject(model.label, spec.scheme, made.granularity)
-            models[subject] = model.units(made)
-            configs[subject] = _config_facts(model, made)
+            if subject not in models:
+                models[subject] = model.units(made)
+                configs[subject] = _config_facts(model, made)
     if not cases:
         return None
     refusal = None

@@ -58,21 +58,29 @@ class SchemeKeys:
 
     Args:
         schemes: Op → its scheme, or why it has none, for all ops of the model.
-        base: The same when all that are to be quantized at once are, if that is not the same.
+        base: The same when all that are to be quantized at once are, if that is not the same: an op that is quantized
+            beside these has no scheme there.
 
     """
 
     def __init__(self, schemes: Mapping[str, Scheme | str], base: Mapping[str, Scheme | str] | None = None) -> None:
-        self._own = _digests(schemes)
-        self.joint = digest(self._own if base is None else _digests(base))
+        base = schemes if base is None else base
+        self._own, self._base = _digests(schemes), _digests(base)
+        self._without = {op for op, scheme in base.items() if isinstance(scheme, str)}
+        self.joint = digest(self._base)
         """Key of the schemes of all ops."""
 
     def key(self, op: str, part: Part, members: Sequence[str] = ()) -> str:
         """Key of what one score depends on; ``members`` are those of a group."""
         if part in ("fallback", "total"):
             return self.joint
-        own = digest({member: self._own[member] for member in members}) if members else self._own[op]
+        own = self._of_group(members) if members else self._own[op]
         return own if part == "isolated" else digest([self.joint, own])
+
+    def _of_group(self, members: Sequence[str]) -> str:
+        """Key of a group: what is only added counts where nothing else is in it (`Assignment.adds`)."""
+        keys = self._own if self._without.issuperset(members) else self._base
+        return digest({member: keys[member] for member in members})
 
 
 def _digests(schemes: Mapping[str, Scheme | str]) -> dict[str, str]:
