@@ -297,9 +297,10 @@ def test_merging_removes_nothing(snapshot: Snapshot, entries: dict[str, Entry]) 
     merged = merge(snapshot, entries)
     assert merged.ops.keys() == snapshot.ops.keys() | entries.keys()
     for name, result in merged.ops.items():
-        old = snapshot.ops[name].modes if name in snapshot.ops else {}
-        new = entries[name].modes if name in entries else {}
-        assert result.modes == {**old, **new}
+        new, old = entries.get(name, Entry("")), snapshot.ops.get(name, Entry(""))
+        stays = name not in entries or new.scheme == old.scheme
+        assert result.modes == ({**old.modes, **new.modes} if stays else new.modes)
+        assert result.scheme == (new if name in entries else old).scheme
 
 
 def test_updating_one_mode_keeps_the_other() -> None:
