@@ -19,6 +19,7 @@ from pytest_qsens.snapshot import (
     load,
     merge,
     on_other_data,
+    with_other_schemes,
     write,
 )
 from pytest_qsens.thresholds import judge
@@ -70,9 +71,9 @@ def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool =
         other = on_other_data(old.environment, run.environment.get(EVALUATION))
         found = {name: _entry(old, op, gates.thresholds, other_data=other) for name, op in measured.items()}
         entries = {name: entry for name, entry in found.items() if entry.modes}
-        everything = {name: Entry(op.type, **op.metrics) for name, op in measured.items()}
+        everything = {name: Entry.of(op) for name, op in measured.items()}
         reordered = any(verdict.state == "failed" for verdict in ranks_of(result, old, gates.ranks))
-        new = merge(old, everything if reordered else entries)
+        new = merge(old, everything if reordered else with_other_schemes(old, everything) | entries)
         if dict(old.environment) != dict(run.environment):
             new = adopt(new, everything, run.environment)
         news[:] = changed(old, new)
@@ -86,16 +87,18 @@ def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool =
 
 def ranks_of(result: RunResult, snapshot: Snapshot, gates: Sequence[RankGate]) -> list[RankVerdict]:
     """Compare the order of the ops in a result file with a snapshot's."""
-    ops = [Op(op.op, op.type) for op in result.ops]
+    ops = [Op(op.op, op.type) for op in result.ops if op.status != "unquantized"]
     return judge_ranks(gates, ops, snapshot.ops, result.ops, MODES[result.run.mode])
 
 
 def _entry(old: Snapshot, op: OpResult, thresholds: Sequence[Threshold], *, other_data: bool) -> Entry:
     """Modes to record: those that are new, or better or worse than recorded."""
     recorded = old.ops.get(op.op)
-    known = recorded.modes if recorded is not None and recorded.type == op.type else {}
-    gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric != "gain"]
+    if recorded is not None and recorded.type != op.type:
+        recorded = None
+    known = {} if recorded is None else recorded.modes
+    gated = [threshold for threshold in thresholds if op.op != TOTAL or threshold.metric not in ("gain", "loss")]
     verdicts = {
         mode: judge(known.get(mode), scores, gated, mode, other_data=other_data) for mode, scores in op.modes.items()
     }
-    return accepted(op.type, known, op.metrics, verdicts)
+    return accepted(Entry.of(op), recorded, verdicts)

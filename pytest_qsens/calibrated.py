@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
-from pytest_qsens.engines.availability import KERNEL_ENGINES, check_engine, check_group
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
@@ -23,6 +23,7 @@ from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
+from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.quant.simulate import Simulator
@@ -44,17 +45,23 @@ if TYPE_CHECKING:
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.preparation import Prepared
     from pytest_qsens.profile import Phase
-    from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.results import Mode, Scores, Status
 
 _NOT_FINITE = "the output holds NaN or infinite values"
-_QUANTIZED = {"isolated": "only this {} is", "fallback": "everything but this {} is"}
+_QUANTIZED = {
+    "isolated": "only this {} is",
+    "fallback": "everything but this {} is",
+    "added": "this {} is, beside all that the config says,",
+}
+_CHANGE: dict[Mode, tuple[str, int]] = {"fallback": ("gain", 1), "added": ("loss", -1)}
+"""Mode → what the difference to the whole model is called, and its sign: positive is what speaks for full precision."""
+
 _NAMED = 3
 """Members of a group that are named for one reason."""
 
 
 class CalibratedModel:
-    """One model under one scheme, calibrated once; scores one op at a time. Make it with `calibrate`.
+    """One model, quantized in one way, calibrated once; scores one op at a time. Make it with `calibrate`.
 
     Attributes:
         reference_seconds: Wall seconds of one unquantized forward of all evaluation batches.
@@ -63,7 +70,7 @@ class CalibratedModel:
 
     def __init__(
         self,
-        scheme: Scheme,
+        assignment: Assignment,
         calibration: Calibration,
         simulator: Simulator,
         engine: Engine,
@@ -75,7 +82,7 @@ class CalibratedModel:
     ) -> None:
         self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
-        self._scheme = scheme
+        self._assignment = assignment
         self._calibration = calibration
         self._simulator = simulator
         self._engine = engine
@@ -103,8 +110,9 @@ class CalibratedModel:
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
         """Products of activations, which no scheme quantizes yet."""
+        title = self._assignment.title
         return tuple(
-            _result(Op(name, kind), "unquantizable", reason=f"{self._scheme.name} does not quantize {kind} products")
+            _result(Op(name, kind), "unquantizable", reason=f"{title} does not quantize {kind} products")
             for name, kind in self._engine.functional
         )
 
@@ -121,11 +129,12 @@ class CalibratedModel:
             return None
         without = self._left_out(op)
         statuses = {status for status, _ in without.values()}
-        return _result(op, "unexercised" if "unexercised" in statuses else "unquantizable", reason=_told(op, without))
+        gravest: tuple[Status, ...] = ("unexercised", "unquantizable", "unquantized")
+        return _result(op, next(status for status in gravest if status in statuses), reason=_told(op, without))
 
     def _left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
         """Members that cannot be measured → why."""
-        return {member.name: why for member in op.ops if (why := self._why_not(member)) is not None}
+        return {member.name: why for member in op.ops if (why := self._why_not(member, op)) is not None}
 
     def _scored(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         unit = self._flipped(op)
@@ -142,7 +151,7 @@ class CalibratedModel:
             for mode, values in measured.items()
             if isinstance(values, str)
         ]
-        notes += [self._engine.note] if "fallback" in measured else []
+        notes += [self._note] if measured.keys() - {"isolated"} else []
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
         if without := self._left_out(op):
@@ -176,17 +185,16 @@ class CalibratedModel:
 
     def _flipped(self, op: Op) -> Unit:
         """Names of what is quantized, or not, when a score is measured."""
-        return tuple(member.name for member in op.ops if self._why_not(member) is None)
+        return tuple(member.name for member in op.ops if self._why_not(member, op) is None)
 
-    def _why_not(self, op: Op) -> tuple[Status, str] | None:
-        """Tell the status of an op that cannot be measured, and the reason."""
-        refusal = (
-            self._scheme.refusal(op.type)
-            or self._calibration.refused.get(op.name)
-            or self._engine.out_of_reach.get(op.name)
-        )
+    def _why_not(self, op: Op, group: Op) -> tuple[Status, str] | None:
+        """Tell the status of an op that cannot be measured, by itself or in a group, and the reason."""
+        refusal = self._assignment.refusal(op, group)
         if refusal is not None:
-            return "unquantizable", refusal
+            return refusal
+        why = self._calibration.refused.get(op.name) or self._engine.out_of_reach.get(op.name)
+        if why is not None:
+            return "unquantizable", why
         if op.name not in self._engine.exercised:
             return "unexercised", "the evaluation data never reached it"
         if op.name not in self._calibration.reached:
@@ -200,9 +208,16 @@ class CalibratedModel:
         with self._profiled(self._engine.phase), torch.no_grad(), self._simulator.passing():
             joint = self._joint_scores()
         failures = [f"{joint} when everything is quantized"] if isinstance(joint, str) else []
-        return _measured(
-            Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._engine.note, time.perf_counter() - start
-        )
+        return _measured(Op(TOTAL, TOTAL), {"isolated": joint}, failures, self._note, time.perf_counter() - start)
+
+    @property
+    def _note(self) -> str | None:
+        """What has to be said of every score with everything else quantized, if something has."""
+        without = self._assignment.unsimulated
+        told = None
+        if without:
+            told = f"without {_some(without)}, whose schemes cannot be simulated"
+        return "; ".join(filter(None, (self._engine.note, told))) or None
 
     @contextmanager
     def _profiled(self, phase: Phase) -> Iterator[None]:
@@ -222,9 +237,10 @@ class CalibratedModel:
         joint = self._joint_scores()
         result = self._all_but(unit, None)
         if not isinstance(result, str) and not isinstance(joint, str):
-            result["gain"] = _number(joint["nmse"]) - _number(result["nmse"])
+            change, sign = _CHANGE[mode]
+            result[change] = sign * (_number(joint["nmse"]) - _number(result["nmse"]))
             if self._engine.perturbs:
-                self._add_noise(unit, result)
+                self._add_noise(unit, result, change, sign)
         return result
 
     def _estimated(self, estimate: Mapping[str, Estimate], mode: Mode) -> Scores | str:
@@ -267,18 +283,18 @@ class CalibratedModel:
             [energy for size, _ in sizes for energy in size.samples],
         )
 
-    def _add_noise(self, unit: Unit, result: Scores) -> None:
-        """Say how far the score, and the gain, move when values move in their last digits."""
-        draws, gains = [_number(result["nmse"])], [_number(result["gain"])]
+    def _add_noise(self, unit: Unit, result: Scores, change: str, sign: int) -> None:
+        """Say how far the score, and its difference to the whole, move when values move in their last digits."""
+        draws, changes = [_number(result["nmse"])], [_number(result[change])]
         for seed in SEEDS:
             joint, other = self._joint_scores(seed), self._all_but(unit, seed)
             if not isinstance(joint, str) and not isinstance(other, str):
                 draws.append(_number(other["nmse"]))
-                gains.append(_number(joint["nmse"]) - _number(other["nmse"]))
+                changes.append(sign * (_number(joint["nmse"]) - _number(other["nmse"])))
         if len(draws) == 1 + len(SEEDS):
             result["noise"] = spread(draws)
-            result["gain_noise"] = spread(gains)
-            result["distinguishable"] = distinguishable(gains)
+            result[f"{change}_noise"] = spread(changes)
+            result["distinguishable"] = distinguishable(changes)
 
     def _joint_scores(self, seed: int | None = None) -> Scores | str:
         if seed not in self._joint:
@@ -328,10 +344,11 @@ def _told(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
     by_reason: dict[tuple[Status, str], list[str]] = {}
     for name, why in without.items():
         by_reason.setdefault(why, []).append(name)
-    return ", ".join(
-        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)} ({status}: {reason})"
-        for (status, reason), names in by_reason.items()
-    )
+    return ", ".join(f"{_some(names)} ({status}: {reason})" for (status, reason), names in by_reason.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)}"
 
 
 def _measured(
@@ -347,6 +364,7 @@ def _measured(
         "; ".join(failures) or (IDENTICAL if identical else note),
         isolated=found.get("isolated"),
         fallback=found.get("fallback"),
+        added=found.get("added"),
         seconds=seconds,
         ops=op.member_names,
     )
@@ -355,7 +373,7 @@ def _measured(
 def calibrate(
     spec: ModelSpec,
     ops: Sequence[Op],
-    scheme: str,
+    scheme: str | Assignment,
     *,
     engine: str = "auto",
     device: str = "cpu",
@@ -374,7 +392,7 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and stays so. It computes in fp32, but the
             weights of its linear layers and embeddings stay as narrow as they are (`pytest_qsens.graph.narrow`).
         ops: The ops of the model, as listed at collection.
-        scheme: Its name, as `scheme_named` takes it.
+        scheme: Name of a scheme, as `scheme_named` takes it, for all ops; or what quantizes each of them.
         engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
             ``probe`` estimates; ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
@@ -393,7 +411,9 @@ def calibrate(
             ``delta``, ``probe`` or ``replay`` is asked for and refused.
 
     """
-    check_engine(engine, scheme, device)
+    assignment = Assignment.uniform(scheme_named(scheme, "scheme"), ops) if isinstance(scheme, str) else scheme
+    check_engine(engine, assignment.title, device)
+    check_added(engine, assignment.added)
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
@@ -408,7 +428,7 @@ def calibrate(
         model,
         spec,
         ops,
-        scheme_named(scheme, "scheme"),
+        assignment,
         engine,
         device,
         limit,
@@ -423,7 +443,7 @@ def calibrate(
         else:
             prepared, built = setup.shared(artifact, workers)
     return CalibratedModel(
-        setup.scheme,
+        assignment,
         prepared.calibration,
         built.simulator,
         built.engine,
@@ -448,7 +468,7 @@ class _Setup:
         model: nn.Module,
         spec: ModelSpec,
         ops: Sequence[Op],
-        scheme: Scheme,
+        assignment: Assignment,
         engine: str,
         device: str,
         memory: int,
@@ -457,7 +477,7 @@ class _Setup:
         logits: bool,
         strata: int | None,
     ) -> None:
-        self.scheme = scheme
+        self._assignment = assignment
         self._strata = strata
         self.logits = logits
         self._engine = engine
@@ -478,7 +498,7 @@ class _Setup:
             self._spec,
             self._batches,
             self._calibrating,
-            Calibration(self.scheme, ranges=self._engine not in KERNEL_ENGINES),
+            Calibration(self._assignment.schemes, ranges=self._engine not in KERNEL_ENGINES),
             self._share if self.captures else None,
         )
 
@@ -514,7 +534,8 @@ class _Setup:
         if content is None:
             return None
         with profile.phase("capture"):
-            return put_together(content, self._model, self._batches, self._calibrating, self.scheme, self._share)
+            schemes = self._assignment.schemes
+            return put_together(content, self._model, self._batches, self._calibrating, schemes, self._share)
 
     def build(self, prepared: Prepared) -> _Built:
         """Make the engine.
@@ -524,8 +545,8 @@ class _Setup:
 
         """
         able = prepared.calibration.reached - prepared.calibration.refused.keys()
-        quantizable = [op.name for op in self._ops if op.name in able and self.scheme.refusal(op.type) is None]
-        simulator = Simulator(self.scheme, prepared.calibration)
+        quantizable = [op.name for op in self._ops if op.name in able and self._assignment.refusal(op) is None]
+        simulator = Simulator(self._assignment.schemes, prepared.calibration)
         if prepared.captured is None:
             engine = self._forward_engine(prepared, quantizable, simulator)
             return _Built(engine, simulator, self._rows(engine.references))
@@ -546,7 +567,8 @@ class _Setup:
                 f"engine {self._engine} cannot be used, {prepared.refusal}. Use the eager engine, or auto."
             )
         with profile.phase("capture"):
-            return EagerEngine(self._model, self._batches, self._spec.output, simulator, quantizable)
+            batches, output = self._batches, self._spec.output
+            return EagerEngine(self._model, batches, output, simulator, quantizable, self._assignment.added)
 
     def _replaying(
         self,
@@ -558,8 +580,9 @@ class _Setup:
     ) -> Engine:
         with profile.phase("capture"):
             if self._engine == "replay":
-                return ReplayEngine(captured, simulator, quantizable, self._memory)
-            made = partial(ProbeEngine, strata=self._strata) if self._engine == "probe" else DeltaEngine
+                return ReplayEngine(captured, simulator, quantizable, self._memory, self._assignment.added)
+            probe, delta = partial(ProbeEngine, strata=self._strata), partial(DeltaEngine, added=self._assignment.added)
+            made = probe if self._engine == "probe" else delta
             return made(
                 captured,
                 simulator,
@@ -576,7 +599,8 @@ class _Setup:
         places = {name: place for place, name in enumerate(quantizable)}
         units = []
         for op in self._ops if self._expected is None else self._expected:
-            unit = tuple(member.name for member in op.ops if member.name in places)
+            able = (member for member in op.ops if member.name in places)  # not the whole model, which is no op
+            unit = tuple(member.name for member in able if self._assignment.refusal(member, op) is None)
             units += [(op.spans_blocks, places[unit[0]], unit)] if unit else []
         return [unit for *_, unit in sorted(units)]
 

@@ -54,6 +54,8 @@ _LEGEND = {
     "stderr": "stderr: standard error of the nmse over the evaluation samples",
     "fallback nmse": "fallback nmse (all quantized but this op): lower means a more sensitive op",
     "gain": "gain (total - fallback): higher means a more sensitive op; ~: not to be told from noise",
+    "added nmse": "added nmse (all of the config and this op quantized): higher is worse",
+    "loss": "loss (added - total): higher means a more sensitive op; ~: not to be told from noise",
     "noise": "noise: how far the fallback nmse moves with the last digits of values",
 }
 
@@ -419,15 +421,21 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
     if any(op.fallback for op in ops):
         columns["fallback nmse"] = lambda op: _cell(op.fallback, "nmse")
         columns["gain"] = lambda op: _cell(op.fallback, "gain") + " ~" * lost_in_noise(op.fallback)
+    if any(op.added for op in ops):
+        columns["added nmse"] = lambda op: _cell(op.added, "nmse")
+        columns["loss"] = lambda op: _cell(op.added, "loss") + " ~" * lost_in_noise(op.added)
     if any(op.fallback and "noise" in op.fallback for op in ops):
         columns["noise"] = lambda op: _cell(op.fallback, "noise")
+    if run.config is not None:
+        columns["scheme"] = lambda op: op.scheme or "-"
     if any(op.ops for op in ops):
         columns["ops"] = lambda op: str(len(op.ops) or 1) if op.type != TOTAL else "-"
     header = ["op", "type", "status", *columns, "reason"]
     rows = [[op.op, op.type, op.status, *(cell(op) for cell in columns.values()), op.reason or ""] for op in ops]
     granularity = "" if run.granularity == "op" else f", granularity {run.granularity}"
+    what = "scheme" if run.config is None else "config"
     return [
-        f"model {run.model}, scheme {run.scheme}, engine {run.engine}, mode {run.mode}{granularity}",
+        f"model {run.model}, {what} {run.scheme}, engine {run.engine}, mode {run.mode}{granularity}",
         *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pytest
 
-from pytest_qsens.engines.availability import check_engine, check_group
+from pytest_qsens.engines.availability import check_added, check_engine, check_group
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
+from pytest_qsens.quant.assignment import Assigned, Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.shards import predicted_costs, split
 from pytest_qsens.workers import SNAPSHOTS, cores, fitting, place
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
+    from pytest_qsens.configs.gate import ConfigRequest
     from pytest_qsens.groups import Fused
     from pytest_qsens.models.source import ModelRequest, ModelSource
     from pytest_qsens.options import RunSpec
@@ -57,6 +59,7 @@ class Subject(NamedTuple):
 
     model: str
     scheme: str
+    """Or the name of a config."""
     granularity: str = "op"
 
 
@@ -113,6 +116,7 @@ class Model:
     source: ModelSource
     ops: tuple[Op, ...]
     _units: dict[tuple[str, tuple[Fused, ...]], tuple[Op, ...]] = field(default_factory=dict)
+    _assigned: dict[str | ConfigRequest, Assigned] = field(default_factory=dict)
 
     def units(self, options: Options) -> tuple[Op, ...]:
         """List what is measured as one: the ops, or groups of them.
@@ -126,10 +130,38 @@ class Model:
             self._units[key] = grouped(self.ops, *key)
         return self._units[key]
 
+    def assigned(self, spec: RunSpec) -> Assigned:
+        """Tell how each op is quantized; a config is read once.
+
+        Raises:
+            QsensError: If the config cannot be used.
+
+        """
+        key = spec.config or spec.scheme
+        if key not in self._assigned:
+            if spec.config is None:
+                self._assigned[key] = Assigned(Assignment.uniform(scheme_named(spec.scheme, "scheme"), self.ops))
+            else:
+                from pytest_qsens.configs.gate import assign
+
+                self._assigned[key] = assign(spec.config, self.ops)
+        return self._assigned[key]
+
+    def measurable(self, options: Options) -> tuple[Op, ...]:
+        """List what is measured as one, but for what a config leaves unquantized."""
+        assignment = self.assigned(options.run_spec).assignment
+        return tuple(unit for unit in self.units(options) if assignment.measures(unit))
+
     @property
     def label(self) -> str:
         """Name in node ids and snapshot paths."""
         return self.source.label
+
+    @property
+    def config_hashes(self) -> dict[str, str]:
+        """Name of every config that was read → hash of the file."""
+        found = [assigned.about for assigned in self._assigned.values()]
+        return {Path(about["path"]).name: about["sha256"] for about in found if about is not None}
 
     @cached_property
     def evaluation(self) -> str | None:
@@ -155,6 +187,7 @@ class Catalogue:
         self._models: dict[ModelRequest, Model] = {}
         self._snapshots: dict[tuple[Path, str, str], Snapshot] = {}
         self._measured: dict[Path, RunSpec] = {}
+        self._configs: dict[tuple[str, str], ConfigRequest | None] = {}
 
     def model(self, options: Options) -> Model:
         """Model of these options; its snapshot is readable and, where that is asked for, may be written.
@@ -163,8 +196,9 @@ class Catalogue:
             QsensError: For everything wrong with the model, its data, the choice of ops or the snapshot.
 
         """
-        check_engine(options.engine, options.scheme, options.device)
+        check_engine(options.engine, options.label, options.device)
         model = self._models.get(options.request) or self._look_up(options)
+        check_added(options.run_spec.engine, model.assigned(options.run_spec).assignment.added)
         for unit in select(model, options):
             check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)
@@ -175,6 +209,12 @@ class Catalogue:
                 f"two tests would be compared with one snapshot, {path}, but measure different things: "
                 f"{_differences(other, options.run_spec)}. Measure them in two runs, each with its own "
                 "--qsens-snapshot-dir"
+            )
+        config = self._configs.setdefault((model.label, options.label), options.config_request)
+        if config != options.config_request:
+            raise QsensError(
+                f"two tests measure {model.label} under the name {options.label!r}, but not the same: {config} and "
+                f"{options.config_request}. Rename one of the config files"
             )
         return model
 
@@ -191,7 +231,7 @@ class Catalogue:
         """Snapshot that the tests of these options are compared with, as it was when first asked for."""
         from pytest_qsens.snapshot import check_writable, load
 
-        key = options.snapshot_path(model.label), model.label, options.scheme
+        key = options.snapshot_path(model.label), model.label, options.label
         if key not in self._snapshots:
             if self._updating and not options.recording:
                 raise QsensError(
@@ -205,7 +245,7 @@ class Catalogue:
                     "--qsens-allow-ci-update"
                 )
             self._snapshots[key] = load(
-                key[0], model=model.label, scheme=options.scheme, granularity=options.granularity
+                key[0], model=model.label, scheme=options.label, granularity=options.granularity
             )
             if self._updating and not self._apart:
                 check_writable(key[0].resolve().parent)  # where its lock goes, too
@@ -224,10 +264,12 @@ class Catalogue:
 
 def _differences(one: RunSpec, other: RunSpec) -> str:
     def flat(spec: RunSpec) -> dict[str, object]:
-        return {**asdict(spec.request), "engine": spec.engine, "device": spec.device}
+        config = {} if spec.config is None else {f"config {name}": value for name, value in asdict(spec.config).items()}
+        return {**asdict(spec.request), "engine": spec.engine, "device": spec.device, **config}
 
     old, new = flat(one), flat(other)
-    return ", ".join(f"{name} {old[name]!r} and {new[name]!r}" for name in old if old[name] != new[name])
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)!r} and {new.get(name)!r}" for name in names)
 
 
 def _near(glob: str, names: Iterable[str]) -> str:
@@ -276,10 +318,10 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
     A glob asks for a group by its name, or by that of any member.
 
     Raises:
-        QsensError: If a glob matches neither an op nor ``total``.
+        QsensError: If a glob matches neither an op nor ``total``, or only ops that a config leaves unquantized.
 
     """
-    units = model.units(options)
+    units, measurable = model.units(options), model.measurable(options)
     names = list(dict.fromkeys(op.name for op in (*model.ops, *units)))
     for glob in options.ops:
         if not any(matches(name, glob) for name in (*names, TOTAL)):
@@ -288,13 +330,17 @@ def select(model: Model, options: Options) -> tuple[Op, ...]:
                 f"{options.origins['ops']} {glob!r} matches none of the {len(names)} ops of {model.label}{hint}. "
                 "List them with --collect-only -q"
             )
-    chosen = [
-        unit
-        for unit in units
-        if not options.ops
-        or any(matches(name, glob) for glob in options.ops for name in (unit.name, *unit.member_names))
-    ]
+        if not any(_asks_for(glob, unit) for unit in measurable) and not matches(TOTAL, glob):
+            raise QsensError(
+                f"{options.origins['ops']} {glob!r} matches only ops that {options.config} leaves unquantized, which "
+                "are not measured. Give the config a scheme for them, or measure others"
+            )
+    chosen = [unit for unit in measurable if not options.ops or any(_asks_for(glob, unit) for glob in options.ops)]
     return tuple(chosen[: options.max_ops])
+
+
+def _asks_for(glob: str, unit: Op) -> bool:
+    return any(matches(name, glob) for name in (unit.name, *unit.member_names))
 
 
 def wants_total(options: Options) -> bool:
@@ -389,7 +435,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
-    prefix = f"{model.label}-{options.scheme}"
+    prefix = f"{model.label}-{options.label}"
     if SPEC in metafunc.fixturenames:
         metafunc.parametrize(SPEC, [options.run_spec], indirect=True, ids=[prefix], scope="session")
         prefix = ""
@@ -397,7 +443,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     suite = metafunc.definition.parent
     if not isinstance(suite, Suite) or suite.wants(metafunc.function.__name__, options):
         made = metafunc.config.stash.setdefault(_MADE, {})
-        key = Subject(model.label, options.scheme, options.granularity)
+        key = Subject(model.label, options.label, options.granularity)
         names = made.setdefault(key, _Made(model, model.units(options), options.engine, set())).names
         names.update(op.name for op in ops)
         names.update([TOTAL] * ("qsens_total" in metafunc.fixturenames))
@@ -431,12 +477,14 @@ def _definition(item: pytest.Function) -> str:
 def plan(session: pytest.Session) -> Payload | None:
     """Tell what the collected tests are going to measure, in builtin values; ``None`` if they measure nothing.
 
-    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme, granularity, ops or groups, and
-    names of what other shards measure; ``refusal`` is what is wrong with all of it together, if something is.
+    ``cases`` maps node ids to the fields of a `Case`; ``models`` lists label, scheme, granularity, ops or groups,
+    names of what other shards measure, and what a config says; ``refusal`` is what is wrong with all of it together,
+    if something is.
     """
     config = session.config
     cases: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {}
     models: dict[Subject, tuple[Op, ...]] = {}
+    configs: dict[Subject, Payload | None] = {}
     for item in session.items:
         names = getattr(item, "fixturenames", ())
         if not isinstance(item, pytest.Function) or SPEC not in names:
@@ -447,14 +495,18 @@ def plan(session: pytest.Session) -> Payload | None:
         wanted = config.stash.setdefault(_WANTED, {}).setdefault((model.label, spec.scheme), Wanted())
         wanted.model = wanted.model or "qsens_model" in names
         if op is not None and "qsens_score" in names:
-            wanted.parts.setdefault(op, set()).update(_modes(item))
+            modes = model.assigned(spec).assignment.modes_of(op, _modes(item))
+            wanted.parts.setdefault(op, set()).update(modes)
         if "qsens_total" in names:
             wanted.parts.setdefault(Op(TOTAL, TOTAL), set()).add("total")
         if "qsens_score" in names or "qsens_total" in names:
             made = config.stash[_PLANNED][_definition(item)]
             members = op.member_names if op else ()
             cases[item.nodeid] = (model.label, spec.scheme, op.name if op else TOTAL, made.granularity, members)
-            models[Subject(model.label, spec.scheme, made.granularity)] = model.units(made)
+            subject = Subject(model.label, spec.scheme, made.granularity)
+            if subject not in models:
+                models[subject] = model.units(made)
+                configs[subject] = _config_facts(model, made)
     if not cases:
         return None
     refusal = None
@@ -467,22 +519,49 @@ def plan(session: pytest.Session) -> Payload | None:
         refusal = str(error)
     elsewhere = config.stash.get(_ELSEWHERE, {})
     listed = [
-        [*key, [[unit.name, unit.type, [[op.name, op.type] for op in unit.members]] for unit in units], sorted(others)]
+        [
+            *key,
+            [[unit.name, unit.type, [[op.name, op.type] for op in unit.members]] for unit in units],
+            sorted(elsewhere.get(key, ())),
+            configs[key],
+        ]
         for key, units in models.items()
-        for others in (elsewhere.get(key, ()),)
     ]
     return {"cases": cases, "models": listed, "refusal": refusal}
 
 
-def files(config: pytest.Config) -> dict[str, tuple[str | None, str | None]]:
-    """Hashes of the checkpoint and of the data of each model, ``None`` where that cannot be told.
+def _config_facts(model: Model, options: Options) -> Payload | None:
+    """Tell what a config says, in builtin values.
 
-    Only in workers that are on several machines, or in several directories; elsewhere there is nothing to compare.
+    ``about`` itself; ``schemes``, of ops or groups and of `TOTAL`; ``unquantized``, of these; ``unsimulated``, ops that
+    are quantized in a way that cannot be simulated; ``problems``, what is wrong.
     """
-    if not getattr(config, "workerinput", {}).get("qsens_scattered"):
-        return {}
-    sources = [model.source for model in catalogue(config).models]
-    return {source.label: (source.weights_digest(), source.data_fingerprint()) for source in sources}
+    found = model.assigned(options.run_spec)
+    if found.about is None:
+        return None
+    units = model.units(options)
+    return {
+        "about": found.about,
+        "schemes": {unit.name: found.assignment.name_of(unit) for unit in units} | {TOTAL: found.assignment.name},
+        "unquantized": [unit.name for unit in units if not found.assignment.measures(unit)],
+        "unsimulated": found.assignment.unsimulated,
+        "problems": list(found.problems),
+    }
+
+
+def files(config: pytest.Config) -> dict[str, dict[str, str | None]]:
+    """Hash what every process must have alike: name → kind of file → hash, ``None`` where that cannot be told.
+
+    Configs, and the checkpoint and data of each model in workers that are on several machines, or in several
+    directories; elsewhere there is nothing to compare of these.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for model in catalogue(config).models:
+        found |= {f"{name} of {model.label}": {"config": sha256} for name, sha256 in model.config_hashes.items()}
+        if getattr(config, "workerinput", {}).get("qsens_scattered"):
+            source = model.source
+            found[source.label] = {"checkpoint": source.weights_digest(), "data": source.data_fingerprint()}
+    return found
 
 
 def _modes(item: pytest.Function) -> Iterable[Mode]:
@@ -570,7 +649,7 @@ def _escaped(nodeid: str) -> str:
 
 def suite_ids(model: Model, options: Options) -> list[str]:
     """Node ids of the built-in suite under these options."""
-    prefix = f"{model.label}-{options.scheme}"
+    prefix = f"{model.label}-{options.label}"
     ids = [f"{SUITE}::test_op[{prefix}-{op}]" for op in select(model, options)]
     return [*ids, f"{SUITE}::test_total[{prefix}]"] if wants_total(options) else ids
 
@@ -664,7 +743,7 @@ def _case(item: pytest.Item) -> Case | None:
     options = item.config.stash[_PLANNED][_definition(item)]
     model = catalogue(item.config).known(options.request)
     name, members = (op.name, op.member_names) if isinstance(op, Op) else (TOTAL, ())
-    return Case(model.label, options.scheme, name, options.granularity, members)
+    return Case(model.label, options.label, name, options.granularity, members)
 
 
 def check_shard(model: Model, options: Options) -> None:
@@ -733,7 +812,7 @@ def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
         return
     from pytest_qsens.rank_gates import recorded_scores
 
-    origin, names, units = options.origins["fail"], ", ".join(map(str, gates)), model.units(options)
+    origin, names, units = options.origins["fail"], ", ".join(map(str, gates)), model.measurable(options)
     for gate in gates:
         if len(units) < gate.needed:
             raise QsensError(
@@ -777,7 +856,7 @@ def _replaced(options: Options, items: Iterable[pytest.Item]) -> frozenset[str]:
     found: set[str] = set()
     for item in items:
         spec = item.callspec.params.get(SPEC) if hasattr(item, "callspec") else None
-        if spec is None or (spec.request, spec.scheme) != (options.request, options.scheme):
+        if spec is None or (spec.request, spec.scheme) != (options.request, options.label):
             continue
         made = item.config.stash[_PLANNED][_definition(cast("pytest.Function", item))]
         if made.granularity == options.granularity:

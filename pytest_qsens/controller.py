@@ -85,6 +85,10 @@ class Run:
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""
     granularity: str = "op"
+    config: Payload | None = None
+    """What a config says: see `pytest_qsens.collect.plan`."""
+    moved: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Op → its scheme in the snapshot and now, where they differ."""
 
     @property
     def engines(self) -> list[str]:
@@ -212,7 +216,7 @@ class Run:
         if payload["entry"] and passed:
             self.entries = union(self.entries, {result.op: Entry.from_payload(payload["entry"])})
         if passed and result.status == "measured" and (payload["entry"] or payload["verdict"] in ("ok", "improved")):
-            self.compared = union(self.compared, {result.op: Entry(result.type, **result.metrics)})
+            self.compared = union(self.compared, {result.op: Entry.of(result)})
 
     def crashed(self, name: str, reason: str) -> None:
         """Note an op whose worker died during its test. Nothing counts that was, or will be, reported of it.
@@ -229,8 +233,27 @@ class Run:
 
     def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
         """One result for every op of the model, in model order, then the functional ones."""
-        named = (self.results.get(op.name) or _without_score(op, "unrun", reason(op)) for op in self.ops)
+        named = (self.results.get(op.name) or self._not_run(op, reason) for op in self.ops)
         return (*named, *self.functional)
+
+    def _not_run(self, op: Op, reason: Callable[[Op], str]) -> OpResult:
+        if op.name in self.unquantized:
+            from pytest_qsens.configs.gate import UNQUANTIZED
+
+            found = _without_score(op, "unquantized", UNQUANTIZED)
+        else:
+            found = _without_score(op, "unrun", reason(op))
+        return replace(found, scheme=self.schemes.get(op.name))
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """Op, group or `TOTAL` → name of its scheme, where a config is measured."""
+        return self.config["schemes"] if self.config else {}
+
+    @property
+    def unquantized(self) -> frozenset[str]:
+        """Ops or groups that the config leaves as they are: they have no tests."""
+        return frozenset(self.config["unquantized"] if self.config else ())
 
 
 def _without_score(op: Op, status: str, reason: str) -> OpResult:
@@ -244,7 +267,8 @@ def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     """Join two reports of one op: a measurement counts more than none, and modes add up."""
     if old is None or old.status != "measured" or new.status == "estimated":
         return new
-    return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
+    modes = {mode: getattr(old, mode) or getattr(new, mode) for mode in ("isolated", "fallback", "added")}
+    return replace(old, **modes)
 
 
 def _subject(payload: Payload) -> Subject:
@@ -274,8 +298,8 @@ class Controller:
         self._reported: Run | None = None
         """What goes into the result file."""
         self._plans: dict[WorkerController, Payload] = {}
-        self._files: dict[str, tuple[str, tuple[str | None, str | None]]] = {}
-        """Model → first worker that told, and hashes of its checkpoint and data."""
+        self._files: dict[str, tuple[str, Mapping[str, str | None]]] = {}
+        """Model or config → first process that told, and hashes of its files."""
         self._session: pytest.Session | None = None
         self._start = time.perf_counter()
 
@@ -312,6 +336,8 @@ class Controller:
         check_shard(model, options)
         check_ranks(self.config, model, options)
         check_refinement(model, options)
+        for name, sha256 in model.config_hashes.items():
+            self._files[f"{name} of {model.label}"] = "this process", {"config": sha256}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -374,12 +400,13 @@ class Controller:
         else:
             self._schedule_by_block()
 
-    def _compare_files(self, node: WorkerController, files: Mapping[str, tuple[str | None, str | None]]) -> None:
-        """Stop before anything is measured if checkpoint or data of two workers differ, on whatever machines."""
+    def _compare_files(self, node: WorkerController, files: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Stop before anything is measured if config, checkpoint or data of two processes differ, on any machines."""
         here = named(node.gateway.id, machine(node.gateway.spec))
         for label, found in files.items():
             there, known = self._files.setdefault(label, (here, found))
-            for what, one, other in zip(("checkpoint", "data"), known, found, strict=True):
+            for what, other in found.items():
+                one = known[what]
                 if None not in (one, other) and one != other:
                     self._stop(
                         f"{label}: {there} and {here} have not the same {what} (hashes {one} and {other}). Copy the "
@@ -405,10 +432,11 @@ class Controller:
 
     def _prepare(self, planned: Payload) -> None:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
-        for label, scheme, granularity, units, elsewhere in planned["models"]:
+        for label, scheme, granularity, units, elsewhere, config in planned["models"]:
             run = self._run(Subject(label, scheme, granularity))
             run.ops = tuple(Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units)
             run.elsewhere = frozenset(elsewhere)
+            run.config = config
         if planned["refusal"]:
             raise QsensError(planned["refusal"])
         self._show_progress()
@@ -420,7 +448,8 @@ class Controller:
             names = ", ".join(map(_named, self.runs))
             raise QsensError(
                 f"{options.json} cannot be written: a result file holds one model and scheme, this run has {names}. "
-                "Select the tests of one with -k, or name the one to write with --qsens-model and --qsens-scheme"
+                "Select the tests of one with -k, or name the one to write with --qsens-model, and --qsens-scheme or "
+                "--qsens-config"
             )
         self._reported = self.runs[chosen] if chosen in self.runs else next(iter(self.runs.values()))
 
@@ -428,7 +457,7 @@ class Controller:
         """Tell what the options of the command line and the ini file are about."""
         if options.model is None:
             return None
-        return Subject(self._model(options).label, options.scheme, options.granularity)
+        return Subject(self._model(options).label, options.label, options.granularity)
 
     def _show_progress(self) -> None:
         """Follow the tests of ops, unless nothing is to be printed: with ``-qq``, or without a terminal plugin."""
@@ -440,9 +469,11 @@ class Controller:
 
     def _run(self, subject: Subject) -> Run:
         if subject not in self.runs:
+            from pytest_qsens.snapshot import file_name
+
             model, scheme, granularity = subject
-            options = replace(base_options(self.config), scheme=scheme, granularity=granularity)
-            self.runs[subject] = Run(model, scheme, options.snapshot_path(model), granularity=granularity)
+            path = base_options(self.config).snapshot_dir / model / file_name(scheme, granularity)
+            self.runs[subject] = Run(model, scheme, path, granularity=granularity)
         return self.runs[subject]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -558,7 +589,8 @@ class Controller:
 
         recorded = load(run.path, model=run.model, scheme=run.scheme, granularity=run.granularity).ops
         mode = run.mode if run.facts else base_options(self.config).mode
-        found = judge_ranks(gates, run.ops, recorded, run.measured, MODES[mode])
+        ops = [op for op in run.ops if op.name not in run.unquantized]
+        found = judge_ranks(gates, ops, recorded, run.measured, MODES[mode])
         if updating(self.config):  # a part can be accepted, too, and what is not recorded has no order yet
             found = [verdict for verdict in found if verdict.state != "not judged"]
         if self._accepts_all:
@@ -578,7 +610,7 @@ class Controller:
         return updating(self.config) and bool(self.config.getoption("update_snapshots"))
 
     def _write_snapshot(self, run: Run) -> None:
-        from pytest_qsens.snapshot import changed, environment_diff, load, merge, prune, write
+        from pytest_qsens.snapshot import changed, environment_diff, load, merge, prune, with_other_schemes, write
 
         kept = self._kept(run)
         news = ""
@@ -587,7 +619,8 @@ class Controller:
             nonlocal news
             # An order that is accepted is that of all scores, of those within their thresholds, too.
             reordered = any(verdict.state == "accepted" for verdict in run.ranks)
-            new = merge(old, run.compared if reordered else run.entries)
+            moved = with_other_schemes(old, run.compared) if self._accepts_all else {}
+            new = merge(old, run.compared if reordered else {**moved, **run.entries})
             if kept is not None:
                 new = prune(new, kept)
             if environment_diff(old.environment, run.environment):
@@ -606,6 +639,14 @@ class Controller:
         if now.ops and run.facts:
             run.mismatch = environment_diff(now.environment, run.environment)
         run.gone = sorted(set(now.ops) - {TOTAL} - {op.name for op in run.ops}) if run.ops else []
+        run.moved = {
+            name: (entry.scheme or "not recorded", run.schemes[name])
+            for name, entry in now.ops.items()
+            if name in run.schemes
+            and run.schemes[name] != entry.scheme
+            # what it would cost to add it may have been measured by another run
+            and not (name in run.unquantized and (entry.scheme or "").startswith("unquantized"))
+        }
 
     def _moved(self, snapshot: Snapshot, run: Run) -> Snapshot:
         """Replace the environment, and all lines with it, if this run may and has measured all of them in one place."""
@@ -620,7 +661,8 @@ class Controller:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""
         if not base_options(self.config).snapshot_prune:
             return None
-        missing = [op.name for op in run.ops if op.name not in run.results or run.results[op.name].status == "failed"]
+        wanted = [op.name for op in run.ops if op.name not in run.unquantized]
+        missing = [name for name in wanted if name not in run.results or run.results[name].status == "failed"]
         if missing:
             self.problems.append(
                 f"{run.path} was not pruned: {len(missing)} ops were not measured in this run, such as {missing[0]}"
@@ -663,6 +705,7 @@ class Controller:
             shard=options.shard,
             cached=len(run.cached),
             granularity=run.granularity,
+            config=run.config["about"] if run.config else None,
         )
         write(path, RunResult(info, run.listed(reason), total))
         self.written[path] = ""

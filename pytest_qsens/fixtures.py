@@ -46,7 +46,7 @@ class _Record:
         entry = self.score.entry if self.score else None
         return {
             "model": self.model.label,
-            "scheme": self.options.scheme,
+            "scheme": self.options.label,
             "granularity": self.options.granularity,
             "result": to_payload(self.result),
             "spent": None if self.spent is None else float(self.spent),
@@ -96,8 +96,10 @@ def qsens_total(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> Score:
     model = catalogue(request.config).model(options)
     measured = bench(request.config).total(_qsens_spec, model)
     known = {metric for scores in measured.result.modes.values() for metric in scores}
-    # `gain` is of single ops only. What is left gates the whole model, or the default if that is nothing.
-    thresholds = tuple(t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric != "gain")
+    # these two are of single ops only. What is left gates the whole model, or the default if that is nothing.
+    thresholds = tuple(
+        t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric not in ("gain", "loss")
+    )
     return _score(request, options, model, measured, thresholds or parse_fail(DEFAULT_FAIL))
 
 
@@ -157,7 +159,7 @@ def _score(
             thresholds=thresholds,
             path=options.snapshot_path(model.label),
             model=model.label,
-            scheme=options.scheme,
+            scheme=options.label,
             granularity=options.granularity,
             accept=accept_command(request.config.invocation_params.args),
             evaluation=model.evaluation,

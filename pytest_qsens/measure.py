@@ -24,10 +24,9 @@ from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
-from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
-from pytest_qsens.result_cache import ResultCache
+from pytest_qsens.result_cache import ResultCache, SchemeKeys
 from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
 from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
@@ -109,14 +108,24 @@ class Bench:
         return self._calibrated
 
     def score(self, spec: RunSpec, model: Model, op: Op, modes: Sequence[Mode]) -> Measured:
-        """Tell what is known of one op, measured once however many tests ask for it."""
-        found = [self._part(spec, model, op, mode) for mode in modes]
+        """Tell what is known of one op, measured once however many tests ask for it.
+
+        Of an op that is added to a config, the score of mode ``fallback`` is that of mode ``added``.
+        """
+        assignment = model.assigned(spec).assignment
+        found = [self._part(spec, model, op, mode) for mode in assignment.modes_of(op, modes)]
         spent = [part.spent for part in found if part.spent is not None]
-        return Measured(joined([part.result for part in found]), sum(spent) if spent else None)
+        result = joined([part.result for part in found])
+        if spec.config is not None:
+            result = replace(result, scheme=assignment.name_of(op))
+        return Measured(result, sum(spent) if spent else None)
 
     def total(self, spec: RunSpec, model: Model) -> Measured:
         """Tell what is known of the whole model, everything quantized at once."""
-        return self._part(spec, model, Op(TOTAL, TOTAL), "total")
+        found = self._part(spec, model, Op(TOTAL, TOTAL), "total")
+        if spec.config is None:
+            return found
+        return replace(found, result=replace(found.result, scheme=model.assigned(spec).assignment.name))
 
     def _part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
         scores = self._known(spec, model)
@@ -214,10 +223,12 @@ class Bench:
         scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
         wanted = expected(self._config, model.label, spec.scheme).parts
         others = (op for op in dict.fromkeys((*model.ops, *wanted)) if op.name != TOTAL)
+        assignment = model.assigned(spec).assignment
         for op in calibrated.measured_with(measured, mode, others):
-            if scores.get(op, mode) is None:
-                result = calibrated.score(op, (mode,))
-                scores.add(op, mode, result, self._facts_of(calibrated), spec.scheme)
+            (its_mode,) = assignment.modes_of(op, ["isolated" if mode == "isolated" else "fallback"])
+            if scores.get(op, its_mode) is None:
+                result = calibrated.score(op, (its_mode,))
+                scores.add(op, its_mode, result, self._facts_of(calibrated), spec.scheme)
 
     def _known(self, spec: RunSpec, model: Model) -> KnownScores:
         if spec not in self._scores:
@@ -277,7 +288,7 @@ class Bench:
         known = (("data", data), (EVALUATION, model.evaluation))
         return facts | {
             "model": model.label,
-            "scheme": options.scheme,
+            "scheme": options.label,
             "granularity": options.granularity,
             "mode": options.mode,
             "machine": getattr(self._config, "workerinput", {}).get("qsens_machine", ""),
@@ -338,8 +349,8 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
-    schemes = dict.fromkeys((op.name for op in model.ops), scheme_named(spec.scheme, "scheme"))
-    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
+    found = model.assigned(spec).assignment
+    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, found.own, found.base)
 
 
 def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) -> Artifact | None:
@@ -350,7 +361,7 @@ def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) 
     cache_dir = options.cache_dir()
     if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
-    facts = _basis(options, spec, model, seen) | {"scheme": asdict(scheme_named(spec.scheme, "scheme"))}
+    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned(spec).assignment.own).joint}
     return Artifact.of(cache_dir, model.label, facts)
 
 
@@ -413,7 +424,7 @@ def _calibrate(
     return calibrate(
         model.source.load(),
         model.ops,
-        spec.scheme,
+        model.assigned(spec).assignment,
         engine=spec.engine,
         device=spec.device,
         divergence=spec.divergence,

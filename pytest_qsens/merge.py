@@ -118,7 +118,8 @@ def _check_same_run(first: Part, other: Part) -> None:
         versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
         names = ("model", "scheme", "granularity", "mode", "engine", "data", "checkpoint")
         same = {name: getattr(run, name) for name in names}
-        return {"number of shards": part.shard.count, **same, **versions}
+        config = {f"config {name}": value for name, value in (run.config or {}).items() if name != "path"}
+        return {"number of shards": part.shard.count, **same, **config, **versions}
 
     one, two = facts(first), facts(other)
     for name in dict.fromkeys((*one, *two)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from pytest_qsens.configs.names import FORMATS
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES, Fused
 from pytest_qsens.models.source import ModelRequest
@@ -20,6 +21,7 @@ from pytest_qsens.shards import Shard
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from pytest_qsens.configs.gate import ConfigRequest
     from pytest_qsens.results import Mode
     from pytest_qsens.thresholds import Gates, Overrides, Threshold
 
@@ -64,6 +66,36 @@ _DECLARATIONS = (
     ),
     _Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
     _Declaration("scheme", "text", f"{', '.join(SCHEMES)} (default: w8a8), or others", "SCHEME", marker=True),
+    _Declaration(
+        "config",
+        "path",
+        "quantization config that says each op's scheme: that of the ops that it quantizes is measured",
+        "FILE",
+        marker=True,
+    ),
+    _Declaration(
+        "config_format",
+        "text",
+        f"{', '.join(FORMATS)} (default: found out from what is in the file)",
+        "FORMAT",
+        marker=True,
+    ),
+    _Declaration(
+        "config_problems",
+        "text",
+        "what is wrong with the config, such as a pattern that matches no op or a scheme that cannot be simulated: "
+        "error (default) or warn",
+        "error|warn",
+        marker=True,
+    ),
+    _Declaration(
+        "config_down",
+        "text",
+        "measure the ops that the config leaves unquantized, too, with SCHEME: in mode fallback, what it would cost to "
+        "add one of them to the config",
+        "SCHEME",
+        marker=True,
+    ),
     _Declaration(
         "mode",
         "text",
@@ -187,6 +219,8 @@ class RunSpec:
     memory: str | None
     divergence: bool
     representatives: int | None = None
+    config: ConfigRequest | None = None
+    """What says each op's scheme; ``scheme`` is its name then."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +230,10 @@ class Options:
     model: str | None
     checkpoint: Path | None
     scheme: str
+    config: Path | None
+    config_format: str | None
+    config_problems: str
+    config_down: str | None
     mode: str
     ops: tuple[str, ...]
     max_ops: int | None
@@ -250,11 +288,13 @@ class Options:
                 origin, base = f"{declared.key} in the ini file", config.rootpath
             values[declared.name] = _parse(declared, given, origin, base)
             origins[declared.name] = origin
+        _choose_quantization(values, origins)
         overrides = tuple(_from_ini(config, "qsens_fail_overrides", "list") or ())
         lines = _from_ini(config, "qsens_fused", "list") or ()
         fused = tuple(Fused.parse(line, "qsens_fused in the ini file") for line in lines)
         defaults: dict[str, object] = {
             "scheme": "w8a8",
+            "config_problems": "error",
             "mode": "isolated",
             "granularity": "op",
             "engine": "auto",
@@ -267,6 +307,7 @@ class Options:
         values |= {name: default for name, default in defaults.items() if values[name] is None}
         options = cls(**values, fail_overrides=overrides, fused=fused, root=config.rootpath, origins=origins)
         options.overrides()
+        options.check_config()
         return options
 
     def override(self, keywords: Mapping[str, object]) -> Options:
@@ -289,7 +330,24 @@ class Options:
             from pytest_qsens.thresholds import parse_fail
 
             parse_fail(values["fail"], origins["fail"])
-        return replace(self, **values, origins=origins)
+        _choose_quantization(values, origins)
+        if "scheme" in values:
+            values |= _NO_CONFIG
+        options = replace(self, **values, origins=origins)
+        options.check_config()
+        return options
+
+    def check_config(self) -> None:
+        """Check what can be known of the config without reading it.
+
+        Raises:
+            QsensError: If it cannot be called as its file is, or there is only something about a config.
+
+        """
+        _ = self.label
+        for name in ("config_format", "config_down"):
+            if self.config is None and getattr(self, name) is not None:
+                raise QsensError(f"{self.origins[name]} is about a config. Give one with --qsens-config FILE")
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -320,16 +378,41 @@ class Options:
         )
 
     @property
+    def label(self) -> str:
+        """Name of what quantizes the ops, in node ids and file names: the scheme's or the config's.
+
+        Raises:
+            QsensError: If the config's cannot be one.
+
+        """
+        if self.config is None:
+            return self.scheme
+        from pytest_qsens.configs.gate import label_of
+
+        return label_of(self.config, self.origins["config"])
+
+    @property
+    def config_request(self) -> ConfigRequest | None:
+        """Which config is measured, if one is."""
+        if self.config is None:
+            return None
+        from pytest_qsens.configs.gate import ConfigRequest
+
+        strict = self.config_problems == "error"
+        return ConfigRequest(str(self.config), self.config_format, strict, self.config_down)
+
+    @property
     def run_spec(self) -> RunSpec:
         """Key of the calibrated model these options ask for."""
         return RunSpec(
             self.request,
-            self.scheme,
+            self.label,
             "probe" if self.estimating else self.engine,
             self.device,
             self.memory,
             self._divergence,
             self.representatives,
+            self.config_request,
         )
 
     @property
@@ -396,11 +479,11 @@ class Options:
         """Thresholds that make this op (or ``total``, or a group of these members) count as worse."""
         return self.overrides().thresholds_for(op, self.gates.thresholds, members)
 
-    def snapshot_path(self, label: str) -> Path:
-        """Snapshot file of a model under these options."""
+    def snapshot_path(self, model: str) -> Path:
+        """Snapshot file of the model with this label under these options."""
         from pytest_qsens.snapshot import file_name
 
-        return self.snapshot_dir / label / file_name(self.scheme, self.granularity)
+        return self.snapshot_dir / model / file_name(self.label, self.granularity)
 
 
 def declare(parser: pytest.Parser) -> None:
@@ -432,6 +515,26 @@ def declare(parser: pytest.Parser) -> None:
         "'*.attn.{wq,wk,wv}' a line; the first that matches an op decides",
         type="linelist",
     )
+
+
+_NO_CONFIG: dict[str, Any] = {"config": None, "config_format": None, "config_down": None}
+
+
+def _choose_quantization(values: dict[str, Any], origins: Mapping[str, str]) -> None:
+    """Take the scheme or the config, whichever is given closer to the test: the command line goes before the ini file.
+
+    Raises:
+        QsensError: If both are given in one place.
+
+    """
+    given = [name for name in ("scheme", "config") if values.get(name) is not None]
+    if len(given) == 2:
+        in_ini = [origins[name].endswith(" in the ini file") for name in given]
+        if in_ini[0] == in_ini[1]:
+            raise QsensError(
+                f"{origins['config']} says the scheme of each op, and {origins['scheme']} that of all. Leave one out"
+            )
+        values |= {"scheme": None} if in_ini[0] else _NO_CONFIG
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
@@ -576,6 +679,9 @@ def _check_memory(text: str, origin: str) -> None:
 
 _CHECKS: dict[str, Callable[[str, str], None]] = {
     "scheme": _check_scheme,
+    "config_format": _check_choice(FORMATS),
+    "config_down": _check_scheme,
+    "config_problems": _check_choice(("error", "warn")),
     "mode": _check_choice(MODES),
     "granularity": _check_choice(GRANULARITIES),
     "engine": _check_choice(ENGINES),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Run
     from pytest_qsens.graph.schedule import Groups
     from pytest_qsens.models.spec import Batch, ModelSpec
-    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.schemes import Schemes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def put_together(
     model: nn.Module,
     batches: Sequence[Batch],
     calibrating: Sequence[Batch],
-    scheme: Scheme,
+    schemes: Schemes,
     memory: int,
 ) -> Prepared | None:
     """Run the graphs of another process; ``None`` if data, outputs or model are not what it saw.
@@ -146,7 +146,7 @@ def put_together(
         model: On its device, in evaluation mode.
         batches: For evaluation, on the device.
         calibrating: For calibration, likewise.
-        scheme: What the activations were observed for.
+        schemes: What the activations were observed for.
         memory: Bytes of values that are kept of every run.
 
     """
@@ -164,7 +164,7 @@ def put_together(
                 captured.append(repeated_run(graph, groups, memory, anywhere=facts["anywhere"][i]))
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
-        calibration = Calibration.from_state(scheme, facts["reached"], facts["refused"], tensors)
+        calibration = Calibration.from_state(schemes, facts["reached"], facts["refused"], tensors)
         verdict = None if facts["verdict"] is None else Verdict(**facts["verdict"])
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode, OpResult
     from pytest_qsens.snapshot import Entry
 
-RANKED_BY: Mapping[Mode, str] = MappingProxyType({"isolated": "nmse", "fallback": "gain"})
+RANKED_BY: Mapping[Mode, str] = MappingProxyType({"isolated": "nmse", "fallback": "gain", "added": "loss"})
 """Mode → the metric that ops are ranked by: the larger, the more sensitive."""
 
 _NAMED = 5

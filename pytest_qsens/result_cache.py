@@ -7,9 +7,10 @@ directory (`pytest_qsens.cache`) holds small files::
     results/<run key>/<scheme key>.scheme.json          what a run under these schemes tells beside its scores
     results/<run key>/<op>.<mode>.<scheme key>.json     one score, of an op or of a group of ops
 
-A score with only its op quantized depends on the op's own scheme, every other one on the schemes of all ops. What is
-read is believed only if it is whole, was written for this very place, and comes from the unquantized outputs that
-``entry.json`` names: where the model turns out to give others, everything measured before is out of use at once.
+A score with only its op quantized depends on the op's own scheme, every other one on the schemes of all ops, and one of
+an op that is quantized beside these (``added``) on both. What is read is believed only if it is whole, was written for
+this very place, and comes from the unquantized outputs that ``entry.json`` names: where the model turns out to give
+others, everything measured before is out of use at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SCHEMA = 1
 KIND = "results"
 SCHEME = ".scheme.json"
 
-Part = Literal["isolated", "fallback", "total"]
+Part = Literal["isolated", "fallback", "added", "total"]
 """What is measured of an op, or of the whole model."""
 
 _KEPT = frozenset({"measured", "unexercised", "unquantizable"})
@@ -56,21 +57,35 @@ class SchemeKeys:
     """Keys of the schemes that a score depends on.
 
     Args:
-        schemes: Op → its scheme, for all ops of the model.
+        schemes: Op → its scheme, or why it has none, for all ops of the model.
+        base: The same when all that are to be quantized at once are, if that is not the same: an op that is quantized
+            beside these has no scheme there.
 
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
-        known = {scheme: digest(asdict(scheme)) for scheme in set(schemes.values())}
-        self._own = {op: known[scheme] for op, scheme in schemes.items()}
-        self.joint = digest(self._own)
+    def __init__(self, schemes: Mapping[str, Scheme | str], base: Mapping[str, Scheme | str] | None = None) -> None:
+        base = schemes if base is None else base
+        self._own, self._base = _digests(schemes), _digests(base)
+        self._without = {op for op, scheme in base.items() if isinstance(scheme, str)}
+        self.joint = digest(self._base)
         """Key of the schemes of all ops."""
 
     def key(self, op: str, part: Part, members: Sequence[str] = ()) -> str:
         """Key of what one score depends on; ``members`` are those of a group."""
-        if part != "isolated":
+        if part in ("fallback", "total"):
             return self.joint
-        return digest({member: self._own[member] for member in members}) if members else self._own[op]
+        own = self._of_group(members) if members else self._own[op]
+        return own if part == "isolated" else digest([self.joint, own])
+
+    def _of_group(self, members: Sequence[str]) -> str:
+        """Key of a group: what is only added counts where nothing else is in it (`Assignment.adds`)."""
+        keys = self._own if self._without.issuperset(members) else self._base
+        return digest({member: keys[member] for member in members})
+
+
+def _digests(schemes: Mapping[str, Scheme | str]) -> dict[str, str]:
+    known = {scheme: digest(scheme if isinstance(scheme, str) else asdict(scheme)) for scheme in set(schemes.values())}
+    return {op: known[scheme] for op, scheme in schemes.items()}
 
 
 class ResultCache:
@@ -80,7 +95,8 @@ class ResultCache:
         cache_dir: The cache.
         model: Label of the model, for those who look into the cache.
         facts: All that the scores depend on but schemes, in builtin values.
-        schemes: The ops' schemes.
+        schemes: The ops' schemes, as for `SchemeKeys`.
+        base: As for `SchemeKeys`.
 
     Attributes:
         path: Directory of the entry.
@@ -89,9 +105,16 @@ class ResultCache:
 
     """
 
-    def __init__(self, cache_dir: Path, model: str, facts: Mapping[str, object], schemes: Mapping[str, Scheme]) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        model: str,
+        facts: Mapping[str, object],
+        schemes: Mapping[str, Scheme | str],
+        base: Mapping[str, Scheme | str] | None = None,
+    ) -> None:
         self._key = digest([SCHEMA, facts])
-        self._keys = SchemeKeys(schemes)
+        self._keys = SchemeKeys(schemes, base)
         self._model = model
         self.path = cache_dir / KIND / self._key
         self.problem: str | None = None
@@ -134,7 +157,7 @@ class ResultCache:
             result = from_payload(payload)
         except QsensError:
             return None
-        scores = result.fallback if part == "fallback" else result.isolated
+        scores = result.isolated if part == "total" else getattr(result, part)
         expected = (op.name, op.type, op.member_names)
         right = (result.op, result.type, result.ops) == expected and result.status in _KEPT
         return result if right and (scores is not None or result.status != "measured") else None

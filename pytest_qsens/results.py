@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Status = Literal["measured", "estimated", "unexercised", "unquantizable", "failed", "unrun"]
-"""``unrun``: an op of the model that this run did not select or did not reach."""
+Status = Literal["measured", "estimated", "unexercised", "unquantizable", "unquantized", "failed", "unrun"]
+"""``unrun``: an op of the model that this run did not select or did not reach; ``unquantized``: one that the config
+leaves as it is."""
 
-Mode = Literal["isolated", "fallback"]
+Mode = Literal["isolated", "fallback", "added"]
+"""Only the op is quantized; everything but the op; everything that a config quantizes, and the op."""
+
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 IDENTICAL = "identical to the reference"
@@ -40,14 +43,14 @@ CANNOT = "measured, as it cannot be estimated: "
 LEFT_OUT = "not measured: "
 """Reason of an op that there was no time or need to measure, before why."""
 
-ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "noise", "samples", "stderr"})
+ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "loss_noise", "noise", "samples", "stderr"})
 """What results hold beside metrics, and snapshots leave out."""
 
 Scores = dict[str, float | None]
 """Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite).
 
 Beside its metrics, a mode has ``stderr`` and ``samples``: see `pytest_qsens.samples`. ``fallback`` has ``noise``,
-``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`.
+``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`; ``added`` the same with ``loss_noise``.
 """
 
 NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", *ABOUT_SCORES}) - {"distinguishable"}
@@ -70,10 +73,10 @@ Payload = dict[str, Any]
 class OpResult:
     """What is known about one op after a run.
 
-    ``isolated`` and ``fallback`` hold numbers only when ``status`` is ``measured`` or ``estimated``, or ``failed`` for
-    the other mode alone; ``intervals`` holds that of the ``nmse`` of every mode that is estimated. ``reason`` explains
-    every status but ``measured``, and notes an output identical to the reference, what was left unquantized in a fully
-    quantized model, or why an op was measured that would be estimated.
+    ``isolated``, ``fallback`` and ``added`` hold numbers only when ``status`` is ``measured`` or ``estimated``, or
+    ``failed`` for another mode alone; ``intervals`` holds that of the ``nmse`` of every mode that is estimated.
+    ``reason`` explains every status but ``measured``, and notes an output identical to the reference, what was left
+    unquantized in a fully quantized model, or why an op was measured that would be estimated.
     """
 
     op: str
@@ -87,6 +90,9 @@ class OpResult:
     intervals: Mapping[Mode, Interval] = field(default_factory=dict, hash=False)
     ops: tuple[str, ...] = ()
     """Of a group, the ops that were flipped together; empty for an op."""
+    scheme: str | None = None
+    """Name of its scheme, or of all schemes of a group or of the whole model, where a config is measured."""
+    added: Scores | None = None
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -125,7 +131,8 @@ class RunInfo:
     it was asked for, ``shard`` if only a part was measured. ``reference`` is a hash of the unquantized outputs' bits,
     where machines differ all of them, joined with ``+``; ``checkpoint`` is one of the weights' files, if there are any.
     ``cached`` is how many of the ops were measured by an earlier run and taken from the cache. ``granularity`` says
-    what was measured as one, see `pytest_qsens.groups`.
+    what was measured as one, see `pytest_qsens.groups`. Where a config is measured, ``scheme`` is what it is called,
+    and ``config`` has its ``path``, ``format`` and ``sha256``, and as ``down`` the scheme of ops that are added to it.
     """
 
     model: str
@@ -142,6 +149,7 @@ class RunInfo:
     shard: Shard | None = None
     cached: int = 0
     granularity: str = "op"
+    config: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,7 @@ def joined(results: Sequence[OpResult]) -> OpResult:
         reason="; ".join(reasons) or None,
         isolated=next((result.isolated for result in results if result.isolated is not None), None),
         fallback=next((result.fallback for result in results if result.fallback is not None), None),
+        added=next((result.added for result in results if result.added is not None), None),
         seconds=sum(result.seconds for result in results),
         intervals={mode: bounds for result in results for mode, bounds in result.intervals.items()},
     )
@@ -192,6 +201,9 @@ def to_payload(result: OpResult) -> Payload:
     """
     payload = asdict(result)
     del payload["intervals"], payload["ops"]
+    for name in ("scheme", "added"):
+        if payload[name] is None:
+            del payload[name]
     if result.ops:
         payload["ops"] = list(result.ops)
     payload["seconds"] = float(result.seconds)
@@ -234,6 +246,8 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         seconds=fields.number("seconds"),
         intervals=intervals,
         ops=_optional_names(fields, "ops"),
+        scheme=fields.optional_text("scheme"),
+        added=_optional_scores(fields, "added", intervals),
     )
     fields.end()
     return result
@@ -288,7 +302,7 @@ def _score(metric: str, number: object, where: str) -> float:
 def dump(result: RunResult) -> str:
     """Text of a result file: floats at full precision, one op a line."""
     facts = asdict(result.run)
-    for name in ("profile", "reference", "checkpoint", "shard"):
+    for name in ("profile", "reference", "checkpoint", "shard", "config"):
         if facts[name] is None:
             del facts[name]
     if result.run.granularity == "op":
@@ -342,7 +356,7 @@ def _read_run(fields: Fields) -> RunInfo:
         model=fields.text("model"),
         scheme=fields.text("scheme"),
         engine=fields.text("engine"),
-        mode=fields.choice("mode", (*MODES, "both")),
+        mode=fields.choice("mode", ("isolated", "fallback", "both")),
         environment=fields.texts("environment"),
         cost=Cost(
             wall_seconds=cost.number("wall_seconds"),
@@ -358,6 +372,7 @@ def _read_run(fields: Fields) -> RunInfo:
         shard=_optional_shard(fields),
         cached=int(fields.optional_number("cached") or 0),
         granularity=fields.optional_text("granularity") or "op",
+        config=_optional_texts(fields, "config"),
     )
     cost.end()
     fields.end()
@@ -367,6 +382,13 @@ def _read_run(fields: Fields) -> RunInfo:
 def _optional_profile(fields: Fields) -> Profile | None:
     value = fields.take("profile")
     return None if value is None else read_profile(value, fields.at("profile"))
+
+
+def _optional_texts(fields: Fields, key: str) -> dict[str, str] | None:
+    value, where = fields.take(key), fields.at(key)
+    if value is None:
+        return None
+    return {name: typed(text, str, f"{where}, {name!r}") for name, text in typed(value, dict, where).items()}
 
 
 def _optional_shard(fields: Fields) -> Shard | None:

@@ -162,9 +162,12 @@ def _chosen(
             without[op.op] = _why(op, mode, metric)
     estimates = sum(op.status == "estimated" for op in file.run.ops if op.op in values)
     notes = [f"estimates, not measured: {estimates} of {len(values)} values"] if estimates else []
-    noisy = sum(mode == "fallback" and lost_in_noise(op.fallback) for op in file.run.ops if op.op in values)
+    scored = [op for op in file.run.ops if op.op in values]
+    noisy = sum(lost_in_noise(scores) for op in scored for known, scores in op.modes.items() if known == mode)
     if noisy:
-        notes.append(f"not to be told from noise: the gain of {noisy} of {len(values)} ops")
+        notes.append(
+            f"not to be told from noise: the {'loss' if mode == 'added' else 'gain'} of {noisy} of {len(values)} ops"
+        )
     info = file.run.run
     return Sensitivities(
         path=str(file.path),
@@ -191,7 +194,7 @@ def _choice(where: object, what: str, asked: str | None, known: Sequence[str], w
 def _larger_is_sensitive(mode: str, metric: str) -> bool:
     """Tell the direction: quantizing a sensitive op alone makes things worse, keeping it in fp32 makes them better."""
     worse = METRICS[metric].higher_is_worse
-    return worse if mode == "isolated" or metric == "gain" else not worse
+    return worse if mode in ("isolated", "added") or metric == "gain" else not worse
 
 
 def _scores(op: OpResult, mode: str) -> Mapping[str, float | None]:

@@ -37,7 +37,7 @@ from pytest_qsens.files import (
     write_atomically,
 )
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import MODES, Mode, Payload, Scores, read_scores, round_score
+from pytest_qsens.results import MODES, Mode, OpResult, Payload, Scores, read_scores, round_score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -61,6 +61,7 @@ __all__ = [
     "prune",
     "take_texts",
     "union",
+    "with_other_schemes",
     "write",
 ]
 
@@ -72,11 +73,16 @@ EVALUATION = "evaluation"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is recorded of one op: its type, and its scores in each mode that was accepted so far."""
+    """What is recorded of one op: its type, and its scores in each mode that was accepted so far.
+
+    ``scheme`` names what quantized it, where a config was measured.
+    """
 
     type: str
     isolated: Scores | None = None
     fallback: Scores | None = None
+    scheme: str | None = None
+    added: Scores | None = None
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -91,7 +97,12 @@ class Entry:
             }
             for mode, scores in sorted(self.modes.items())
         }
-        return {**payload, "type": self.type}
+        return {**payload, **({} if self.scheme is None else {"scheme": self.scheme}), "type": self.type}
+
+    @classmethod
+    def of(cls, result: OpResult) -> Entry:
+        """Take what can be recorded of a result."""
+        return cls(result.type, **result.metrics, scheme=result.scheme)
 
     @classmethod
     def from_payload(cls, payload: object, where: str = "payload") -> Entry:
@@ -105,7 +116,7 @@ class Entry:
         modes = {
             mode: read_scores(value, fields.at(mode)) for mode in MODES if (value := fields.take(mode)) is not None
         }
-        entry = cls(fields.text("type"), **modes)
+        entry = cls(fields.text("type"), **modes, scheme=fields.optional_text("scheme"))
         fields.end()
         return entry
 
@@ -241,7 +252,7 @@ def union(*batches: Mapping[str, Entry]) -> dict[str, Entry]:
     value that was really measured, and the one a later run is least likely to be flagged against.
 
     Raises:
-        QsensError: If two reports disagree about the type of an op.
+        QsensError: If two reports disagree about the type or the scheme of an op.
 
     """
     result: dict[str, Entry] = {}
@@ -252,15 +263,15 @@ def union(*batches: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def _larger(name: str, one: Entry, other: Entry) -> Entry:
-    if one.type != other.type:
-        types = " and ".join(sorted((one.type, other.type)))
-        raise QsensError(f"op {name!r} was reported with two types, {types}")
+    for what, both in (("types", {one.type, other.type}), ("schemes", {str(one.scheme), str(other.scheme)})):
+        if len(both) > 1:
+            raise QsensError(f"op {name!r} was reported with two {what}, {' and '.join(sorted(both))}")
     modes = {
         mode: max((entry.modes[mode] for entry in (one, other) if mode in entry.modes), key=_rank)
         for mode in MODES
         if mode in one.modes or mode in other.modes
     }
-    return Entry(one.type, **modes)
+    return Entry(one.type, **modes, scheme=one.scheme)
 
 
 def _rank(scores: Scores) -> tuple[float, str]:
@@ -268,33 +279,42 @@ def _rank(scores: Scores) -> tuple[float, str]:
     return rounded.get("nmse") or 0.0, json.dumps(rounded)
 
 
-def accepted(
-    kind: str, recorded: Mapping[Mode, Scores], measured: Mapping[Mode, Scores], verdicts: Mapping[Mode, Verdict]
-) -> Entry:
-    """Give what the file gets of an op of type ``kind`` whose scores are accepted.
+def accepted(measured: Entry, recorded: Entry | None, verdicts: Mapping[Mode, Verdict]) -> Entry:
+    """Give what the file gets of an op whose scores are accepted.
 
     Modes within their thresholds are left as recorded: small moves make no diff, and do not add up unseen. Where
-    only metrics are new, the recorded ones stay too.
+    only metrics are new, the recorded ones stay too. Nothing stays of another scheme.
     """
+    known = recorded.modes if recorded is not None and recorded.scheme == measured.scheme else {}
     modes: dict[Mode, Scores] = {}
     for mode, verdict in verdicts.items():
         if verdict.kind == "new":
-            modes[mode] = {**measured[mode], **recorded.get(mode, {})}
-        elif verdict.kind != "ok":
-            modes[mode] = measured[mode]
-    return Entry(kind, **modes)
+            modes[mode] = {**measured.modes[mode], **known.get(mode, {})}
+        elif verdict.kind != "ok" or mode not in known:
+            modes[mode] = measured.modes[mode]
+    return Entry(measured.type, **modes, scheme=measured.scheme)
 
 
 def merge(old: Snapshot, entries: Mapping[str, Entry]) -> Snapshot:
     """Put newly accepted entries in place of the old ones, op by op and mode by mode; everything else stays.
 
-    Nothing stays of an op that has become another one under the same name: its scores were of another type.
+    Nothing stays of an op that has become another one under the same name, or has another scheme.
     """
     ops = dict(old.ops)
     for name, entry in entries.items():
-        kept = ops[name].modes if name in ops and ops[name].type == entry.type else {}
-        ops[name] = Entry(entry.type, **{**kept, **entry.modes})
+        same = name in ops and (ops[name].type, ops[name].scheme) == (entry.type, entry.scheme)
+        kept = ops[name].modes if same else {}
+        ops[name] = Entry(entry.type, **{**kept, **entry.modes}, scheme=entry.scheme)
     return replace(old, ops=ops)
+
+
+def with_other_schemes(old: Snapshot, measured: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return what was measured of ops that have another scheme than the snapshot says."""
+    return {
+        name: entry
+        for name, entry in measured.items()
+        if entry.scheme is not None and name in old.ops and old.ops[name].scheme != entry.scheme
+    }
 
 
 def adopt(snapshot: Snapshot, measured: Mapping[str, Entry], environment: Mapping[str, str]) -> Snapshot:

@@ -17,15 +17,14 @@ from syrupy.extensions.amber import AmberDataSerializer, AmberDataSerializerPlug
 from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.snapshot import accepted, load, on_other_data
-from pytest_qsens.thresholds import Verdict, combine, judge
+from pytest_qsens.snapshot import Entry, accepted, load, on_other_data
+from pytest_qsens.thresholds import Verdict, applied, combine, judge
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from pytest_qsens.results import Mode, OpResult, Scores
-    from pytest_qsens.snapshot import Entry
     from pytest_qsens.thresholds import Threshold
 
 WRONG_WAY_ROUND = (
@@ -78,7 +77,7 @@ class Score:
         self.estimated = estimated
         self.verdict: Verdict | None = None
         self.accepted = False
-        self._old: Mapping[Mode, Scores] = {}
+        self._recorded: Entry | None = None
         self._verdicts: dict[Mode, Verdict] = {}
         _refuse_amber()
 
@@ -113,7 +112,7 @@ class Score:
             reason = f" ({self.result.reason})" if self.result.reason else ""
             raise QsensError(f"{self.result.op} has no score to compare: it is {self.result.status}{reason}.")
         known = {metric for scores in self.result.metrics.values() for metric in scores}
-        gated = [threshold.metric for threshold in self.thresholds]
+        gated = list(dict.fromkeys(t.metric for mode in self.result.modes for t in applied(self.thresholds, mode)))
         if gated and not known.intersection(gated):
             raise QsensError(
                 f"{self.result.op}: none of the gated metrics ({', '.join(gated)}) was measured. "
@@ -122,8 +121,7 @@ class Score:
         snapshot = load(self.path, model=self.model, scheme=self.scheme, granularity=self.granularity)
         recorded = snapshot.ops.get(self.result.op)
         # What is recorded under this name of another type of op says nothing about this one.
-        comparable = recorded is not None and recorded.type == self.result.type
-        self._old = recorded.modes if recorded is not None and comparable else {}
+        self._recorded = recorded if recorded is not None and recorded.type == self.result.type else None
         other_data = on_other_data(snapshot.environment, self.evaluation)
         self._verdicts = {
             mode: self._bounded(mode, scores, other_data=other_data)
@@ -132,10 +130,17 @@ class Score:
             for mode, scores in self.result.modes.items()
         }
         self.verdict = combine(self._verdicts.values())
-        if recorded is not None and not comparable:
+        if recorded is not None and self._recorded is None:
             line = f"recorded as {recorded.type}, but it is {self.result.type}"
             self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
+        elif self.verdict.lines and recorded is not None and recorded.scheme != self.result.scheme:
+            line = f"scheme {recorded.scheme} → {self.result.scheme}"
+            self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
         return self.verdict
+
+    @property
+    def _old(self) -> Mapping[Mode, Scores]:
+        return {} if self._recorded is None else self._recorded.modes
 
     def _bounded(self, mode: Mode, scores: Scores, *, other_data: bool) -> Verdict:
         thresholds = [threshold for threshold in self.thresholds if threshold.metric in scores]
@@ -167,7 +172,7 @@ class Score:
         """What the snapshot file gets if the test passes; ``None`` if nothing was accepted."""
         if not self.accepted or self.estimated:
             return None
-        return accepted(self.result.type, self._old, self.result.metrics, self._verdicts)
+        return accepted(Entry.of(self.result), self._recorded, self._verdicts)
 
     def explain(self) -> list[str]:
         """Why the comparison failed, and the command that accepts the present scores."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -50,6 +50,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "sse": Metric(higher_is_worse=True),
         "kl": Metric(higher_is_worse=True, floor=1e-10),
         "gain": Metric(higher_is_worse=True, floor=1e-10),
+        "loss": Metric(higher_is_worse=True, floor=1e-10),
         "sqnr_db": Metric(higher_is_worse=False, ceiling=100.0),
         "top1": Metric(higher_is_worse=False),
     }
@@ -237,6 +238,13 @@ class Verdict:
     within_noise: tuple[str, ...] = ()
 
 
+def applied(thresholds: Sequence[Threshold], mode: str) -> Sequence[Threshold]:
+    """Thresholds as they gate a mode: that of ``gain`` is the one of ``loss`` of an op that is added to a config."""
+    if mode != "added" or any(threshold.metric == "loss" for threshold in thresholds):
+        return thresholds
+    return [replace(threshold, metric="loss") if threshold.metric == "gain" else threshold for threshold in thresholds]
+
+
 def judge(
     old: Scores | None, new: Scores, thresholds: Sequence[Threshold], mode: str, *, other_data: bool = False
 ) -> Verdict:
@@ -257,7 +265,7 @@ def judge(
 
     """
     found: list[Verdict] = []
-    for threshold in thresholds:
+    for threshold in applied(thresholds, mode):
         name = threshold.metric
         if old is None or name not in old:
             if name in new:

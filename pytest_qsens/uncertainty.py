@@ -23,7 +23,7 @@ def allowance(metric: str, old: float | None, new: Scores, *, other_data: bool) 
     Both scores are draws, so their difference has √2 times the standard deviation of one. The recorded one is taken
     to vary as much as the new one. Two things make a score vary:
 
-    - ``noise`` and ``gain_noise``: where values of a quantized model round to other integers;
+    - ``noise``, ``gain_noise`` and ``loss_noise``: where values of a quantized model round to other integers;
     - ``stderr``: which samples were drawn. On the samples of the snapshot that is no part of the difference.
 
     Args:
@@ -33,8 +33,8 @@ def allowance(metric: str, old: float | None, new: Scores, *, other_data: bool) 
         other_data: Whether they were measured on other evaluation data than the recorded ones.
 
     """
-    if metric == "gain":
-        return _of_draws(new.get("gain_noise"))
+    if metric in ("gain", "loss"):
+        return _of_draws(new.get(f"{metric}_noise"))
     if metric not in _OF_NMSE or "nmse" not in new:
         return 0.0
     found = math.hypot(_of_draws(new.get("noise")), _of_samples(new) if other_data else 0.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qsens.cli import main
+from pytest_qsens.errors import QsensError
 from pytest_qsens.merge import merge
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.profile import Profile
@@ -25,6 +26,9 @@ ENVIRONMENT = {"cpu": "AuthenticAMD AVX512", "device": "cpu", "machine": "x86_64
 RUN = RunInfo("m", "w8a8", "delta", "isolated", ENVIRONMENT, Cost(10.0, 0.5, 1.0), data="d1", reference="r1")
 NAMES = ("layers.0.q", "layers.0.k", "layers.1.q", "layers.1.k", "head")
 FUNCTIONAL = OpResult("layers.0:qk", "qk", "layers.0", "unquantizable", "w8a8 does not quantize qk products")
+
+
+CONFIG = {"path": "/one/quant.yaml", "format": "qsens", "sha256": "c1"}
 
 
 def measured(name: str, nmse: float = 0.1, seconds: float = 1.0) -> OpResult:
@@ -88,6 +92,20 @@ def test_a_merged_file_is_one_of_ours(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["show", str(out)]) == 0
     assert main(["merge", str(out), "-o", str(tmp_path / "again.json")]) == 4
     assert f"{out} is no shard" in capsys.readouterr().err
+
+
+def test_shards_of_a_config(tmp_path: Path) -> None:
+    """Of one file, wherever each shard has it; what the config leaves unquantized is in all shards alike."""
+    unquantized = OpResult(
+        "head", "linear", "", "unquantized", "the config leaves it unquantized", scheme="unquantized"
+    )
+    parts = [changed(other_run(config=CONFIG)(part), "head", unquantized) for part in SHARDS]
+    elsewhere = [*parts[:2], other_run(config={**CONFIG, "path": "/two/quant.yaml"})(parts[2])]
+    result = merge(files(tmp_path, *elsewhere)).result
+    assert result.run.config == CONFIG
+    assert [op for op in result.ops if op.op == "head"] == [unquantized]
+    with pytest.raises(QsensError, match="not of one run: config sha256 'c1' and 'c2'"):
+        merge(files(tmp_path, *parts[:2], other_run(config={**CONFIG, "sha256": "c2"})(parts[2])))
 
 
 def test_one_of_one(tmp_path: Path) -> None:
@@ -155,6 +173,7 @@ def other_environment(**values: str) -> Callable[[RunResult], RunResult]:
         (other_run(engine="eager"), "not of one run: engine 'delta' and 'eager'"),
         (other_run(data=None), "not of one run: data 'd1' and not recorded"),
         (other_run(checkpoint="c2"), "not of one run: checkpoint not recorded and 'c2'"),
+        (other_run(config=CONFIG), "not of one run: config format not recorded and 'qsens'"),
         (other_run(shard=Shard(2, 4)), "not of one run: number of shards 3 and 4"),
         (other_environment(torch="2.14.0"), "not of one run: torch '2.13.0' and '2.14.0'"),
         (other_environment(kernels="torch x86"), "not of one run: kernels not recorded and 'torch x86'"),

@@ -132,6 +132,21 @@ def test_keys_of_schemes() -> None:
     assert one.key("a", "fallback") == one.key("b", "total") == one.joint != other.joint
 
 
+def test_keys_of_what_is_added() -> None:
+    """By itself it is as in a plain run; beside the others it depends on them; in a group it counts only alone."""
+    without = "unquantized: the config leaves it unquantized"
+    plain = SchemeKeys(dict.fromkeys("abc", SCHEMES["w8a8"]))
+    base = {"a": SCHEMES["w8a8"], "b": without, "c": without}
+    keys, bare = SchemeKeys({**base, "b": SCHEMES["w8a8"], "c": SCHEMES["w8a8"]}, base), SchemeKeys(base)
+    assert keys.joint == bare.joint != plain.joint
+    assert keys.key("b", "isolated") == plain.key("b", "isolated") != bare.key("b", "isolated")
+    assert len({keys.key("b", part) for part in ("isolated", "added", "fallback")}) == 3
+    other = {**base, "b": SCHEMES["w8a8_static"], "c": SCHEMES["w8a8"]}
+    assert keys.key("b", "added") != SchemeKeys(other, base).key("b", "added")
+    assert keys.key("g", "isolated", "bc") == plain.key("g", "isolated", "bc")
+    assert keys.key("g", "isolated", "ab") == bare.key("g", "isolated", "ab") != plain.key("g", "isolated", "ab")
+
+
 def test_other_facts_are_another_place(tmp_path: Path) -> None:
     """Whatever else the scores depend on is in the key."""
     filled(tmp_path)

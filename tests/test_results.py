@@ -34,7 +34,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 METRIC = TEXT.filter(lambda name: name not in {*NON_NEGATIVE, INTERVAL})
 SCORES = st.dictionaries(METRIC, NUMBER, max_size=3) | st.just({"nmse": 0.0, "sqnr_db": None})
-STATUS = st.sampled_from(["measured", "estimated", "unexercised", "unquantizable", "failed", "unrun"])
+STATUS = st.sampled_from(["measured", "estimated", "unexercised", "unquantizable", "unquantized", "failed", "unrun"])
 RESULT = st.builds(
     OpResult,
     TEXT,
@@ -45,6 +45,8 @@ RESULT = st.builds(
     isolated=st.none() | SCORES,
     fallback=st.none() | SCORES,
     seconds=NUMBER,
+    scheme=st.none() | TEXT,
+    added=st.none() | SCORES,
 )
 SECONDS = st.dictionaries(TEXT, NUMBER, max_size=3)
 RUN = st.builds(
@@ -60,6 +62,7 @@ RUN = st.builds(
     profile=st.none() | st.builds(Profile, st.integers(1, 99), SECONDS, SECONDS, st.none() | NUMBER),
     reference=st.none() | TEXT,
     shard=st.none() | st.integers(1, 99).flatmap(lambda count: st.builds(Shard, st.integers(1, count), st.just(count))),
+    config=st.none() | st.dictionaries(TEXT, TEXT, max_size=3),
 )
 RUN_RESULT = st.builds(RunResult, RUN, st.lists(RESULT, max_size=3).map(tuple), st.none() | RESULT)
 

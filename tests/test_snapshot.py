@@ -37,6 +37,7 @@ from pytest_qsens.snapshot import (
     merge,
     prune,
     union,
+    with_other_schemes,
     write,
 )
 
@@ -46,11 +47,13 @@ METRIC = st.sampled_from(["kl", "mse", "nmse", "sse", "top1"])
 SCORES = st.dictionaries(METRIC, NUMBER.map(abs)).flatmap(
     lambda scores: st.sampled_from([scores, scores | {"sqnr_db": None}, scores | {"sqnr_db": 30.0}])
 )
-ENTRY = st.builds(Entry, st.just("linear"), isolated=st.none() | SCORES, fallback=st.none() | SCORES)
+MODES = {mode: st.none() | SCORES for mode in ("isolated", "fallback", "added")}
+ENTRY = st.builds(Entry, st.just("linear"), **MODES)
+OF_A_CONFIG = st.builds(Entry, st.just("linear"), **MODES, scheme=TEXT)
 NAME = st.sampled_from(["a.0", "a.1", "ü", TOTAL]) | TEXT
 ENTRIES = st.dictionaries(NAME, ENTRY, max_size=4)
 ENVIRONMENT = st.dictionaries(TEXT, TEXT, max_size=3)
-SNAPSHOT = st.builds(Snapshot, TEXT, TEXT, ENVIRONMENT, ENTRIES)
+SNAPSHOT = st.builds(Snapshot, TEXT, TEXT, ENVIRONMENT, ENTRIES | st.dictionaries(NAME, OF_A_CONFIG, max_size=4))
 
 CANONICAL = """\
 {
@@ -294,9 +297,10 @@ def test_merging_removes_nothing(snapshot: Snapshot, entries: dict[str, Entry]) 
     merged = merge(snapshot, entries)
     assert merged.ops.keys() == snapshot.ops.keys() | entries.keys()
     for name, result in merged.ops.items():
-        old = snapshot.ops[name].modes if name in snapshot.ops else {}
-        new = entries[name].modes if name in entries else {}
-        assert result.modes == {**old, **new}
+        new, old = entries.get(name, Entry("")), snapshot.ops.get(name, Entry(""))
+        stays = name not in entries or new.scheme == old.scheme
+        assert result.modes == ({**old.modes, **new.modes} if stays else new.modes)
+        assert result.scheme == (new if name in entries else old).scheme
 
 
 def test_updating_one_mode_keeps_the_other() -> None:
@@ -312,6 +316,18 @@ def test_an_op_of_another_type_keeps_nothing() -> None:
     old = Snapshot("minilm", "w8a8", {}, {"a": entry(0.1, fallback={"nmse": 0.7})})
     new = Entry("conv1d", isolated={"nmse": 0.2})
     assert merge(old, {"a": new}).ops == {"a": new}
+
+
+def test_an_op_with_another_scheme_keeps_nothing() -> None:
+    """Its scores were those of the other one, in modes that were not measured too; who has it is found out."""
+    old = Snapshot("m", "s", {}, {op: replace(entry(0.1, fallback={"nmse": 0.7}), scheme="w8a8") for op in "ab"})
+    new = {"a": replace(entry(0.2), scheme="w4a16"), "b": replace(entry(0.2), scheme="w8a8")}
+    assert with_other_schemes(old, new) == {"a": new["a"]}
+    merged = merge(old, new).ops
+    assert merged["a"] == new["a"]
+    assert merged["b"].fallback == {"nmse": 0.7}
+    with pytest.raises(QsensError, match="two schemes, w4a16 and w8a8"):
+        union(merged, {"a": old.ops["a"]})
 
 
 def test_pruning_removes_what_is_not_kept() -> None:

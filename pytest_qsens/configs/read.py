@@ -81,7 +81,7 @@ def _format(document: Document, name: str | None) -> Format:
         return found[0]
     if found:
         names = " and ".join(known.NAME for known in found)
-        raise QsensError(f"{document.path} can be {names}. Choose with --format.")
+        raise QsensError(f"{document.path} can be {names}. Choose with --format (pytest: --qsens-config-format).")
     value = document.value
     if isinstance(value, dict):
         for key in _SENSITIVITIES:

@@ -66,13 +66,13 @@ class Engine(Protocol):
         """Others whose scores in this mode came together with that of these ops."""
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized.
+        """Everything is quantized that can be, but for what is only added.
 
         With a seed, the outputs of all ops are moved in their last digits (`pytest_qsens.noise.perturbed`).
         """
 
     def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but these ops is quantized; the seed as in `joint`."""
+        """Flip these ops in what `joint` is: they are not quantized, or added; the seed as there."""
 
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate an op's score by metric, ``sse`` and maybe ``kl``; ``None`` if it is to be measured."""
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """Why an op is measured by an engine that estimates, if that has to be said."""
 
     def all_but(self, *ops: str, seed: int | None = None) -> Score | None:
-        """Score with all but these ops quantized, if the engine measures several changes at once; seed as above."""
+        """Score with these ops flipped as in `fallback`, if the engine measures several changes at once."""
 
 
 class OneByOne:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pytest_qsens.ops import Op
 
 KERNEL_ENGINES = ("fx", "inc")
@@ -35,6 +37,20 @@ def check_engine(engine: str, scheme: str, device: str) -> None:
         raise QsensError(f"engine {engine} runs int8 kernels of the CPU, not of device {device!r}")
     if engine == "inc":
         _check_inc()
+
+
+def check_added(engine: str, added: Collection[str]) -> None:
+    """Check that an engine can measure ops that are quantized beside all others, if there are any.
+
+    Raises:
+        QsensError: If it cannot.
+
+    """
+    if added and engine == "probe":
+        raise QsensError(
+            f"engine {engine} estimates what quantizing an op does by itself, or restoring it, and not what it adds to "
+            f"a config, which is asked for {len(added)} ops. Measure them with engine delta, the default"
+        )
 
 
 def check_group(engine: str, op: Op) -> None:

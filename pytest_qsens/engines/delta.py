@@ -138,6 +138,7 @@ class DeltaEngine(ReplayEngine):
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
         rows: Of each sample of every batch.
+        added: Of the quantizable ops, those that are not quantized when everything is.
 
     """
 
@@ -154,8 +155,9 @@ class DeltaEngine(ReplayEngine):
         *,
         logits: bool,
         rows: Sequence[Rows],
+        added: Collection[str] = (),
     ) -> None:
-        super().__init__(captured, simulator, quantizable, memory)
+        super().__init__(captured, simulator, quantizable, memory, added)
         self._logits = logits
         self._rows = rows
         self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
@@ -235,7 +237,7 @@ class DeltaEngine(ReplayEngine):
             self._checked_others = True
             fault = self._find_fault()
             if fault is not None:
-                self._distrust(f"mode fallback is replayed: {fault}", ["fallback"])
+                self._distrust(f"mode fallback is replayed: {fault}", ["fallback", "added"])
 
     def _with_others(self, seed: int | None) -> Waves:
         if seed not in self._others:
@@ -273,7 +275,7 @@ class DeltaEngine(ReplayEngine):
 
     def _measure_others(self, seed: int | None) -> Callable[[Sequence[Unit]], dict[Unit, Score]]:
         runs = self._joint_together(seed)
-        return lambda units: self._measure(units, runs, lambda graph, unit: self._unquantized(graph, unit, seed))
+        return lambda units: self._measure(units, runs, lambda graph, unit: self._flip(graph, unit, seed))
 
     def _joint_together(self, seed: int | None) -> list[JointRun]:
         if seed not in self._joined:
@@ -287,7 +289,7 @@ class DeltaEngine(ReplayEngine):
     def _row_wise(self, graph: Graph) -> dict[Node, RowWise]:
         return {
             node: RowWise(call, partial(self._blocks, op, node.target))
-            for op in self._quantizable
+            for op in self._base
             if self._simulator.is_row_wise(op)
             for node, call in self._quantize(graph, [op]).items()
         }

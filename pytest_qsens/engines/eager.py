@@ -32,8 +32,9 @@ class EagerEngine(ForwardEngine):
         output: Output,
         simulator: Simulator,
         quantizable: Collection[str],
+        added: Collection[str] = (),
     ) -> None:
-        super().__init__(model, batches, output, quantizable)
+        super().__init__(model, batches, output, quantizable, added)
         self._simulator = simulator
 
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:

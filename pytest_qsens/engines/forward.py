@@ -39,7 +39,12 @@ class ForwardEngine(OneByOne, ABC):
     distrusted: str | None = None
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], output: Output, quantizable: Collection[str]
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        output: Output,
+        quantizable: Collection[str],
+        added: Collection[str] = (),
     ) -> None:
         self._model = model
         self._threads: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -52,6 +57,7 @@ class ForwardEngine(OneByOne, ABC):
         with profile.phase("reference"):
             self.references = list(self._reference())
         self._quantizable = frozenset(quantizable) - self.out_of_reach.keys()
+        self._added = frozenset(added)
 
     @property
     def note(self) -> str | None:
@@ -63,12 +69,13 @@ class ForwardEngine(OneByOne, ABC):
         return self._outputs(frozenset(ops), None)
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
-        return self._outputs(self._quantizable, seed)
+        """Everything is quantized but what is only added; a seed moves the outputs of ops in their last digits."""
+        return self._outputs(self._quantizable - self._added, seed)
 
     def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but these ops is quantized; the seed as in `joint`."""
-        return self._outputs(self._quantizable - frozenset(ops), seed)
+        """Flip these ops in that: they are not quantized, or added; the seed as in `joint`."""
+        base = self._quantizable - self._added
+        return self._outputs(base.difference(ops) | self._added.intersection(ops), seed)
 
     @abstractmethod
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:

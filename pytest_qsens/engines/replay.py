@@ -46,6 +46,7 @@ class ReplayEngine(OneByOne):
         simulator: Gives the outputs of quantized ops.
         quantizable: Names of ops that can be quantized.
         memory: Bytes for values.
+        added: Those of them that are not quantized when everything is.
 
     """
 
@@ -56,7 +57,12 @@ class ReplayEngine(OneByOne):
     distrusted: str | None = None
 
     def __init__(
-        self, captured: Sequence[Captured], simulator: Simulator, quantizable: Collection[str], memory: int
+        self,
+        captured: Sequence[Captured],
+        simulator: Simulator,
+        quantizable: Collection[str],
+        memory: int,
+        added: Collection[str] = (),
     ) -> None:
         self._simulator = simulator
         self._joint_share = clean_share(memory, len(captured)) // (1 + len(SEEDS))
@@ -74,6 +80,8 @@ class ReplayEngine(OneByOne):
         self.out_of_reach: Mapping[str, str] = {op: why for graph in graphs for op, why in graph.out_of_reach.items()}
         self.functional = list(dict.fromkeys(item for graph in graphs for item in graph.functional))
         self._quantizable = [op for op in quantizable if op not in self.out_of_reach]
+        self._added = frozenset(added)
+        self._base = [op for op in self._quantizable if op not in self._added]
 
     @property
     def references(self) -> Iterator[Tensor]:
@@ -91,16 +99,16 @@ class ReplayEngine(OneByOne):
             yield output
 
     def joint(self, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything the scheme can quantize is quantized; a seed moves the outputs of ops in their last digits."""
+        """Everything is quantized but what is only added; a seed moves the outputs of ops in their last digits."""
         for run in self._joint_runs(seed):
             yield run.output
             run.release_all()
 
     def fallback(self, *ops: str, seed: int | None = None) -> Iterator[Tensor]:
-        """Everything but these ops is quantized; the seed as in `joint`."""
+        """Flip these ops in that: they are not quantized, or added; the seed as in `joint`."""
         for run in self._joint_runs(seed):
             with self._threads():
-                output = run.replay(self._unquantized(run.graph, ops, seed))
+                output = run.replay(self._flip(run.graph, ops, seed))
             run.release_all()
             yield output
 
@@ -115,12 +123,13 @@ class ReplayEngine(OneByOne):
 
     def _everything(self, graph: Graph, seed: int | None) -> dict[Node, Override]:
         calls: dict[Node, Any] = {node: node.target for nodes in graph.calls.values() for node in nodes}
-        calls |= self._quantize(graph, self._quantizable)
+        calls |= self._quantize(graph, self._base)
         return {node: _moved(call, seed) for node, call in calls.items()}
 
-    @staticmethod
-    def _unquantized(graph: Graph, ops: Collection[str], seed: int | None) -> dict[Node, Override]:
-        return {node: _moved(node.target, seed) for op in ops for node in graph.calls.get(op, ())}
+    def _flip(self, graph: Graph, ops: Collection[str], seed: int | None) -> dict[Node, Override]:
+        restored: dict[Node, Any] = {node: node.target for op in ops for node in graph.calls.get(op, ())}
+        added = self._quantize(graph, self._added.intersection(ops))
+        return {node: _moved(call, seed) for node, call in (restored | added).items()}
 
     def _quantize(self, graph: Graph, ops: Collection[str]) -> dict[Node, Override]:
         def override(op: str, target: object) -> Override:

@@ -10,6 +10,7 @@ from torch.ao.quantization.observer import HistogramObserver, MinMaxObserver, Un
 from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.quant.schemes import all_of, scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
-    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.schemes import Scheme, Schemes
 
 
 class QParams(NamedTuple):
@@ -87,7 +88,7 @@ class Calibration:
     """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op.
 
     Args:
-        scheme: What needs ranges.
+        schemes: What needs ranges, of every op or of each; an op without a scheme needs none.
         ranges: Whether to observe those it needs; otherwise only what is reached is noted.
 
     Attributes:
@@ -97,16 +98,13 @@ class Calibration:
 
     """
 
-    def __init__(self, scheme: Scheme, *, ranges: bool = True) -> None:
-        self._scheme = scheme
-        self.ranges = ranges and scheme.needs_ranges
+    def __init__(self, schemes: Schemes, *, ranges: bool = True) -> None:
+        self._schemes = schemes
+        self.ranges = ranges and any(scheme.needs_ranges for scheme in all_of(schemes))
         self._inputs: dict[str, _Range] = {}
         self._outputs: dict[str, _Range] = {}
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
-
-    def _scheme_of(self, op: str) -> Scheme:  # noqa: ARG002 - one for all
-        return self._scheme
 
     def observe(self, op: str, call: Call, output: Tensor) -> None:
         """Record one call, unless it computes nothing.
@@ -120,19 +118,21 @@ class Calibration:
         if not output.numel():
             return
         self.reached.add(op)
-        scheme = self._scheme_of(op)
+        scheme = scheme_of(self._schemes, op)
+        if scheme is None:
+            return
         refusal = scheme.refusal_of_features(call.weight.shape[-1]) if call.kind == "linear" else None
         if refusal is not None:
             self.refused[op] = refusal
             return
-        if call.kind == "embedding" or not self.ranges:
+        if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges:
             return
-        self._input(op).observe(_finite(call.x, call.kind, f"input of {op}"))
+        self._input(op, scheme).observe(_finite(call.x, call.kind, f"input of {op}"))
         if scheme.parts.output:
             self._output(op).observe(_finite(output, call.kind, f"output of {op}"))
 
-    def _input(self, op: str) -> _Range:
-        return self._inputs.setdefault(op, _input_range(self._scheme_of(op)))
+    def _input(self, op: str, scheme: Scheme) -> _Range:
+        return self._inputs.setdefault(op, _input_range(scheme))
 
     def _output(self, op: str) -> _Range:
         return self._outputs.setdefault(op, _histogram(symmetric=False))
@@ -149,18 +149,18 @@ class Calibration:
 
     @classmethod
     def from_state(
-        cls, scheme: Scheme, reached: Collection[str], refused: Mapping[str, str], state: Mapping[str, Tensor]
+        cls, schemes: Schemes, reached: Collection[str], refused: Mapping[str, str], state: Mapping[str, Tensor]
     ) -> Calibration:
         """Make one of what another observed.
 
         Args:
-            scheme: What needed ranges.
+            schemes: What needed ranges.
             reached: Ops that were reached.
             refused: Those that cannot be quantized.
             state: From `state`; other tensors may be among them.
 
         """
-        found = cls(scheme)
+        found = cls(schemes)
         found.reached.update(reached)
         found.refused.update(refused)
         observed: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -169,8 +169,9 @@ class Calibration:
             op, _, name = rest.rpartition("/")
             observed.setdefault((kind, op), {})[name] = value
         for (kind, op), buffers in observed.items():
-            if kind in ("input", "output"):
-                (found._input(op) if kind == "input" else found._output(op)).restore(buffers)
+            scheme = scheme_of(schemes, op)
+            if scheme is not None and kind in ("input", "output"):
+                (found._input(op, scheme) if kind == "input" else found._output(op)).restore(buffers)
         return found
 
     def input_qparams(self, op: str) -> QParams:

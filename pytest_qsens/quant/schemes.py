@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pytest_qsens.errors import QsensError
@@ -138,3 +139,17 @@ def scheme_named(name: str, where: str) -> Scheme:
     if found is None:
         raise QsensError(f"no {where} {name!r}, which cannot be simulated: {'; '.join(obstacles(parts))}. Try {usual}")
     return found
+
+
+Schemes = Scheme | Mapping[str, Scheme]
+"""One scheme for all ops, or op → its own."""
+
+
+def scheme_of(schemes: Schemes, op: str) -> Scheme | None:
+    """Return what quantizes an op; ``None`` if nothing does."""
+    return schemes if isinstance(schemes, Scheme) else schemes.get(op)
+
+
+def all_of(schemes: Schemes) -> list[Scheme]:
+    """List the schemes in use."""
+    return [schemes] if isinstance(schemes, Scheme) else list(dict.fromkeys(schemes.values()))

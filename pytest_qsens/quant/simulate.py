@@ -27,7 +27,7 @@ from pytest_qsens.quant.integers import (
     quantize_weight,
     quantized_embedding,
 )
-from pytest_qsens.quant.schemes import PER_TOKEN
+from pytest_qsens.quant.schemes import PER_TOKEN, scheme_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,21 +36,30 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.quant.calibration import Calibration
-    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.schemes import Scheme, Schemes
 
 
 class Simulator:
-    """Computes the outputs of quantized ops; every weight is quantized once."""
+    """Computes the outputs of quantized ops; every weight is quantized once.
 
-    def __init__(self, scheme: Scheme, calibration: Calibration) -> None:
-        self._scheme = scheme
+    Args:
+        schemes: What quantizes every op, or each; nothing is asked of an op without a scheme.
+        calibration: Ranges of their inputs and outputs.
+
+    """
+
+    def __init__(self, schemes: Schemes, calibration: Calibration) -> None:
+        self._schemes = schemes
         self._calibration = calibration
         self._weights: dict[str, QuantizedWeight | RoundedWeight] = {}
         self._passing: dict[str, QuantizedWeight | RoundedWeight] = {}
         self._room: float = math.inf
 
-    def _scheme_of(self, op: str) -> Scheme:  # noqa: ARG002 - one for all
-        return self._scheme
+    def _scheme_of(self, op: str) -> Scheme:
+        scheme = scheme_of(self._schemes, op)
+        if scheme is None:
+            raise LookupError(f"nothing quantizes {op}")
+        return scheme
 
     def is_row_wise(self, op: str) -> bool:
         """Whether `output` gives rows of several inputs that go together what it gives each of them."""

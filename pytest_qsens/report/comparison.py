@@ -19,6 +19,7 @@ _WIDTH = 79
 _MODES = {
     "isolated": "isolated (only this op quantized)",
     "fallback": "fallback (everything quantized but this op)",
+    "added": "added (everything quantized that the config says, and this op)",
     "cumulative": "cumulative (this op and all before it quantized)",
 }
 

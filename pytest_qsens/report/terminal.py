@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_qsens.controller import Controller, Run
-    from pytest_qsens.results import Interval, Mode, OpResult, Scores
+    from pytest_qsens.results import Interval, Mode, OpResult, Payload, Scores
 
 WORST = 10
 LISTED = 5
@@ -38,8 +38,11 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
         groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
-        terminal.write_sep("=", f"qsens: model {run.model}, scheme {run.scheme}{groups}{engine}{shard}")
+        what = "scheme" if run.config is None else "config"
+        terminal.write_sep("=", f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
         terminal.write_line(_counts(run))
+        if run.config is not None and config.option.verbose >= 0:
+            terminal.write_line(_config(run, run.config))
         if run.cached:
             terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
@@ -54,6 +57,13 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
     _end(terminal, controller)
+
+
+def _config(run: Run, config: Payload) -> str:
+    """Say what is measured: which file, and how many ops or groups have which scheme."""
+    schemes = Counter(run.schemes[unit.name] for unit in run.ops)
+    listed = ", ".join(f"{number} {name}" for name, number in schemes.most_common())
+    return f"config: {config['about']['path']} ({config['about']['format']}): {listed}"
 
 
 def _end(terminal: pytest.TerminalReporter, controller: Controller) -> None:
@@ -71,9 +81,11 @@ def _counts(run: Run) -> str:
         return f"the whole model, and none of its {_listed(run)}{_compared(run)}"
     statuses = Counter(result.status for result in results)
     found = [f"{count} {status}" for status, count in statuses.items()]
-    without = [op.name in run.elsewhere for op in run.ops if op.name not in run.results]
+    tested = [op for op in run.ops if op.name not in run.unquantized]
+    without = [op.name in run.elsewhere for op in tested if op.name not in run.results]
     found += [f"{without.count(False)} not run"] if False in without else []
     found += [f"{without.count(True)} in other shards"] if True in without else []
+    found += [f"{len(run.unquantized)} unquantized"] if run.unquantized else []
     if run.functional:
         found.append(f"{len(run.functional)} functional products not quantized by {run.scheme}")
     return f"{_listed(run)}: {', '.join(found)}{_compared(run)}"
@@ -114,13 +126,15 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
     """
     total = run.total
     one = "op" if run.granularity == "op" else "group"
+    rest = "all" if run.config is None else "all of the config"
     modes: tuple[tuple[Mode, str, str], ...] = (
         ("isolated", "nmse", f"only this {one} quantized; higher nmse is worse"),
         (
             "fallback",
             "gain",
-            f"all but this {one} quantized; gain: total nmse minus its nmse, high: keep it in fp32",
+            f"{rest} but this {one} quantized; gain: total nmse minus its nmse, high: keep it in fp32",
         ),
+        ("added", "loss", f"{rest} and this {one} quantized; loss: its nmse minus total nmse, high: keep it in fp32"),
     )
     for mode, metric, direction in modes:
         known = {result.op: result for result in (*run.measured, *run.estimated) if mode in result.modes}
@@ -132,9 +146,11 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             yield from _table(scores, metric, width, bar, intervals)
         noisy = sum(map(lost_in_noise, scores.values()))
         if noisy:
-            yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
+            yield f"~ {noisy} of {len(scores)} {'losses' if mode == 'added' else 'gains'} are not to be told from noise"
     if total is not None and total.isolated is not None:
-        yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
+        how = "" if run.config is None else " as the config says"
+        note = f" ({total.reason})" if total.reason else ""
+        yield f"total, everything quantized{how}: {_numbers(total.isolated)}{note}"
 
 
 def _heat(run: Run, width: int, bar: str) -> Iterator[str]:
@@ -243,6 +259,7 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         gated: Whether estimates gate as well.
 
     """
+    yield from _about_config(run)
     unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
         yield (
@@ -273,6 +290,33 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
+
+
+def _about_config(run: Run) -> Iterator[str]:
+    """Say what is wrong with the config, what of it is not measured, and what in it is not as the snapshot says."""
+    if run.config is None:
+        return
+    problems = run.config["problems"]
+    if problems:
+        yield f"CONFIG: {_things(len(problems))} wrong with {run.config['about']['path']}:"
+        yield from (f"  {problem}" for problem in problems)
+    left_out, ops = run.config["unsimulated"], sum(len(unit.ops) for unit in run.ops)
+    if left_out:
+        yield (
+            f"NOT SIMULATED: the config quantizes {len(left_out)} of {ops} ops in a way that has no score; the "
+            f"total is without them: {_shown(left_out)}"
+        )
+    moved = [f"{op} ({old} → {new})" for op, (old, new) in run.moved.items() if op != TOTAL]
+    if moved:
+        prune = " --qsens-snapshot-prune" if run.unquantized.intersection(run.moved) else ""
+        yield (
+            f"the snapshot was measured with another scheme of {len(moved)} {_noun(run)}: {_shown(moved)}; record with "
+            f"--snapshot-update{prune}"
+        )
+
+
+def _things(count: int) -> str:
+    return "1 thing is" if count == 1 else f"{count} things are"
 
 
 def _within_noise(run: Run) -> Iterator[str]:

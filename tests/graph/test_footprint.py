@@ -73,7 +73,7 @@ def test_bytes_of_a_change(name: str, scheme: str, monkeypatch: pytest.MonkeyPat
     graph = engine._clean[0].graph
     runs: list[tuple[Together, Change]] = [(engine._deltas[0], engine._quantize(graph, [first]))]
     with torch.no_grad():
-        runs += [(engine._joint_together(seed)[0], engine._unquantized(graph, [first], seed)) for seed in (None, 1)]
+        runs += [(engine._joint_together(seed)[0], engine._flip(graph, [first], seed)) for seed in (None, 1)]
         for together, change in runs:
             measured = max(bytes_of_one_more(together, change, what) for what in ("errors", "outputs"))
             assert 0.99 * measured <= together.bytes_per_change() <= 2.1 * measured, type(together)

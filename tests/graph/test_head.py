@@ -103,7 +103,7 @@ def kinds(engine: DeltaEngine) -> Iterator[tuple[Together, Callable[[str], Chang
     yield engine._deltas[0], lambda op: engine._quantize(graph, [op]), 2e-3
     for seed in (None, 1):
         joined = engine._joint_together(seed)[0]
-        yield joined, partial(lambda op, seed: engine._unquantized(graph, [op], seed), seed=seed), 1e-9
+        yield joined, partial(lambda op, seed: engine._flip(graph, [op], seed), seed=seed), 1e-9
 
 
 @pytest.mark.parametrize("parts", [1, 2**17])
@@ -186,7 +186,5 @@ def test_no_rows(scheme: str) -> None:
             moved = None if seed is None else partial(factors, seed=seed)
             run = JointRun(quantized, clean.output, engine._row_wise(graph), moved)
             assert run._head is not None
-            assert (
-                wholes(run, [engine._unquantized(graph, [op], seed) for op in ("embed", "body", "head")]) == [0.0] * 3
-            )
+            assert wholes(run, [engine._flip(graph, [op], seed) for op in ("embed", "body", "head")]) == [0.0] * 3
             assert run.bytes_per_change() >= 0

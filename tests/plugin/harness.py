@@ -111,9 +111,9 @@ def snapshot_file(pytester: pytest.Pytester, scheme: str = "w8a8") -> Path:
     return pytester.path / "qsens_snapshots" / LABEL / f"{scheme}.json"
 
 
-def snapshot_ops(pytester: pytest.Pytester) -> dict[str, Any]:
+def snapshot_ops(pytester: pytest.Pytester, scheme: str = "w8a8") -> dict[str, Any]:
     """Entries of the snapshot of `MODEL`."""
-    content: dict[str, Any] = json.loads(snapshot_file(pytester).read_text())
+    content: dict[str, Any] = json.loads(snapshot_file(pytester, scheme).read_text())
     entries: dict[str, Any] = content["ops"]
     return entries
 

@@ -240,6 +240,24 @@ def test_modes_are_kept_side_by_side(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.usefixtures("checkpoint")
+def test_a_config_measures_what_differs(pytester: pytest.Pytester) -> None:
+    """Of what has the scheme of an earlier run, the scores are there: of 16 ops, the three others are measured."""
+    run(pytester)
+    log(pytester)
+    plain = {op["op"]: op["isolated"] for op in written(pytester)["ops"]}
+    changed = [op for op in plain if op.endswith("attention.output.dense")] + ["encoder.layer.1.output.dense"]
+    assert len(changed) == 3
+    rules = [{"ops": changed, "scheme": "w8a8_dynamic"}, {"ops": "*", "types": ["linear"], "scheme": "w8a8"}]
+    rules.append({"ops": "*", "scheme": "w8a16_asym"})
+    (pytester.path / "mine.json").write_text(json.dumps({"schema": 1, "rules": rules}))
+    run(pytester, "--qsens-config", "mine.json")
+    assert sorted(log(pytester)) == sorted(["load", "total total", *(f"{op} isolated" for op in changed)])
+    assert cached(pytester) == 13
+    found = {op["op"]: op["isolated"] for op in written(pytester)["ops"]}
+    assert {op for op, scores in found.items() if scores != plain[op]} == set(changed)
+
+
+@pytest.mark.usefixtures("checkpoint")
 def test_another_scheme_is_measured_and_both_are_kept(pytester: pytest.Pytester) -> None:
     """Schemes of one model share an entry, and do not get each other's scores."""
     found = {}

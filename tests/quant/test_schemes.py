@@ -168,9 +168,9 @@ def test_scales_from_calibration() -> None:
     assert zero_point == 128
     assert 0.5 * largest < scale * 127.5 <= largest * 1.001
     for found in (calibration, symmetric):
-        again = Calibration.from_state(found._scheme, found.reached, found.refused, found.state())
+        again = Calibration.from_state(found._schemes, found.reached, found.refused, found.state())
         assert torch.equal(
-            Simulator(found._scheme, again).output("op", call), Simulator(found._scheme, found).output("op", call)
+            Simulator(found._schemes, again).output("op", call), Simulator(found._schemes, found).output("op", call)
         )
 
 

@@ -1,0 +1,119 @@
+"""A quantization config as what is measured: from the file to the scheme of every op of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.decisions import decide, scheme_name
+from pytest_qsens.configs.read import read_config
+from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import GRANULARITIES
+from pytest_qsens.quant.assignment import Assigned, Assignment
+from pytest_qsens.quant.op_scheme import parse
+from pytest_qsens.quant.schemes import SCHEMES, scheme_named
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.configs.rules import Decision
+    from pytest_qsens.ops import Op
+    from pytest_qsens.results import Status
+
+UNQUANTIZED = "the config leaves it unquantized"
+"""Reason of an op with status ``unquantized``."""
+
+_LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ConfigRequest:
+    """Which config is measured.
+
+    Attributes:
+        path: The file.
+        format: Its format, if it is forced.
+        strict: Whether what is wrong with it is an error.
+        down: Scheme of the ops that it leaves unquantized, if it is measured what quantizing them, too, would cost.
+
+    """
+
+    path: str
+    format: str | None = None
+    strict: bool = True
+    down: str | None = None
+
+
+def label_of(path: Path, origin: str) -> str:
+    """Name of a config in node ids and file names: that of the file, without its last suffix.
+
+    Raises:
+        QsensError: If it cannot be one, or is that of a scheme.
+
+    """
+    label = path.stem
+    what = None
+    if not _LABEL.fullmatch(label):
+        what = f"{label!r} is no name for test ids and files: letters, digits and . _ + - can be in one"
+    elif label in SCHEMES or parse(label) is not None:
+        what = f"{label!r} is a scheme, whose scores have snapshots under that name"
+    elif any(label.endswith(f"-{granularity}") for granularity in GRANULARITIES):
+        what = f"the snapshot of {label.rpartition('-')[0]!r} with another granularity has the name {label!r}"
+    if what is not None:
+        raise QsensError(f"{origin} {path}: the config is called as its file, and {what}. Rename the file")
+    return label
+
+
+def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
+    """Read a config, and tell what it does to the ops of a model.
+
+    Raises:
+        QsensError: If it cannot be used, quantizes no op, or has something wrong with it and the request is strict.
+
+    """
+    path = Path(request.path)
+    config = read_config(path, request.format)
+    about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    about |= {} if request.down is None else {"down": request.down}
+    decisions, problems = decide(config, ops)
+    told = tuple(map(str, problems))
+    if told and request.strict:
+        number = "something is" if len(told) == 1 else f"{len(told)} things are"
+        raise QsensError(
+            "\n  ".join([f"{number} wrong with the config {path}:", *told])
+            + "\nCorrect the file, or measure it as far as that goes: --qsens-config-problems warn"
+        )
+    assignment = _assignment(decisions, request.down)
+    if not assignment.schemes.keys() - assignment.added:
+        unsimulated = len(assignment.unsimulated)
+        why = f": {unsimulated} of them have schemes that cannot be simulated" if unsimulated else ""
+        raise QsensError(
+            f"{path} quantizes none of the {len(ops)} ops of the model{why}, so there is nothing to measure. "
+            "`qsens config FILE --model MODEL` tells what it says"
+        )
+    return Assigned(assignment, about, told)
+
+
+def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
+    names = {decision.op.name: scheme_name(decision.scheme) for decision in decisions}
+    schemes, left_out = {}, dict[str, tuple["Status", str]]()
+    added = set()
+    lower = None if down is None else scheme_named(down, "scheme")
+    for decision in decisions:
+        op = decision.op
+        if decision.scheme is None:
+            left_out[op.name] = "unquantized", UNQUANTIZED
+            if lower is not None and lower.refusal(op.type) is None:
+                schemes[op.name] = lower
+                added.add(op.name)
+            continue
+        simulated, obstacle = simulated_as(decision.scheme, op.type)
+        if simulated is None:
+            left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
+        else:
+            schemes[op.name] = scheme_named(simulated, "scheme")
+    return Assignment("the config", schemes, names, left_out, frozenset(added))
