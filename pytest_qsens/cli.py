@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs."""
+"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs, plans."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.plans.arguments import add_arguments
 from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cache(commands)
     _add_proxies(commands)
     _add_config(commands)
+    _add_plan(commands)
     arguments = parser.parse_args(argv)
     code = 0
     try:
@@ -316,6 +318,31 @@ def _config(arguments: argparse.Namespace) -> list[str]:
         "",
         *report_config.trouble(problems),
     ]
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="choose a scheme for every op under a budget of size or error",
+        description="Choose from measured scores which op gets which scheme, or none: with the lowest error within a "
+        "budget of bits, the smallest within a budget of error, or the lowest error with a share of the ops kept. "
+        "Exactly one of these, or a whole spectrum, is asked for.",
+    )
+    add_arguments(command)
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.plans.command import make_plans
+    from pytest_qsens.report import plan
+
+    found = make_plans(arguments)
+    lines = list(plan.report(found))
+    if len(found.plans) > 1:
+        lines += ["", *_aligned(plan.table(found.problem, found.plans, "saved"))]
+    elif found.frontier:
+        lines += ["", *_aligned(plan.table(found.problem, found.frontier, "saved"))]
+    return [*lines, "", *(f"wrote {made.path}" for made in found.plans)]
 
 
 def _positive(text: str) -> int:

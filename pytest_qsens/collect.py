@@ -464,7 +464,7 @@ def plan(session: pytest.Session) -> Payload | None:
         refusal = str(error)
     elsewhere = config.stash.get(_ELSEWHERE, {})
     listed = [
-        [*key, [[unit.name, unit.type, [[op.name, op.type] for op in unit.members]] for unit in units], sorted(others)]
+        [*key, [unit.plain() for unit in units], sorted(others)]
         for key, units in models.items()
         for others in (elsewhere.get(key, ()),)
     ]

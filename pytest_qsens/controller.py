@@ -229,8 +229,8 @@ class Run:
 
     def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
         """One result for every op of the model, in model order, then the functional ones."""
-        named = (self.results.get(op.name) or _without_score(op, "unrun", reason(op)) for op in self.ops)
-        return (*named, *self.functional)
+        found = ((op, self.results.get(op.name) or _without_score(op, "unrun", reason(op))) for op in self.ops)
+        return (*(replace(result, weights=op.weights) for op, result in found), *self.functional)
 
 
 def _without_score(op: Op, status: str, reason: str) -> OpResult:
@@ -244,7 +244,12 @@ def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     """Join two reports of one op: a measurement counts more than none, and modes add up."""
     if old is None or old.status != "measured" or new.status == "estimated":
         return new
-    return replace(old, isolated=old.isolated or new.isolated, fallback=old.fallback or new.fallback)
+    return replace(
+        old,
+        isolated=old.isolated or new.isolated,
+        fallback=old.fallback or new.fallback,
+        sketch=old.sketch or new.sketch,
+    )
 
 
 def _subject(payload: Payload) -> Subject:
@@ -407,7 +412,7 @@ class Controller:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
         for label, scheme, granularity, units, elsewhere in planned["models"]:
             run = self._run(Subject(label, scheme, granularity))
-            run.ops = tuple(Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units)
+            run.ops = tuple(map(Op.from_plain, units))
             run.elsewhere = frozenset(elsewhere)
         if planned["refusal"]:
             raise QsensError(planned["refusal"])

@@ -162,7 +162,13 @@ def typed(value: object, kind: type, where: str) -> Any:  # noqa: ANN401  # narr
     return value
 
 
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+}
 
 
 def finite(value: object, where: str) -> float:

@@ -87,6 +87,10 @@ class OpResult:
     intervals: Mapping[Mode, Interval] = field(default_factory=dict, hash=False)
     ops: tuple[str, ...] = ()
     """Of a group, the ops that were flipped together; empty for an op."""
+    weights: int | None = None
+    """Values of its weight, or of those of all ops of a group; older files and products of activations have none."""
+    sketch: str | None = None
+    """What it does to the output when it alone is quantized, see `pytest_qsens.interactions`; only if asked for."""
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -169,6 +173,7 @@ def joined(results: Sequence[OpResult]) -> OpResult:
         isolated=next((result.isolated for result in results if result.isolated is not None), None),
         fallback=next((result.fallback for result in results if result.fallback is not None), None),
         seconds=sum(result.seconds for result in results),
+        sketch=next((result.sketch for result in results if result.sketch is not None), None),
         intervals={mode: bounds for result in results for mode, bounds in result.intervals.items()},
     )
 
@@ -194,6 +199,9 @@ def to_payload(result: OpResult) -> Payload:
     del payload["intervals"], payload["ops"]
     if result.ops:
         payload["ops"] = list(result.ops)
+    for name in ("weights", "sketch"):
+        if payload[name] is None:
+            del payload[name]
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
         payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}
@@ -234,9 +242,21 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         seconds=fields.number("seconds"),
         intervals=intervals,
         ops=_optional_names(fields, "ops"),
+        weights=_optional_count(fields, "weights"),
+        sketch=fields.optional_text("sketch"),
     )
     fields.end()
     return result
+
+
+def _optional_count(fields: Fields, key: str) -> int | None:
+    value, where = fields.take(key), fields.at(key)
+    if value is None:
+        return None
+    count: int = typed(value, int, where)
+    if count < 0:
+        raise QsensError(f"{where}: {count!r} is not possible, it is never negative")
+    return count
 
 
 def _optional_names(fields: Fields, key: str) -> tuple[str, ...]:
