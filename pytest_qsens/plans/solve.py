@@ -16,8 +16,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pytest_qsens.plans.problem import Chosen, Floats, Problem
 
 _SLACK = 1e-9
@@ -26,14 +24,14 @@ _SLACK = 1e-9
 _SMALL = 1e-3
 """HiGHS stops at differences of 1e-6: an optimum below this is found again in units of its own size."""
 
-_ROUNDS = 8
-"""Programs that are linear around the best plan so far; most often the second finds nothing new."""
+_BETTER = 1e-6
+"""Relative: by how much a plan has to be better to go on from it."""
 
 _ROWS = 256
 """Moves that are paired with all others at a time."""
 
-_HALVINGS = 30
-"""Of the interval in which the smallest size lies."""
+_NARROW = 1e-4
+"""Relative: how narrow the interval gets in which the smallest size lies."""
 
 
 def least_error(problem: Problem, gains: Floats, need: float) -> Chosen:
@@ -52,19 +50,30 @@ def least_error(problem: Problem, gains: Floats, need: float) -> Chosen:
     if need > most * (1 + _SLACK):
         raise QsensError(f"{need:.6g} is needed and {most:.6g} is all that there is to gain")
     need = min(need, most)
-    start = _linear(problem, problem.nmse, gains, need)
     if problem.cross is None:
-        return start
+        return _linear(problem, problem.nmse, gains, need)
     costs = problem.own + 2 * problem.cross @ _fractions(problem, gains, need)
-    starts = [start, _linear(problem, costs, gains, need)]
-    best = min((_exchanged(problem, found, gains, need) for found in starts), key=problem.predicted)
-    for _ in range(_ROUNDS):
-        around = problem.own + 2 * (problem.cross @ best)
-        found = _exchanged(problem, _linear(problem, around, gains, need), gains, need)
-        if not problem.predicted(found) < problem.predicted(best) * (1 - _SLACK):
-            break
+    starts = [_linear(problem, start, gains, need) for start in (problem.nmse, costs)]
+    return min((_refined(problem, start, gains, need) for start in starts), key=problem.predicted)
+
+
+def _refined(problem: Problem, start: Chosen, gains: Floats, need: float) -> Chosen:
+    best = _relinearized(problem, start, gains, need)
+    while True:
+        exchanged = _exchanged(problem, best, gains, need)
+        best = _relinearized(problem, exchanged, gains, need)
+        if best is exchanged:
+            return best
+
+
+def _relinearized(problem: Problem, best: Chosen, gains: Floats, need: float) -> Chosen:
+    """Solve programs that are linear around the best plan so far, until one finds no better plan."""
+    assert problem.cross is not None  # noqa: S101 - for mypy: else the first program is the last
+    while True:
+        found = _linear(problem, problem.own + 2 * (problem.cross @ best), gains, need)
+        if not problem.predicted(found) < problem.predicted(best) * (1 - _BETTER):
+            return best
         best = found
-    return best
 
 
 def smallest(problem: Problem, limit: float) -> Chosen:
@@ -72,16 +81,16 @@ def smallest(problem: Problem, limit: float) -> Chosen:
     if problem.cross is None:
         return _most_saved(problem, limit)
     best = np.zeros(len(problem.candidates), dtype=bool)
-    low, high = 0.0, problem.most(problem.saved)
-    for step in range(_HALVINGS):
-        need = high if step == 0 else (low + high) / 2
+    most = problem.most(problem.saved)
+    low, high = 0.0, most
+    need = most
+    while high - low > _NARROW * most:
         found = least_error(problem, problem.saved, need)
         if problem.predicted(found) <= limit:
-            best, low = found, float(problem.saved[found].sum())
+            best, low = found, max(need, float(problem.saved[found].sum()))
         else:
             high = need
-        if high <= low * (1 + _SLACK):
-            break
+        need = (low + high) / 2
     return best
 
 
@@ -165,28 +174,28 @@ class _Moves(NamedTuple):
 
 
 def _exchanged(problem: Problem, chosen: Chosen, gains: Floats, need: float) -> Chosen:
-    """Exchange candidates of one or two units, the best first, until no exchange is better."""
+    """Exchange candidates of one or two units, until no exchange is better."""
     assert problem.cross is not None  # noqa: S101 - for mypy: else nothing is to be refined
     cross = np.pad(problem.cross, (0, 1))
     own, gain = np.append(problem.own, 0.0), np.append(gains, 0.0)
     chosen = chosen.copy()
-    while True:
+    start = tried = 0
+    while tried <= len(own):
         moves = _moves(problem, chosen)
         spare = float(gains[chosen].sum()) - need * (1 - _SLACK)
         slope = own + 2 * cross[:, :-1] @ chosen
         errors = slope[moves.new] - slope[moves.old]
-        gained = gain[moves.new] - gain[moves.old]
-        best = min(
-            _pairs(moves, errors, gained, cross, spare),
-            key=lambda found: found[0],
-            default=(0.0, ()),
-        )
-        if not best[0] < -_SLACK * problem.predicted(chosen):
-            return chosen
-        for move in best[1]:
-            for place, value in ((moves.old[move], False), (moves.new[move], True)):
-                if place < len(chosen):
-                    chosen[place] = value
+        start = start if start < len(errors) else 0
+        change, best = _best_pair(moves, errors, gain[moves.new] - gain[moves.old], cross, spare, start)
+        if change < -_BETTER * problem.predicted(chosen):
+            tried = 0
+            for move in best:
+                for place, value in ((moves.old[move], False), (moves.new[move], True)):
+                    if place < len(chosen):
+                        chosen[place] = value
+        else:
+            start, tried = start + _ROWS, tried + _ROWS
+    return chosen
 
 
 def _moves(problem: Problem, chosen: Chosen) -> _Moves:
@@ -200,18 +209,16 @@ def _moves(problem: Problem, chosen: Chosen) -> _Moves:
     return _Moves(old, new, problem.owners[np.concatenate([others, given_up])])
 
 
-def _pairs(
-    moves: _Moves, errors: Floats, gained: Floats, cross: Floats, spare: float
-) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Yield the best single move, and the best pair of moves for some of the moves at a time."""
-    alone = np.where(spare + gained >= 0, errors, np.inf)
-    if len(alone):
-        yield float(alone.min()), (int(alone.argmin()),)
-    for start in range(0, len(errors), _ROWS):
-        rows = slice(start, start + _ROWS)
-        old, new = moves.old[rows, None], moves.new[rows, None]
-        meeting = cross[new, moves.new] - cross[new, moves.old] - cross[old, moves.new] + cross[old, moves.old]
-        both = errors[rows, None] + errors + 2 * meeting
-        both[(spare + gained[rows, None] + gained < 0) | (moves.unit[rows, None] == moves.unit)] = np.inf
-        place = int(both.argmin())
-        yield float(both.flat[place]), (start + place // len(errors), place % len(errors))
+def _best_pair(
+    moves: _Moves, errors: Floats, gained: Floats, cross: Floats, spare: float, start: int
+) -> tuple[float, tuple[int, ...]]:
+    """Find the best of the moves from ``start`` on, alone or paired with any, and what the error changes by."""
+    rows = slice(start, start + _ROWS)
+    alone = np.where(spare + gained[rows] >= 0, errors[rows], np.inf)
+    differences = cross[moves.new[rows]] - cross[moves.old[rows]]
+    both = errors[rows, None] + errors + 2 * (differences[:, moves.new] - differences[:, moves.old])
+    both[(spare + gained[rows, None] + gained < 0) | (moves.unit[rows, None] == moves.unit)] = np.inf
+    one, two = int(alone.argmin()), int(both.argmin())
+    if alone[one] <= both.flat[two]:
+        return float(alone[one]), (start + one,)
+    return float(both.flat[two]), (start + two // len(errors), two % len(errors))
