@@ -20,6 +20,7 @@ from pytest_qsens.ops import TOTAL
 from pytest_qsens.plans.arguments import add_arguments
 from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
+from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
 from pytest_qsens.snapshot import file_name
@@ -405,6 +406,7 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),
+        *side_by_side(result.total),
     ]
 
 

@@ -679,6 +679,28 @@ def check_shard(model: Model, options: Options) -> None:
         )
 
 
+def check_interactions(options: Options) -> None:
+    """Check that ops are measured by themselves, if it is to be known how their errors meet.
+
+    Raises:
+        QsensError: If they are not.
+
+    """
+    if not options.interactions:
+        return
+    origin = options.origins["interactions"]
+    if options.mode == "fallback":
+        raise QsensError(
+            f"{origin} goes by what ops do when they alone are quantized, which mode fallback does not "
+            "measure. Use --qsens-mode isolated or both"
+        )
+    if options.estimating:
+        raise QsensError(
+            f"{origin} goes by what is measured, and this run estimates. Leave out engine probe, --qsens-time-budget, "
+            "--qsens-top and --qsens-representatives"
+        )
+
+
 def check_refinement(model: Model, options: Options) -> None:
     """Check that what turns estimates into exact scores can be done.
 

@@ -17,6 +17,7 @@ from pytest_qsens.collect import (
     Subject,
     base_options,
     catalogue,
+    check_interactions,
     check_ranks,
     check_refinement,
     check_selection,
@@ -317,6 +318,7 @@ class Controller:
         check_shard(model, options)
         check_ranks(self.config, model, options)
         check_refinement(model, options)
+        check_interactions(options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -527,6 +529,7 @@ class Controller:
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
         for run in active:
+            self._guarded(partial(self._predict, run))
             self._guarded(partial(self._judge_ranks, run))
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
@@ -552,6 +555,14 @@ class Controller:
             write()
         except QsensError as error:
             self.problems.append(str(error))
+
+    def _predict(self, run: Run) -> None:
+        """Put what interactions say of the whole model beside what was measured of it."""
+        if base_options(self.config).interactions and run.total is not None:
+            from pytest_qsens.interactions import with_prediction
+
+            ops = [run.results.get(op.name) or _without_score(op, "unrun", "not run") for op in run.ops]
+            run.results[TOTAL] = with_prediction(run.total, ops, run.model) or run.total
 
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""

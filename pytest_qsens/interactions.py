@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 4096
 """Values in a sketch. A shorter one is the change itself, and products of those are exact."""
-
-ADDITIVE = "additive"
-"""Key beside the metrics of the whole model: the sum of the isolated NMSEs of its ops."""
-
-QUADRATIC = "quadratic"
-"""Likewise: the NMSE predicted with interactions."""
 
 
 class Predicted(NamedTuple):
@@ -89,3 +84,18 @@ def predict(ops: Sequence[OpResult], where: str = "result") -> Predicted | None:
     joint = np.sum(sketches, axis=0)
     cross = float(joint @ joint) - math.fsum(float(sketch @ sketch) for sketch in sketches)
     return Predicted(additive, max(0.0, additive + cross))
+
+
+def with_prediction(total: OpResult | None, ops: Sequence[OpResult], where: str = "result") -> OpResult | None:
+    """Put what is predicted of the whole model beside what was measured of it, if both are known.
+
+    That are ``additive``, the sum of the isolated NMSEs of its ops, and ``quadratic``, the NMSE with interactions.
+
+    Raises:
+        QsensError: If a sketch is none; names ``where``.
+
+    """
+    if total is None or total.isolated is None or total.status != "measured":
+        return total
+    found = predict(ops, where)
+    return total if found is None else replace(total, isolated=total.isolated | found._asdict())

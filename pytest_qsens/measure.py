@@ -338,6 +338,8 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
+    if spec.interactions:  # scores that are kept without sketches are not all that is asked for
+        facts["interactions"] = True
     schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
 
@@ -422,6 +424,7 @@ def _calibrate(
         workers=max(1, workers),
         artifact=artifact,
         representatives=spec.representatives,
+        interactions=spec.interactions,
     )
 
 

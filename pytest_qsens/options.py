@@ -128,6 +128,11 @@ _DECLARATIONS = (
         "N",
     ),
     _Declaration("gate_estimates", "flag", "estimates fail, too, if all of their interval is past the threshold"),
+    _Declaration(
+        "interactions",
+        "flag",
+        "sketch what each op alone does to the output, which tells how errors of several ops meet; for `qsens plan`",
+    ),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
     _Declaration(
         "shard",
@@ -187,6 +192,7 @@ class RunSpec:
     memory: str | None
     divergence: bool
     representatives: int | None = None
+    interactions: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,7 @@ class Options:
     top: int | None
     representatives: int | None
     gate_estimates: bool
+    interactions: bool
     device: str
     shard: Shard | None
     json: Path | None
@@ -330,6 +337,7 @@ class Options:
             self.memory,
             self._divergence,
             self.representatives,
+            self.interactions,
         )
 
     @property

@@ -40,14 +40,17 @@ CANNOT = "measured, as it cannot be estimated: "
 LEFT_OUT = "not measured: "
 """Reason of an op that there was no time or need to measure, before why."""
 
-ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "noise", "samples", "stderr"})
+ABOUT_SCORES = frozenset(
+    {"additive", "distinguishable", "gain_noise", "inc_sse", "noise", "quadratic", "samples", "stderr"}
+)
 """What results hold beside metrics, and snapshots leave out."""
 
 Scores = dict[str, float | None]
 """Metric name → value. ``sqnr_db`` is ``None`` when the output equals the reference (it would be infinite).
 
 Beside its metrics, a mode has ``stderr`` and ``samples``: see `pytest_qsens.samples`. ``fallback`` has ``noise``,
-``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`.
+``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`. The whole model may have ``additive``
+and ``quadratic``: see `pytest_qsens.interactions`.
 """
 
 NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", *ABOUT_SCORES}) - {"distinguishable"}

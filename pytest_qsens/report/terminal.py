@@ -11,6 +11,7 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
+from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
     if total is not None and total.isolated is not None:
         yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
+        yield from side_by_side(total)
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
