@@ -7,7 +7,10 @@ units, until none is better.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -16,7 +19,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
     from pytest_qsens.plans.problem import Chosen, Floats, Problem
+
+    Places = NDArray[np.intp]
+    """Of candidates."""
 
 _SLACK = 1e-9
 """Relative: sums of gains in another order differ by less."""
@@ -30,7 +40,7 @@ _BETTER = 1e-6
 _ROWS = 256
 """Moves that are paired with all others at a time."""
 
-_NARROW = 1e-4
+_NARROW = 1e-3
 """Relative: how narrow the interval gets in which the smallest size lies."""
 
 
@@ -54,23 +64,10 @@ def least_error(problem: Problem, gains: Floats, need: float) -> Chosen:
         return _linear(problem, problem.nmse, gains, need)
     costs = problem.own + 2 * problem.cross @ _fractions(problem, gains, need)
     starts = [_linear(problem, start, gains, need) for start in (problem.nmse, costs)]
-    return min((_refined(problem, start, gains, need) for start in starts), key=problem.predicted)
-
-
-def _refined(problem: Problem, start: Chosen, gains: Floats, need: float) -> Chosen:
-    best = _relinearized(problem, start, gains, need)
+    best = min((_exchanged(problem, start, gains, need) for start in starts), key=problem.predicted)
     while True:
-        exchanged = _exchanged(problem, best, gains, need)
-        best = _relinearized(problem, exchanged, gains, need)
-        if best is exchanged:
-            return best
-
-
-def _relinearized(problem: Problem, best: Chosen, gains: Floats, need: float) -> Chosen:
-    """Solve programs that are linear around the best plan so far, until one finds no better plan."""
-    assert problem.cross is not None  # noqa: S101 - for mypy: else the first program is the last
-    while True:
-        found = _linear(problem, problem.own + 2 * (problem.cross @ best), gains, need)
+        around = _linear(problem, problem.own + 2 * (problem.cross @ best), gains, need)
+        found = _exchanged(problem, around, gains, need)
         if not problem.predicted(found) < problem.predicted(best) * (1 - _BETTER):
             return best
         best = found
@@ -139,17 +136,33 @@ def _one_each(problem: Problem) -> sparse.csr_array:
 
 
 def _solved(costs: Floats, constraint: LinearConstraint, able: Chosen) -> Chosen:
-    result = milp(
-        costs,
-        constraints=constraint,
-        integrality=np.ones(len(costs)),
-        bounds=Bounds(0, able.astype(float)),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silence():
+        result = milp(
+            costs,
+            constraints=constraint,
+            integrality=np.ones(len(costs)),
+            bounds=Bounds(0, able.astype(float)),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         raise QsensError(f"HiGHS finds no plan: {result.message}")
     chosen: Chosen = result.x > 0.5
     return chosen
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Send to nowhere what HiGHS 1.12 prints although it is told to print nothing (`tmpSolver.run();`)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _fractions(problem: Problem, gains: Floats, need: float) -> Floats:
@@ -158,67 +171,80 @@ def _fractions(problem: Problem, gains: Floats, need: float) -> Floats:
     return share / np.bincount(problem.owners, minlength=len(problem.units))[problem.owners]
 
 
-class _Moves(NamedTuple):
-    """Changes of one unit: the candidate it has, and the one it gets; the last place stands for none.
+def _exchanged(problem: Problem, chosen: Chosen, gains: Floats, need: float) -> Chosen:
+    exchange = _Exchange(problem, chosen, gains, need)
+    exchange.run()
+    return exchange.chosen
 
-    Attributes:
-        old: Places.
-        new: Places.
-        unit: Whose they are.
 
+class _Exchange:
+    """A plan that is bettered by exchanging the candidates of one or two units.
+
+    A move is a change of one unit: the candidate that it has, and the one that it gets. The last place, one past the
+    candidates, stands for none.
     """
 
-    old: np.ndarray[tuple[int], np.dtype[np.intp]]
-    new: np.ndarray[tuple[int], np.dtype[np.intp]]
-    unit: np.ndarray[tuple[int], np.dtype[np.intp]]
+    def __init__(self, problem: Problem, chosen: Chosen, gains: Floats, need: float) -> None:
+        assert problem.cross is not None  # noqa: S101 - for mypy: else nothing is to be refined
+        self._problem = problem
+        self._cross = np.pad(problem.cross, (0, 1))
+        self._gains = np.append(gains, 0.0)
+        self._spare = float(gains[chosen].sum()) - need * (1 - _SLACK)
+        self._slope = np.append(problem.own, 0.0) + 2 * self._cross[:, :-1] @ chosen
+        self.chosen = chosen.copy()
 
+    def run(self) -> None:
+        """Exchange until no exchange is better, some of the moves with all others at a time."""
+        start = without = 0
+        while without < len(self.chosen):
+            better = self._pass(slice(start, start + _ROWS))
+            if better:
+                without = 0
+            else:
+                without += _ROWS
+                start = start + _ROWS if start + _ROWS < len(self.chosen) else 0
 
-def _exchanged(problem: Problem, chosen: Chosen, gains: Floats, need: float) -> Chosen:
-    """Exchange candidates of one or two units, until no exchange is better."""
-    assert problem.cross is not None  # noqa: S101 - for mypy: else nothing is to be refined
-    cross = np.pad(problem.cross, (0, 1))
-    own, gain = np.append(problem.own, 0.0), np.append(gains, 0.0)
-    chosen = chosen.copy()
-    start = tried = 0
-    while tried <= len(own):
-        moves = _moves(problem, chosen)
-        spare = float(gains[chosen].sum()) - need * (1 - _SLACK)
-        slope = own + 2 * cross[:, :-1] @ chosen
-        errors = slope[moves.new] - slope[moves.old]
-        start = start if start < len(errors) else 0
-        change, best = _best_pair(moves, errors, gain[moves.new] - gain[moves.old], cross, spare, start)
-        if change < -_BETTER * problem.predicted(chosen):
-            tried = 0
-            for move in best:
-                for place, value in ((moves.old[move], False), (moves.new[move], True)):
-                    if place < len(chosen):
-                        chosen[place] = value
-        else:
-            start, tried = start + _ROWS, tried + _ROWS
-    return chosen
+    def _pass(self, rows: slice) -> bool:
+        """Make the best exchanges that some of the moves are part of; tells whether there were any."""
+        old, new, units = self._moves()
+        errors, gained = self._slope[new] - self._slope[old], self._gains[new] - self._gains[old]
+        differences = self._cross[new[rows]] - self._cross[old[rows]]
+        both = errors[rows, None] + errors + 2 * (differences[:, new] - differences[:, old])
+        both[(self._spare + gained[rows, None] + gained < 0) | (units[rows, None] == units)] = np.inf
+        partners = both.argmin(1)
+        paired = both[np.arange(len(both)), partners]
+        alone = np.where(self._spare + gained[rows] >= 0, errors[rows], np.inf)
+        least = -_BETTER * self._problem.predicted(self.chosen)
+        touched: set[int] = set()
+        for row in np.argsort(np.minimum(paired, alone)):
+            if not min(paired[row], alone[row]) < least:
+                break
+            moves = [rows.start + int(row), *([int(partners[row])] if paired[row] < alone[row] else [])]
+            if touched.isdisjoint(units[moves].tolist()) and self._made(old[moves], new[moves], least):
+                touched.update(units[moves].tolist())
+        return bool(touched)
 
+    def _made(self, old: Places, new: Places, least: float) -> bool:
+        """Make moves, unless those that were made before have left no room for them, or made them worse."""
+        gained = float((self._gains[new] - self._gains[old]).sum())
+        change = float((self._slope[new] - self._slope[old]).sum())
+        if len(old) == 2:
+            difference = self._cross[new[0]] - self._cross[old[0]]
+            change += 2 * float(difference[new[1]] - difference[old[1]])
+        if self._spare + gained < 0 or not change < least:
+            return False
+        self._spare += gained
+        self._slope += 2 * (self._cross[:, new] - self._cross[:, old]).sum(1)
+        for places, value in ((old, False), (new, True)):
+            self.chosen[places[places < len(self.chosen)]] = value
+        return True
 
-def _moves(problem: Problem, chosen: Chosen) -> _Moves:
-    none = len(chosen)
-    current = np.full(len(problem.units), none)
-    current[problem.owners[chosen]] = np.flatnonzero(chosen)
-    others = np.flatnonzero(~chosen)
-    given_up = np.flatnonzero(chosen)
-    old = np.concatenate([current[problem.owners[others]], given_up])
-    new = np.concatenate([others, np.full(len(given_up), none)])
-    return _Moves(old, new, problem.owners[np.concatenate([others, given_up])])
-
-
-def _best_pair(
-    moves: _Moves, errors: Floats, gained: Floats, cross: Floats, spare: float, start: int
-) -> tuple[float, tuple[int, ...]]:
-    """Find the best of the moves from ``start`` on, alone or paired with any, and what the error changes by."""
-    rows = slice(start, start + _ROWS)
-    alone = np.where(spare + gained[rows] >= 0, errors[rows], np.inf)
-    differences = cross[moves.new[rows]] - cross[moves.old[rows]]
-    both = errors[rows, None] + errors + 2 * (differences[:, moves.new] - differences[:, moves.old])
-    both[(spare + gained[rows, None] + gained < 0) | (moves.unit[rows, None] == moves.unit)] = np.inf
-    one, two = int(alone.argmin()), int(both.argmin())
-    if alone[one] <= both.flat[two]:
-        return float(alone[one]), (start + one,)
-    return float(both.flat[two]), (start + two // len(errors), two % len(errors))
+    def _moves(self) -> tuple[Places, Places, Places]:
+        """List the old and the new place of every move, and whose it is."""
+        owners, none = self._problem.owners, len(self.chosen)
+        current = np.full(len(self._problem.units), none)
+        current[owners[self.chosen]] = np.flatnonzero(self.chosen)
+        others, given_up = np.flatnonzero(~self.chosen), np.flatnonzero(self.chosen)
+        old = np.concatenate([current[owners[others]], given_up])
+        new = np.concatenate([others, np.full(len(given_up), none)])
+        return old, new, owners[np.concatenate([others, given_up])]
