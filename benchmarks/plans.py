@@ -3,8 +3,8 @@
     python benchmarks/plans.py [--model minilm] [--subsets 20] SCHEME ...
 
 prints, for each scheme, the joint error of random subsets of the ops: measured, predicted by adding isolated errors up,
-and with interactions; from sketches of several sizes and from the changes themselves. Then plans with and without interactions are
-compared, and each is measured.
+and with interactions; from sketches of several sizes and from the changes themselves. Then plans with and without
+interactions are compared, and each is measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +21,12 @@ from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.ops import Op
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
 from pytest_qsens.plans.solve import least_error
 from pytest_qsens.sketches import make_sketchers
+
+if TYPE_CHECKING:
+    from pytest_qsens.ops import Op
 
 SIZES = (256, 1024, 4096, 16384)
 """Of sketches, beside the changes themselves."""
