@@ -343,7 +343,8 @@ def _plan(arguments: argparse.Namespace) -> list[str]:
         lines += ["", *_aligned(plan.table(found.problem, found.plans, "saved"))]
     elif found.frontier:
         lines += ["", *_aligned(plan.table(found.problem, found.frontier, "saved"))]
-    return [*lines, "", *(f"wrote {made.path}" for made in found.plans)]
+    written = [*(made.path for made in found.plans), *filter(None, [arguments.plot])]
+    return [*lines, "", *(f"wrote {path}" for path in written)]
 
 
 def _positive(text: str) -> int:

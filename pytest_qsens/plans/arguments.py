@@ -29,6 +29,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="config to write, .yaml or .json")
     command.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw size against error, .svg, .png or .pdf (extra `report`)"
+    )
+    command.add_argument(
         "--never", action="append", default=[], metavar="GLOB", help="leave these ops unquantized; repeatable"
     )
     command.add_argument(

@@ -13,6 +13,7 @@ from pytest_qsens.groups import Fused
 from pytest_qsens.plans.candidates import Wishes, read_problem
 from pytest_qsens.plans.config import check_output, config_text
 from pytest_qsens.plans.solve import least_error, smallest
+from pytest_qsens.report.pareto import check_plot, plot
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -72,6 +73,9 @@ def make_plans(given: Namespace) -> Plans:
     paths = [given.out] if shares is None else [_numbered(given.out, share) for share in shares]
     for path in paths:
         check_output(path)
+    if given.plot is not None:
+        _check_sizes(problem, "--plot")
+        check_plot(given.plot)
     if shares is not None:
         _check_sizes(problem, "--spectrum")
         plans = [_of_saving(problem, s, f"{float(100 * s):g} %", path) for s, path in zip(shares, paths, strict=True)]
@@ -88,7 +92,10 @@ def make_plans(given: Namespace) -> Plans:
     for plan in plans:
         assert plan.path is not None  # noqa: S101 - for mypy: given above
         write_atomically(plan.path, config_text(problem.assignment(plan.chosen), plan.path))
-    return Plans(problem, tuple(plans), tuple(frontier))
+    found = Plans(problem, tuple(plans), tuple(frontier))
+    if given.plot is not None:
+        write_atomically(given.plot, plot(found, given.plot.suffix))
+    return found
 
 
 def _check_one_aim(given: Namespace) -> None:
