@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pytest_qsens import profile
 from pytest_qsens.interactions import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Sketcher:
             rows = _summed_columns(rows, *self._columns, self._dimensions)
         return self._sums(rows)
 
+    @profile.phase("scoring")
     def through(self, change: Tensor, weight: Tensor) -> Tensor:
         """Sketch the change of an output that is linear in what changes.
 
