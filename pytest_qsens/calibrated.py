@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pytest_qsens.engines.probe import ProbeEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
 from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
+from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
@@ -29,6 +31,7 @@ from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.results import IDENTICAL, OpResult
 from pytest_qsens.samples import Rows, Sums, rows_of
+from pytest_qsens.sketches import Sketcher, make_sketchers
 from pytest_qsens.threads import reproducible_sums, threads_of
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ class CalibratedModel:
         engine_reason: str | None,
         reference_seconds: float,
         rows: Sequence[Rows],
+        sketchers: Sequence[Sketcher | None],
     ) -> None:
         self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
@@ -88,6 +92,8 @@ class CalibratedModel:
         self._engine = engine
         self._logits = logits
         self._rows = rows
+        self._sketchers = sketchers
+        self._sketches: dict[Unit, str] = {}
         self._joint: dict[int | None, Scores | str] = {}
         self._profiler = profile.current
 
@@ -156,6 +162,7 @@ class CalibratedModel:
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
         if without := self._left_out(op):
             result = replace(result, reason="; ".join(filter(None, (result.reason, f"without {_told(op, without)}"))))
+        result = replace(result, sketch=self._sketches.pop(unit, None))
         size = self._reference_size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
         return replace(result, status="estimated", intervals=intervals) if intervals and not failures else result
@@ -228,9 +235,12 @@ class CalibratedModel:
         if mode == "isolated":
             # a group that spans blocks would keep as many weights as the model has blocks
             with self._simulator.passing() if op.spans_blocks else nullcontext():
-                result = self._measured_with_others(lambda: self._engine.together(*unit)) or self._scores(
-                    self._engine.isolated(*unit)
+                score = self._measured_with_others(lambda: self._engine.together(*unit)) or self._summed(
+                    self._engine.isolated(*unit), sketching=True
                 )
+                result = score if isinstance(score, str) else self._related(score)
+            if not isinstance(score, str) and not isinstance(result, str) and score.sketch is not None:
+                self._sketches[unit] = encode(score.sketch.numpy() / math.sqrt(self._reference_size.energy))
             for name in () if self._joint else unit:  # nothing else needs these weights quantized
                 self._simulator.forget(name)
             return result
@@ -256,21 +266,21 @@ class CalibratedModel:
         return result
 
     def _all_but(self, unit: Unit, seed: int | None) -> Scores | str:
-        return self._measured_with_others(lambda: self._engine.all_but(*unit, seed=seed)) or self._scores(
+        score = self._measured_with_others(lambda: self._engine.all_but(*unit, seed=seed)) or self._summed(
             self._engine.fallback(*unit, seed=seed)
         )
+        return score if isinstance(score, str) else self._related(score)
 
-    def _measured_with_others(self, measure: Callable[[], Score | None]) -> Scores | str | None:
+    def _measured_with_others(self, measure: Callable[[], Score | None]) -> Score | None:
         """Score an op with others at once, if the engine can; where that fails, the op by itself shows why."""
         try:
-            score = measure()
-        except Exception:  # noqa: BLE001 - as in `_scores`
+            return measure()
+        except Exception:  # noqa: BLE001 - as in `_summed`
             return None
-        return None if score is None else self._related(score)
 
     def _related(self, score: Score) -> Scores | str:
         found = score.related(*self._reference_size)
-        return _NOT_FINITE if found is None else found
+        return _NOT_FINITE if found is None else found | dict(self._engine.reported)
 
     @cached_property
     def _reference_size(self) -> _Size:
@@ -298,19 +308,20 @@ class CalibratedModel:
 
     def _joint_scores(self, seed: int | None = None) -> Scores | str:
         if seed not in self._joint:
-            self._joint[seed] = self._scores(self._engine.joint(seed))
+            score = self._summed(self._engine.joint(seed))
+            self._joint[seed] = score if isinstance(score, str) else self._related(score)
         return self._joint[seed]
 
-    def _scores(self, outputs: Iterator[Tensor]) -> Scores | str:
-        """Score what an engine computes; why there is no score, if there is none."""
+    def _summed(self, outputs: Iterator[Tensor], *, sketching: bool = False) -> Score | str:
+        """Compare what an engine computes with the reference; why that cannot be done, if it cannot."""
         try:
             score = Score(logits=self._logits)
-            for reference, output, rows in zip(self._engine.references, outputs, self._rows, strict=True):
-                score.add(reference, output, rows)
+            given = zip(self._engine.references, outputs, self._rows, self._sketchers, strict=True)
+            for reference, output, rows, sketcher in given:
+                score.add(reference, output, rows, sketcher if sketching else None)
         except Exception as error:  # noqa: BLE001 - quantized values can make a model raise anything
             return f"the model fails ({first_line(error)})"
-        found = self._related(score)
-        return found if isinstance(found, str) else found | dict(self._engine.reported)
+        return score
 
 
 class _Size(NamedTuple):
@@ -383,6 +394,7 @@ def calibrate(
     workers: int = 1,
     artifact: Artifact | None = None,
     representatives: int | None = None,
+    interactions: bool = False,
 ) -> CalibratedModel:
     """Load nothing, but run everything once: calibration, capture, reference.
 
@@ -404,6 +416,7 @@ def calibrate(
         artifact: Where what is found out is kept; only the first process that needs it then runs calibration and
             capture, for which it takes the threads of all workers, and the others run a graph once.
         representatives: For ``probe``: parts of the depth in each of which one op of every layer type is measured.
+        interactions: Whether to sketch what each op, or group, does to the output when it alone is quantized.
 
     Raises:
         QsensError: If the engine cannot measure the scheme or needs what is not installed, the model cannot be run or
@@ -435,6 +448,7 @@ def calibrate(
         expected,
         logits=spec.logits and divergence,
         strata=representatives,
+        interactions=interactions,
     )
     with torch.no_grad():
         if artifact is None or not setup.captures:
@@ -451,6 +465,7 @@ def calibrate(
         engine_reason=prepared.refusal,
         reference_seconds=prepared.reference_seconds,
         rows=built.rows,
+        sketchers=built.sketchers,
     )
 
 
@@ -458,6 +473,7 @@ class _Built(NamedTuple):
     engine: Engine
     simulator: Simulator
     rows: Sequence[Rows]
+    sketchers: Sequence[Sketcher | None]
 
 
 class _Setup:
@@ -476,9 +492,11 @@ class _Setup:
         *,
         logits: bool,
         strata: int | None,
+        interactions: bool,
     ) -> None:
         self._assignment = assignment
         self._strata = strata
+        self._interactions = interactions
         self.logits = logits
         self._engine = engine
         self.captures = engine not in (*KERNEL_ENGINES, "eager")
@@ -549,9 +567,17 @@ class _Setup:
         simulator = Simulator(self._assignment.schemes, prepared.calibration)
         if prepared.captured is None:
             engine = self._forward_engine(prepared, quantizable, simulator)
-            return _Built(engine, simulator, self._rows(engine.references))
+            return _Built(
+                engine, simulator, self._rows(engine.references), self._sketchers(r.shape for r in engine.references)
+            )
         rows = self._rows(run.output for run, _ in prepared.captured)
-        return _Built(self._replaying(prepared, prepared.captured, quantizable, simulator, rows), simulator, rows)
+        found = self._sketchers(run.output.shape for run, _ in prepared.captured)
+        engine = self._replaying(prepared, prepared.captured, quantizable, simulator, rows, found)
+        return _Built(engine, simulator, rows, found)
+
+    def _sketchers(self, shapes: Iterable[Sequence[int]]) -> Sequence[Sketcher | None]:
+        listed = [*shapes]
+        return [*make_sketchers(listed)] if self._interactions else [None] * len(listed)
 
     def _rows(self, references: Iterable[Tensor]) -> list[Rows]:
         pairs = zip(self._batches, references, strict=True)
@@ -577,6 +603,7 @@ class _Setup:
         quantizable: list[str],
         simulator: Simulator,
         rows: Sequence[Rows],
+        sketchers: Sequence[Sketcher | None],
     ) -> Engine:
         with profile.phase("capture"):
             if self._engine == "replay":
@@ -592,6 +619,7 @@ class _Setup:
                 prepared.verdict,
                 logits=self.logits,
                 rows=rows,
+                sketchers=sketchers,
             )
 
     def _units(self, quantizable: Sequence[str]) -> list[Unit]:

@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs."""
+"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs, plans."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.plans.arguments import add_arguments
 from pytest_qsens.report.cached import listing, summary
 from pytest_qsens.report.comparison import as_json, report
+from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise, write
 from pytest_qsens.sensitivity_files import read_pair
 from pytest_qsens.snapshot import file_name
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_proxies(commands)
     _add_config(commands)
     _add_diff(commands)
+    _add_plan(commands)
     arguments = parser.parse_args(argv)
     code = 0
     try:
@@ -373,6 +376,32 @@ def _diff(arguments: argparse.Namespace) -> list[str]:
     return lines
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="choose a scheme for every op under a budget of size or error",
+        description="Choose from measured scores which op gets which scheme, or none: with the lowest error within a "
+        "budget of bits, the smallest within a budget of error, or the lowest error with a share of the ops kept. "
+        "Exactly one of these, or a whole spectrum, is asked for.",
+    )
+    add_arguments(command)
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.plans.command import make_plans
+    from pytest_qsens.report import plan
+
+    found = make_plans(arguments)
+    lines = list(plan.report(found))
+    if len(found.plans) > 1:
+        lines += ["", *_aligned(plan.table(found.problem, found.plans, "saved"))]
+    elif found.frontier:
+        lines += ["", *_aligned(plan.table(found.problem, found.frontier, "saved"))]
+    written = [*(made.path for made in found.plans), *filter(None, [arguments.plot])]
+    return [*lines, "", *(f"wrote {path}" for path in written)]
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
@@ -439,6 +468,7 @@ def table(result: RunResult, sort: str | None = None) -> list[str]:
         *(_LEGEND[name] for name in columns if name in _LEGEND),
         "",
         *_aligned([header, *rows]),
+        *side_by_side(result.total),
     ]
 
 

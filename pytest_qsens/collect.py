@@ -519,12 +519,7 @@ def plan(session: pytest.Session) -> Payload | None:
         refusal = str(error)
     elsewhere = config.stash.get(_ELSEWHERE, {})
     listed = [
-        [
-            *key,
-            [[unit.name, unit.type, [[op.name, op.type] for op in unit.members]] for unit in units],
-            sorted(elsewhere.get(key, ())),
-            configs[key],
-        ]
+        [*key, [unit.plain() for unit in units], sorted(elsewhere.get(key, ())), configs[key]]
         for key, units in models.items()
     ]
     return {"cases": cases, "models": listed, "refusal": refusal}
@@ -758,6 +753,28 @@ def check_shard(model: Model, options: Options) -> None:
         raise QsensError(
             f"{options.origins['shard']} {options.shard}: {most} results of {model.label} (ops, and the whole model) "
             f"cannot be shared by {options.shard.count} machines. Use {most} shards at most"
+        )
+
+
+def check_interactions(options: Options) -> None:
+    """Check that ops are measured by themselves, if it is to be known how their errors meet.
+
+    Raises:
+        QsensError: If they are not.
+
+    """
+    if not options.interactions:
+        return
+    origin = options.origins["interactions"]
+    if options.mode == "fallback":
+        raise QsensError(
+            f"{origin} goes by what ops do when they alone are quantized, which mode fallback does not "
+            "measure. Use --qsens-mode isolated or both"
+        )
+    if options.estimating:
+        raise QsensError(
+            f"{origin} goes by what is measured, and this run estimates. Leave out engine probe, --qsens-time-budget, "
+            "--qsens-top and --qsens-representatives"
         )
 
 

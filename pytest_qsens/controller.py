@@ -17,6 +17,7 @@ from pytest_qsens.collect import (
     Subject,
     base_options,
     catalogue,
+    check_interactions,
     check_ranks,
     check_refinement,
     check_selection,
@@ -233,8 +234,8 @@ class Run:
 
     def listed(self, reason: Callable[[Op], str]) -> tuple[OpResult, ...]:
         """One result for every op of the model, in model order, then the functional ones."""
-        named = (self.results.get(op.name) or self._not_run(op, reason) for op in self.ops)
-        return (*named, *self.functional)
+        named = ((op, self.results.get(op.name) or self._not_run(op, reason)) for op in self.ops)
+        return (*(replace(result, weights=op.weights) for op, result in named), *self.functional)
 
     def _not_run(self, op: Op, reason: Callable[[Op], str]) -> OpResult:
         if op.name in self.unquantized:
@@ -268,7 +269,7 @@ def _joined(old: OpResult | None, new: OpResult) -> OpResult:
     if old is None or old.status != "measured" or new.status == "estimated":
         return new
     modes = {mode: getattr(old, mode) or getattr(new, mode) for mode in ("isolated", "fallback", "added")}
-    return replace(old, **modes)
+    return replace(old, **modes, sketch=old.sketch or new.sketch)
 
 
 def _subject(payload: Payload) -> Subject:
@@ -338,6 +339,7 @@ class Controller:
         check_refinement(model, options)
         for name, sha256 in model.config_hashes.items():
             self._files[f"{name} of {model.label}"] = "this process", {"config": sha256}
+        check_interactions(options)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -434,7 +436,7 @@ class Controller:
         self._cases.update({nodeid: Case(*case) for nodeid, case in planned["cases"].items()})
         for label, scheme, granularity, units, elsewhere, config in planned["models"]:
             run = self._run(Subject(label, scheme, granularity))
-            run.ops = tuple(Op(name, kind, tuple(Op(*member) for member in members)) for name, kind, members in units)
+            run.ops = tuple(map(Op.from_plain, units))
             run.elsewhere = frozenset(elsewhere)
             run.config = config
         if planned["refusal"]:
@@ -553,6 +555,7 @@ class Controller:
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
         for run in active:
+            self._guarded(partial(self._predict, run))
             self._guarded(partial(self._judge_ranks, run))
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
@@ -578,6 +581,14 @@ class Controller:
             write()
         except QsensError as error:
             self.problems.append(str(error))
+
+    def _predict(self, run: Run) -> None:
+        """Put what interactions say of the whole model beside what was measured of it."""
+        if base_options(self.config).interactions and run.total is not None:
+            from pytest_qsens.interactions import with_prediction
+
+            ops = [run.results.get(op.name) or _without_score(op, "unrun", "not run") for op in run.ops]
+            run.results[TOTAL] = with_prediction(run.total, ops, run.model) or run.total
 
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""

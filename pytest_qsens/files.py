@@ -162,7 +162,13 @@ def typed(value: object, kind: type, where: str) -> Any:  # noqa: ANN401  # narr
     return value
 
 
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+}
 
 
 def finite(value: object, where: str) -> float:
@@ -184,10 +190,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: readers and a crash at any moment see the old text or the new, never a part.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers and a crash at any moment see the old content or the new, never a part.
 
-    The file gets the mode a freshly created one has (umask). A symbolic link is followed.
+    Text is written as UTF-8. The file gets the mode a freshly created one has (umask). A symbolic link is followed.
 
     Raises:
         QsensError: If the place cannot be written; the old file is untouched.
@@ -197,8 +203,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = target.with_name(f"{temporary_prefix(target)}{os.getpid()}.tmp")
     try:
         # Not tempfile: its files are 0600 whatever the umask, and the replaced file would keep that.
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)

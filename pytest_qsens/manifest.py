@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.source import ModelSource
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
@@ -40,7 +40,7 @@ def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]
     ops = _read(path)
     if ops is None:
         ops = _list(source)
-        listed = [[op.name, op.type] for op in ops]
+        listed = [op.plain() for op in ops]
         content = {"schema": SCHEMA, "sum": digest(listed), "ops": listed}
         with suppress(OSError, QsensError):  # a cache that cannot be written only costs time
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,6 @@ def _read(path: Path) -> tuple[Op, ...] | None:
     try:
         content = json.loads(path.read_bytes())
         whole = content["sum"] == digest(content["ops"])
-        return tuple(Op(name, kind) for name, kind in content["ops"]) if whole and content["schema"] == SCHEMA else None
+        return tuple(map(Op.from_plain, content["ops"])) if whole and content["schema"] == SCHEMA else None
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -349,6 +349,8 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
+    if spec.interactions:  # scores that are kept without sketches are not all that is asked for
+        facts["interactions"] = True
     found = model.assigned(spec).assignment
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, found.own, found.base)
 
@@ -433,6 +435,7 @@ def _calibrate(
         workers=max(1, workers),
         artifact=artifact,
         representatives=spec.representatives,
+        interactions=spec.interactions,
     )
 
 

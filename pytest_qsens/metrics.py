@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.results import Scores
     from pytest_qsens.samples import Rows
+    from pytest_qsens.sketches import Sketcher
 
 
 _CHUNK = 2**16
@@ -38,9 +39,10 @@ def squared_distance(one: Tensor, other: Tensor) -> float:
 
 
 @profile.phase("scoring")
-def squared_distances(one: Tensor, other: Tensor, rows: Rows) -> Sums:
-    """Sum of squared differences, in float64, as a whole and by sample."""
-    return summed(_squared_differences(one, other), rows, one.numel())
+def squared_distances(one: Tensor, other: Tensor, rows: Rows, sketcher: Sketcher | None = None) -> Sums:
+    """Sum of squared differences, in float64, as a whole and by sample; with a sketch of what the second has more."""
+    found = summed(_squared_differences(one, other), rows, one.numel())
+    return found if sketcher is None else found._replace(sketch=sketcher(other - one))
 
 
 def _squared_differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
@@ -71,25 +73,30 @@ class Score:
     Attributes:
         sse: Sum of squared differences so far.
         finite: Whether all outputs so far were.
+        sketch: Of all differences so far, if there is one of each batch.
 
     """
 
     def __init__(self, *, logits: bool) -> None:
         self.sse = 0.0
         self.finite = True
+        self.sketch: Tensor | None = None
         self._samples: list[float] = []
         self._logits = logits
         self._kl = self._agreeing = 0.0
         self._positions = 0
 
     @profile.phase("scoring")
-    def add(self, reference: Tensor, quantized: Tensor, rows: Rows | None = None) -> None:
+    def add(
+        self, reference: Tensor, quantized: Tensor, rows: Rows | None = None, sketcher: Sketcher | None = None
+    ) -> None:
         """Compare one batch.
 
         Args:
             reference: Output of the unquantized model.
             quantized: Of the quantized one.
             rows: Of each sample; ``None`` takes the batch for one.
+            sketcher: Of this batch; ``None`` sketches nothing.
 
         Raises:
             ValueError: If the shapes differ.
@@ -97,7 +104,7 @@ class Score:
         """
         if quantized.shape != reference.shape:
             raise ValueError(f"the output has shape {tuple(quantized.shape)}, not {tuple(reference.shape)}")
-        self.add_error(squared_distances(reference, quantized, rows or [1]))
+        self.add_error(squared_distances(reference, quantized, rows or [1], sketcher))
         if not self._logits or not self.finite:
             return
         classes = reference.shape[-1]
@@ -114,6 +121,8 @@ class Score:
         """Add one batch of which only the sums of squared differences are known."""
         self.sse += sse.whole
         self._samples += sse.samples
+        if sse.sketch is not None:
+            self.sketch = sse.sketch if self.sketch is None else self.sketch + sse.sketch
         self.finite = math.isfinite(self.sse)
 
     def related(self, energy: float, count: int, energies: Sequence[float] = ()) -> Scores | None:

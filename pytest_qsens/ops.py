@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
@@ -25,6 +26,14 @@ class Op:
     type: str
     members: tuple[Op, ...] = ()
     """Of a group, at least two ops that are flipped together, and scored as one (`pytest_qsens.groups`)."""
+    elements: int | None = field(default=None, compare=False)
+    """Values of its weight, where that is known; of a group ask `weights`."""
+
+    @property
+    def weights(self) -> int | None:
+        """Values of the weights of all its ops; ``None`` if that is not known."""
+        counts = [op.elements for op in self.ops]
+        return None if None in counts else sum(filter(None, counts))
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -55,6 +64,16 @@ class Op:
     def spans_blocks(self) -> bool:
         """Whether it is a group with members in several blocks."""
         return len({member.block for member in self.members}) > 1
+
+    def plain(self) -> list[Any]:
+        """Take it apart into builtin values."""
+        return [self.name, self.type, [member.plain() for member in self.members], self.elements]
+
+    @classmethod
+    def from_plain(cls, values: list[Any]) -> Op:
+        """Rebuild what `plain` took apart."""
+        name, kind, members, elements = values
+        return cls(name, kind, tuple(map(cls.from_plain, members)), elements)
 
     def __str__(self) -> str:
         return self.name

@@ -160,6 +160,11 @@ _DECLARATIONS = (
         "N",
     ),
     _Declaration("gate_estimates", "flag", "estimates fail, too, if all of their interval is past the threshold"),
+    _Declaration(
+        "interactions",
+        "flag",
+        "sketch what each op alone does to the output, which tells how errors of several ops meet; for `qsens plan`",
+    ),
     _Declaration("device", "text", "torch device to measure on (default: cpu)", "DEVICE", marker=True),
     _Declaration(
         "shard",
@@ -221,6 +226,7 @@ class RunSpec:
     representatives: int | None = None
     config: ConfigRequest | None = None
     """What says each op's scheme; ``scheme`` is its name then."""
+    interactions: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,7 @@ class Options:
     top: int | None
     representatives: int | None
     gate_estimates: bool
+    interactions: bool
     device: str
     shard: Shard | None
     json: Path | None
@@ -413,6 +420,7 @@ class Options:
             self._divergence,
             self.representatives,
             self.config_request,
+            self.interactions,
         )
 
     @property

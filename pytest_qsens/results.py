@@ -43,7 +43,19 @@ CANNOT = "measured, as it cannot be estimated: "
 LEFT_OUT = "not measured: "
 """Reason of an op that there was no time or need to measure, before why."""
 
-ABOUT_SCORES = frozenset({"distinguishable", "gain_noise", "inc_sse", "loss_noise", "noise", "samples", "stderr"})
+ABOUT_SCORES = frozenset(
+    {
+        "additive",
+        "distinguishable",
+        "gain_noise",
+        "inc_sse",
+        "loss_noise",
+        "noise",
+        "quadratic",
+        "samples",
+        "stderr",
+    }
+)
 """What results hold beside metrics, and snapshots leave out."""
 
 Scores = dict[str, float | None]
@@ -51,6 +63,7 @@ Scores = dict[str, float | None]
 
 Beside its metrics, a mode has ``stderr`` and ``samples``: see `pytest_qsens.samples`. ``fallback`` has ``noise``,
 ``gain_noise`` and ``distinguishable``, a truth value: see `pytest_qsens.noise`; ``added`` the same with ``loss_noise``.
+The whole model may have ``additive`` and ``quadratic``: see `pytest_qsens.interactions`.
 """
 
 NON_NEGATIVE = frozenset({"sse", "mse", "nmse", "kl", "top1", *ABOUT_SCORES}) - {"distinguishable"}
@@ -93,6 +106,10 @@ class OpResult:
     scheme: str | None = None
     """Name of its scheme, or of all schemes of a group or of the whole model, where a config is measured."""
     added: Scores | None = None
+    weights: int | None = None
+    """Values of its weight, or of those of all ops of a group; older files and products of activations have none."""
+    sketch: str | None = None
+    """What it does to the output when it alone is quantized, see `pytest_qsens.interactions`; only if asked for."""
 
     @property
     def modes(self) -> dict[Mode, Scores]:
@@ -178,6 +195,7 @@ def joined(results: Sequence[OpResult]) -> OpResult:
         fallback=next((result.fallback for result in results if result.fallback is not None), None),
         added=next((result.added for result in results if result.added is not None), None),
         seconds=sum(result.seconds for result in results),
+        sketch=next((result.sketch for result in results if result.sketch is not None), None),
         intervals={mode: bounds for result in results for mode, bounds in result.intervals.items()},
     )
 
@@ -206,6 +224,9 @@ def to_payload(result: OpResult) -> Payload:
             del payload[name]
     if result.ops:
         payload["ops"] = list(result.ops)
+    for name in ("weights", "sketch"):
+        if payload[name] is None:
+            del payload[name]
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
         payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}
@@ -248,9 +269,21 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         ops=_optional_names(fields, "ops"),
         scheme=fields.optional_text("scheme"),
         added=_optional_scores(fields, "added", intervals),
+        weights=_optional_count(fields, "weights"),
+        sketch=fields.optional_text("sketch"),
     )
     fields.end()
     return result
+
+
+def _optional_count(fields: Fields, key: str) -> int | None:
+    value, where = fields.take(key), fields.at(key)
+    if value is None:
+        return None
+    count: int = typed(value, int, where)
+    if count < 0:
+        raise QsensError(f"{where}: {count!r} is not possible, it is never negative")
+    return count
 
 
 def _optional_names(fields: Fields, key: str) -> tuple[str, ...]:

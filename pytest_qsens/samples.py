@@ -30,11 +30,13 @@ class Sums(NamedTuple):
     Attributes:
         whole: Over all of them.
         samples: Over those of each sample. Their sum is ``whole`` but for the order of additions.
+        sketch: Of differences of which these are the squares (`pytest_qsens.sketches`), if that is asked for.
 
     """
 
     whole: float
     samples: tuple[float, ...]
+    sketch: Tensor | None = None
 
 
 def rows_of(batch: Batch, output: Tensor, told: Callable[[Batch], Iterable[int] | None] | None) -> Rows:

@@ -136,8 +136,8 @@ def test_nothing_but_the_list_is_left_behind(tmp_path: Path) -> None:
     """The file appears under its name only when it is whole."""
     load_manifest(small(), tmp_path)
     [file] = [path for path in tmp_path.rglob("*") if path.is_file()]
-    ops = [["0", "conv2d"], ["2", "linear"]]
-    assert json.loads(file.read_text()) == {"schema": 1, "sum": digest(ops), "ops": ops}
+    ops = [["0", "conv2d", [], 12], ["2", "linear", [], 8]]
+    assert json.loads(file.read_text()) == {"schema": 2, "sum": digest(ops), "ops": ops}
 
 
 @pytest.mark.parametrize(

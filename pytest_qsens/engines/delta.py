@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.together import Together
     from pytest_qsens.quant.simulate import Simulator
     from pytest_qsens.samples import Rows
+    from pytest_qsens.sketches import Sketcher
 
 _TRIES = 3
 """Ops at either end of the model that are tried until one can be compared with its replay."""
@@ -139,6 +140,8 @@ class DeltaEngine(ReplayEngine):
         logits: Whether outputs are compared as distributions of classes, too.
         rows: Of each sample of every batch.
         added: Of the quantizable ops, those that are not quantized when everything is.
+        sketchers: Of the differences that single units make, one for each batch; those that are ``None``
+            sketch nothing.
 
     """
 
@@ -155,13 +158,15 @@ class DeltaEngine(ReplayEngine):
         *,
         logits: bool,
         rows: Sequence[Rows],
+        sketchers: Sequence[Sketcher | None],
         added: Collection[str] = (),
     ) -> None:
         super().__init__(captured, simulator, quantizable, memory, added)
         self._logits = logits
         self._rows = rows
         self._weights = Weights(fast_bf16=_has_fast_bf16(self._clean[0].output.device))
-        self._deltas = [DeltaRun(run, self._weights, of_run) for run, of_run in zip(self._clean, rows, strict=True)]
+        of_runs = zip(self._clean, rows, sketchers, strict=True)
+        self._deltas = [DeltaRun(run, self._weights, of_run, sketcher) for run, of_run, sketcher in of_runs]
         self._expected = expected
         self._wave_memory = memory // _WAVE_SHARE
         self._waves = self._find_waves(self._deltas)
@@ -308,7 +313,7 @@ class DeltaEngine(ReplayEngine):
                 with self._threads():
                     if self._logits:
                         for score, output in zip(found.values(), together.outputs(changes), strict=True):
-                            score.add(reference, output, together.rows)
+                            score.add(reference, output, together.rows, together.sketcher)
                     else:
                         for score, error in zip(found.values(), together.errors(changes), strict=True):
                             score.add_error(error)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.simulate import Simulator
     from pytest_qsens.results import Mode, Scores
     from pytest_qsens.samples import Rows
+    from pytest_qsens.sketches import Sketcher
 
 _PASSES = {1: 4, 2: 3, 16: 2}
 """Independent samples, at least so many → backward passes for the squared error, and as many for the divergence."""
@@ -103,6 +104,7 @@ class ProbeEngine(DeltaEngine):
         verdict: Whether differences are to be trusted; `check` finds out if it is not known.
         logits: Whether outputs are compared as distributions of classes, too.
         rows: Of each sample of every batch.
+        sketchers: As for engine ``delta``.
         strata: Parts of the depth in each of which one op of every layer type is measured; ``None`` measures a few
             over the range.
 
@@ -121,9 +123,20 @@ class ProbeEngine(DeltaEngine):
         *,
         logits: bool,
         rows: Sequence[Rows],
+        sketchers: Sequence[Sketcher | None],
         strata: int | None = None,
     ) -> None:
-        super().__init__(captured, simulator, quantizable, memory, expected, verdict, logits=logits, rows=rows)
+        super().__init__(
+            captured,
+            simulator,
+            quantizable,
+            memory,
+            expected,
+            verdict,
+            logits=logits,
+            rows=rows,
+            sketchers=sketchers,
+        )
         self._strata = strata
         self._region = memory // _REGION_SHARE
         self._wanted = [op for wave in self._waves for (op,) in wave]  # groups are refused

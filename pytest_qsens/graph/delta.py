@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.replay import Run
     from pytest_qsens.graph.schedule import Step
     from pytest_qsens.samples import Rows
+    from pytest_qsens.sketches import Sketcher
 
 aten = torch.ops.aten
 
@@ -114,14 +115,15 @@ class DeltaRun(Together):
         run: The clean run.
         weights: How they are multiplied by.
         rows: Of each sample; ``None`` takes the batch for one.
+        sketcher: Of the differences to its output; ``None`` sketches nothing.
 
     """
 
-    def __init__(self, run: Run, weights: Weights, rows: Rows | None = None) -> None:
+    def __init__(self, run: Run, weights: Weights, rows: Rows | None = None, sketcher: Sketcher | None = None) -> None:
         self._weights = weights
         rules = {node: RULES[node.target] for node in run.graph.nodes if node.target in RULES and run.is_original(node)}
         shared = settled_calls(run, {node: (rule.argument, rule.weight) for node, rule in rules.items()})
-        super().__init__(run, run.output, shared, rows)
+        super().__init__(run, run.output, shared, rows, sketcher)
 
     def _form(self, node: Node) -> torch.dtype:
         return self._weights.dtype(self._weight(node))
@@ -146,11 +148,11 @@ class DeltaRun(Together):
         return 0 if form == value.dtype else int(value.numel()) * form.itemsize
 
     def _head_errors(self, values: Iterable[Tensor], head: Head) -> Iterator[Sums]:
-        clean = self.run.values(head.source)
+        clean, weight = self.run.values(head.source), self._weight(head.node)
         for value in values:
-            yield _squared_lengths(
-                self._rows(value - clean, head), self._weights.gram(self._weight(head.node)), self.rows
-            )
+            rows = self._rows(value - clean, head)
+            found = _squared_lengths(rows, self._weights.gram(weight), self.rows)
+            yield found if self.sketcher is None else found._replace(sketch=self.sketcher.through(rows, weight))
 
     def _weight(self, node: Node) -> Tensor:
         found: Tensor = self.run.graph.constants[node.args[RULES[node.target].weight]]  # type: ignore[index] # a node

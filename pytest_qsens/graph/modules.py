@@ -39,4 +39,8 @@ def list_ops(model: nn.Module) -> tuple[Op, ...]:
 
     A module reachable under several names is one op under its first name. Tied weights are still two ops.
     """
-    return tuple(Op(name, kind) for name, module in model.named_modules() if (kind := op_type(module)) is not None)
+    return tuple(
+        Op(name, kind, elements=module.weight.numel())
+        for name, module in model.named_modules()
+        if (kind := op_type(module)) is not None
+    )

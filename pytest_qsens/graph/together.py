@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.replay import Change, Run
     from pytest_qsens.samples import Rows, Sums
+    from pytest_qsens.sketches import Sketcher
 
 aten = torch.ops.aten
 
@@ -48,18 +49,28 @@ class Together(ABC):
         reference: The output that errors are differences to.
         shared: Linear calls that are taken for all changes at once, see `settled_calls` → the argument that changes.
         rows: Of each sample; ``None`` takes the batch for one.
+        sketcher: Of the differences to the reference; ``None`` sketches nothing.
 
     Attributes:
         run: As given.
         reference: As given.
         rows: Of each sample.
+        sketcher: As given.
 
     """
 
-    def __init__(self, run: Run, reference: Tensor, shared: Mapping[Node, Node], rows: Rows | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        reference: Tensor,
+        shared: Mapping[Node, Node],
+        rows: Rows | None,
+        sketcher: Sketcher | None = None,
+    ) -> None:
         self.run = run
         self.reference = reference
         self.rows: Rows = rows or [1]
+        self.sketcher = sketcher
         self._shared = shared
         self._schedule = run.schedule(run.graph.output, shared)
         self._head = self._find_head()
@@ -89,7 +100,7 @@ class Together(ABC):
             found |= zip(map(id, before), self._head_errors(values, head), strict=True)
         others = [change for change in changes if id(change) not in found]
         for change, output in zip(others, self.outputs(others), strict=True):
-            found[id(change)] = squared_distances(self.reference, output, self.rows)
+            found[id(change)] = squared_distances(self.reference, output, self.rows, self.sketcher)
         return [found[id(change)] for change in changes]
 
     @abstractmethod

@@ -12,6 +12,7 @@ from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
+from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         how = "" if run.config is None else " as the config says"
         note = f" ({total.reason})" if total.reason else ""
         yield f"total, everything quantized{how}: {_numbers(total.isolated)}{note}"
+        yield from side_by_side(total)
 
 
 def _heat(run: Run, width: int, bar: str) -> Iterator[str]:

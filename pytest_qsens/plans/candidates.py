@@ -1,0 +1,252 @@
+"""From result files to what a plan chooses from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import Fused, grouped
+from pytest_qsens.interactions import decode
+from pytest_qsens.merge import OF_THE_MACHINE
+from pytest_qsens.ops import Op, matches
+from pytest_qsens.plans.bits import scheme_bits
+from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
+from pytest_qsens.results import OpResult, RunResult, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from pytest_qsens.plans.problem import Floats
+
+_NAMED = 3
+"""Ops or groups named in a message."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What holds whatever is measured.
+
+    Attributes:
+        never: Globs of ops that stay unquantized.
+        fused: Patterns that go before those of `pytest_qsens.groups`.
+        estimates: Whether estimated scores are taken, too.
+        unquantized: Bits of a weight that is not quantized.
+
+    """
+
+    never: tuple[str, ...] = ()
+    fused: tuple[Fused, ...] = ()
+    estimates: bool = False
+    unquantized: float = 16.0
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    result: RunResult
+    entries: Mapping[str, OpResult]
+
+    @property
+    def scheme(self) -> str:
+        return self.result.run.scheme
+
+
+def read_problem(paths: Sequence[Path], wishes: Wishes) -> Problem:
+    """Read the results of one model under one or more schemes, a file for each.
+
+    Raises:
+        QsensError: If a file cannot be used, is not of the same model, data and ops as the others, or has a scheme that
+            another one has, if a glob or pattern matches nothing, or nothing can be quantized; names files and values.
+
+    """
+    files = [_file(path) for path in paths]
+    for other in files[1:]:
+        _check_same(files[0], other)
+    _check_schemes(files)
+    groups = _groups(files[0], wishes)
+    units: list[Unit] = []
+    candidates: list[Candidate] = []
+    for group in groups:
+        names = _names(group, files[0])
+        ops = tuple(_ops(names, files[0]))
+        never = any(matches(name, glob) for glob in wishes.never for name in (group.name, *names, *ops))
+        found = [] if never else list(_measured(len(units), names, files, wishes))
+        why = None if found else "never to be quantized" if never else _why(names, files, wishes)
+        units.append(Unit(group.name, ops, _weights(names, files[0]), why))
+        candidates += found
+    if not candidates:
+        raise QsensError(
+            f"{', '.join(str(file.path) for file in files)}: nothing can be quantized, {units[0].name} for one: "
+            f"{units[0].kept}"
+        )
+    notes = [*_notes(files, candidates)]
+    return Problem(
+        files[0].result.run.model,
+        tuple(file.scheme for file in files),
+        tuple(units),
+        tuple(candidates),
+        wishes.unquantized,
+        tuple(notes),
+    )
+
+
+def _file(path: Path) -> _File:
+    result = load(path)
+    if result.run.shard is not None:
+        raise QsensError(
+            f"{path} is shard {result.run.shard}. Put all shards together with `qsens merge`, and plan then"
+        )
+    entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
+    if not any(op.isolated for op in entries.values()):
+        raise QsensError(
+            f"{path}: no op of it has a score in mode isolated, which plans are made from. Measure with "
+            "--qsens-mode isolated or both"
+        )
+    return _File(path, result, entries)
+
+
+def _check_same(first: _File, other: _File) -> None:
+    """Check that two files are of one model on the same data.
+
+    Raises:
+        QsensError: Naming the first difference.
+
+    """
+
+    def facts(file: _File) -> dict[str, object]:
+        run = file.result.run
+        versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
+        return {name: getattr(run, name) for name in ("model", "granularity", "data", "checkpoint")} | versions
+
+    one, two = facts(first), facts(other)
+    for name in dict.fromkeys((*one, *two)):
+        if one.get(name) != two.get(name):
+            raise _foreign(first, other, f"{name} {one.get(name)!r} and {two.get(name)!r}")
+    ops, others = ({(op.op, op.type, op.ops, op.weights) for op in file.entries.values()} for file in (first, other))
+    if ops != others:
+        raise _foreign(
+            first, other, f"ops that are in one of them only: {_listed(sorted({o for o, *_ in ops ^ others}))}"
+        )
+    here, there = first.result.run, other.result.run
+    machines = [{name: run.environment.get(name) for name in OF_THE_MACHINE} for run in (here, there)]
+    if machines[0] == machines[1] and here.reference != there.reference:
+        raise _foreign(first, other, f"unquantized outputs, reference {here.reference} and {there.reference}")
+
+
+def _foreign(first: _File, other: _File, what: str) -> QsensError:
+    return QsensError(
+        f"{first.path} and {other.path} are not of one model on the same data: {what}. Measure every scheme with the "
+        "same command but for --qsens-scheme and --qsens-json"
+    )
+
+
+def _check_schemes(files: Sequence[_File]) -> None:
+    seen: dict[str, _File] = {}
+    for file in files:
+        other = seen.setdefault(file.scheme, file)
+        if other is not file:
+            raise QsensError(
+                f"{other.path} and {file.path} are both of scheme {file.scheme}. Give one file for each scheme"
+            )
+
+
+def _groups(file: _File, wishes: Wishes) -> Sequence[Op]:
+    """List what gets one scheme: fused ops, or the groups that were measured as one."""
+    ops = [Op(op.op, op.type) for op in file.entries.values()]
+    every = [name for op in file.entries.values() for name in (op.op, *op.ops)]
+    for glob in wishes.never:
+        if not any(matches(name, glob) for name in every):
+            raise QsensError(
+                f"--never {glob!r} matches none of the {len(every)} ops of {file.path}. `qsens show` lists them"
+            )
+    granularity = file.result.run.granularity
+    if granularity != "op":
+        if wishes.fused:
+            raise QsensError(
+                f"--fused groups single ops, and {file.path} is of granularity {granularity}: its groups get one "
+                "scheme each. Leave --fused out"
+            )
+        return ops
+    for pattern in wishes.fused:
+        if not any(pattern.parts(name) for name in every):
+            raise QsensError(f"--fused {pattern.text!r} matches no op of {file.path}. `qsens show` lists them")
+    return grouped(ops, "fused", wishes.fused)
+
+
+def _names(group: Op, file: _File) -> tuple[str, ...]:
+    """Name the entries of a file that are of this group."""
+    return (group.name,) if group.name in file.entries else group.member_names
+
+
+def _ops(names: Sequence[str], file: _File) -> Iterator[str]:
+    for name in names:
+        yield from file.entries[name].ops or (name,)
+
+
+def _weights(names: Sequence[str], file: _File) -> int | None:
+    counts = [file.entries[name].weights for name in names]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _measured(unit: int, names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> Iterator[Candidate]:
+    for file in files:
+        entries = [file.entries[name] for name in names]
+        if any(_refusal(entry, wishes) for entry in entries):
+            continue
+        nmse = math.fsum(entry.isolated["nmse"] or 0.0 for entry in entries if entry.isolated)
+        sketches = [_sketch(entry, file) for entry in entries]
+        known: list[Floats] = [sketch for sketch in sketches if sketch is not None]
+        bits = scheme_bits(file.scheme, wishes.unquantized)
+        if len(known) < len(sketches):
+            yield Candidate(unit, file.scheme, bits, nmse, nmse)
+        else:
+            yield Candidate(unit, file.scheme, bits, nmse, own_error(nmse, known), sum(known[1:], known[0]))
+
+
+def _sketch(entry: OpResult, file: _File) -> Floats | None:
+    return None if entry.sketch is None else decode(entry.sketch, f"{file.path}, op {entry.op!r}")
+
+
+def _refusal(entry: OpResult, wishes: Wishes) -> str | None:
+    """Why an op cannot be planned with; ``None`` if it can."""
+    if entry.status == "measured" and entry.isolated is not None:
+        return None
+    if entry.status == "estimated" and entry.isolated is not None:
+        return None if wishes.estimates else "estimated (--allow-estimated plans with it)"
+    return f"{entry.status}: {entry.reason}" if entry.reason else entry.status
+
+
+def _why(names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> str:
+    found = {
+        (f"{name} is " if len(names) > 1 else "") + refusal: None
+        for file in files
+        for name in names
+        if (refusal := _refusal(file.entries[name], wishes)) is not None
+    }
+    return "; ".join(found)
+
+
+def _notes(files: Sequence[_File], candidates: Sequence[Candidate]) -> Iterator[str]:
+    lengths = {0 if candidate.sketch is None else len(candidate.sketch) for candidate in candidates}
+    if len(lengths - {0}) > 1:
+        raise QsensError(
+            f"{', '.join(str(file.path) for file in files)}: sketches of {' and '.join(map(str, sorted(lengths)))} "
+            "values, which are not of one output. Measure every scheme anew with --qsens-interactions"
+        )
+    if 0 in lengths:
+        without = [str(f.path) for f in files if any(e.isolated and e.sketch is None for e in f.entries.values())]
+        yield (
+            f"no interactions in {', '.join(without)}: errors are taken to add up. Measure with "
+            "--qsens-interactions to know how they meet"
+        )
+    references = {file.result.run.reference for file in files}
+    if len(references) > 1:
+        yield "measured on different machines: scores differ by about 1e-4 of themselves for that alone"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}"

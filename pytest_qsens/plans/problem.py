@@ -1,0 +1,171 @@
+"""What a plan chooses from: for every op, or group of ops, the schemes it was measured under, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Chosen = NDArray[np.bool_]
+    """Of every `Candidate`, whether it is taken; a unit with none that is stays unquantized."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Ops that get one scheme.
+
+    Attributes:
+        name: Of the op, or of the group.
+        ops: Names of its ops.
+        weights: Values of their weights; ``None`` if the result files do not tell.
+        kept: Why it stays unquantized, if it has to.
+
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    weights: int | None
+    kept: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A unit under a scheme.
+
+    Attributes:
+        unit: Its place in the list of units.
+        scheme: Name of the scheme.
+        bits: Of one of its weights under that scheme.
+        nmse: Sum of the isolated NMSEs of its ops.
+        sketch: Sum of their sketches (`pytest_qsens.interactions`), if there are any.
+        own: Predicted NMSE of the unit alone: ``nmse`` with the interactions of its ops, if there are sketches.
+
+    """
+
+    unit: int
+    scheme: str
+    bits: float
+    nmse: float
+    own: float
+    sketch: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All units and candidates.
+
+    Attributes:
+        model: Label of the model.
+        schemes: Those of the result files, in their order.
+        units: In the order of the model.
+        candidates: Of all units that can be quantized.
+        unquantized: Bits of a weight that is not quantized.
+        notes: What has to be told about the input.
+
+    """
+
+    model: str
+    schemes: tuple[str, ...]
+    units: tuple[Unit, ...]
+    candidates: tuple[Candidate, ...]
+    unquantized: float
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def owners(self) -> NDArray[np.intp]:
+        """Unit of each candidate."""
+        return np.array([candidate.unit for candidate in self.candidates], dtype=np.intp)
+
+    @cached_property
+    def nmse(self) -> Floats:
+        """Additive error of each candidate."""
+        return np.array([candidate.nmse for candidate in self.candidates])
+
+    @cached_property
+    def own(self) -> Floats:
+        """Predicted error of each candidate alone."""
+        return np.array([candidate.own for candidate in self.candidates])
+
+    @property
+    def interacting(self) -> bool:
+        """Whether interactions are known."""
+        return bool(self.candidates) and all(candidate.sketch is not None for candidate in self.candidates)
+
+    @cached_property
+    def cross(self) -> Floats | None:
+        """Product of the changes of each two candidates of different units; ``None`` if interactions are not known."""
+        if not self.interacting:
+            return None
+        sketches = np.stack([candidate.sketch for candidate in self.candidates if candidate.sketch is not None])
+        products: Floats = sketches @ sketches.T
+        products[self.owners[:, None] == self.owners] = 0.0
+        return products
+
+    @property
+    def dimensions(self) -> int:
+        """Values in a sketch; 0 without."""
+        sketch = self.candidates[0].sketch if self.interacting else None
+        return 0 if sketch is None else len(sketch)
+
+    @cached_property
+    def saved(self) -> Floats:
+        """Bits that each candidate saves, all its weights together."""
+        return np.array([(self.unquantized - c.bits) * (self.units[c.unit].weights or 0) for c in self.candidates])
+
+    @cached_property
+    def counts(self) -> Floats:
+        """How many ops each candidate quantizes."""
+        return np.array([float(len(self.units[c.unit].ops)) for c in self.candidates])
+
+    @cached_property
+    def weights(self) -> int:
+        """Values of all weights, of units that stay unquantized, too."""
+        return sum(unit.weights or 0 for unit in self.units)
+
+    @property
+    def ops(self) -> int:
+        """How many ops there are."""
+        return sum(len(unit.ops) for unit in self.units)
+
+    def most(self, gains: Floats) -> float:
+        """Sum over units of the most that one of their candidates gains."""
+        best = np.zeros(len(self.units))
+        np.maximum.at(best, self.owners, gains)
+        return math.fsum(best)
+
+    def additive(self, chosen: Chosen) -> float:
+        """Sum of the isolated errors."""
+        return math.fsum(self.nmse[chosen])
+
+    def predicted(self, chosen: Chosen) -> float:
+        """Predict the joint error: with interactions, if they are known."""
+        if self.cross is None:
+            return self.additive(chosen)
+        own = math.fsum(self.own[chosen])
+        return max(0.0, own + float(self.cross[np.ix_(chosen, chosen)].sum()))
+
+    def bits(self, chosen: Chosen) -> float:
+        """Mean bits of a weight."""
+        return self.unquantized - math.fsum(self.saved[chosen]) / self.weights
+
+    def assignment(self, chosen: Chosen) -> dict[str, str | None]:
+        """Op → scheme, ``None`` for those that stay unquantized; in the order of the model."""
+        schemes: dict[int, str] = {
+            candidate.unit: candidate.scheme for candidate, taken in zip(self.candidates, chosen, strict=True) if taken
+        }
+        return {op: schemes.get(place) for place, unit in enumerate(self.units) for op in unit.ops}
+
+
+def own_error(nmse: float, sketches: Sequence[Floats]) -> float:
+    """Predict the error of several ops from the sum of their isolated errors and how they meet."""
+    joint = np.sum(sketches, axis=0)
+    return max(0.0, nmse + float(joint @ joint) - math.fsum(float(sketch @ sketch) for sketch in sketches))

@@ -1,0 +1,92 @@
+"""What ``qsens plan`` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pytest_qsens.interactions import relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_qsens.plans.command import Plan, Plans
+    from pytest_qsens.plans.problem import Problem
+
+_LISTED = 20
+"""Ops or groups that are listed by name."""
+
+
+def report(found: Plans) -> Iterator[str]:
+    """Lines about the plans, but for tables."""
+    problem = found.problem
+    yield f"model {problem.model}, schemes {', '.join(problem.schemes)}"
+    yield from (f"note: {note}" for note in problem.notes)
+    if problem.interacting:
+        error = relative_error(problem.dimensions)
+        yield (
+            "predicted nmse: with interactions, from sketches"
+            + (f" (standard error at most {error:.1%})" if error else " (exact)")
+            + "; additive: the sum of isolated scores"
+        )
+    else:
+        yield "predicted nmse: additive, the sum of isolated scores"
+    for plan in found.plans:
+        yield from _plan(problem, plan, detailed=len(found.plans) == 1)
+
+
+def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
+    if not detailed:
+        return
+    schemes = Counter(problem.assignment(plan.chosen).values())
+    told = [f"{schemes[scheme]} {scheme}" for scheme in problem.schemes if schemes[scheme]]
+    yield ""
+    yield f"{plan.name}: {', '.join([*told, f'{schemes[None]} unquantized'])} of {problem.ops} ops"
+    if problem.weights and all(unit.weights is not None for unit in problem.units):
+        yield f"bits a weight: {problem.bits(plan.chosen):.4g}"
+    yield f"predicted nmse: {_errors(problem, plan)}"
+    if plan.rival is not None and (plan.rival != plan.chosen).any():
+        yield (
+            f"additive scores alone would choose another plan: predicted nmse {problem.predicted(plan.rival):.4g}"
+            + (f" at {problem.bits(plan.rival):.4g} bits a weight" if problem.weights else "")
+        )
+    kept = [unit for unit in problem.units if unit.kept is not None]
+    free = {unit for unit, taken in zip(problem.owners, plan.chosen, strict=True) if taken}
+    left = [unit.name for place, unit in enumerate(problem.units) if unit.kept is None and place not in free]
+    if left:
+        yield f"unquantized by choice: {_listed(left)}"
+    reasons: dict[str, list[str]] = {}
+    for unit in kept:
+        reasons.setdefault(unit.kept or "", []).append(unit.name)
+    for reason, names in reasons.items():
+        yield f"unquantized, {reason}: {_listed(names)}"
+
+
+def _errors(problem: Problem, plan: Plan) -> str:
+    additive = f"{problem.additive(plan.chosen):.4g}"
+    return f"{problem.predicted(plan.chosen):.4g} (additive {additive})" if problem.interacting else additive
+
+
+def table(problem: Problem, plans: Sequence[Plan], title: str) -> list[list[str]]:
+    """Table of plans: what they save, their size and predicted errors."""
+    header = [title, "bits", "quantized", "predicted nmse", "additive"]
+    rows = [[p.name, *_cells(problem, p)] for p in plans]
+    if problem.interacting:
+        header.append("by additive scores")
+        for row, plan in zip(rows, plans, strict=True):
+            row.append("-" if plan.rival is None else f"{problem.predicted(plan.rival):.4g}")
+    return [header, *rows]
+
+
+def _cells(problem: Problem, plan: Plan) -> list[str]:
+    quantized = problem.counts[plan.chosen].sum()
+    return [
+        f"{problem.bits(plan.chosen):.4g}",
+        f"{quantized:.0f}/{problem.ops}",
+        f"{problem.predicted(plan.chosen):.4g}",
+        f"{problem.additive(plan.chosen):.4g}",
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:_LISTED])}{f' and {len(names) - _LISTED} more' * (len(names) > _LISTED)}"
