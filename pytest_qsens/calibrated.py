@@ -24,7 +24,7 @@ from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.calibration import Calibration
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.results import IDENTICAL, OpResult
 from pytest_qsens.samples import Rows, Sums, rows_of
@@ -161,6 +161,10 @@ class CalibratedModel:
             refused = self._engine.why_measured(op.name, mode)
         return self.score(op, (mode,)) if found is not None or refused is None else None
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call this between the steps of estimating all ops: what it raises ends that."""
+        self._engine.watch(check)
+
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Measure these ops, when they are scored next, and together, instead of estimating them."""
         self._engine.measure_exactly(ops)
@@ -176,7 +180,11 @@ class CalibratedModel:
 
     def _why_not(self, op: Op) -> tuple[Status, str] | None:
         """Tell the status of an op that cannot be measured, and the reason."""
-        refusal = self._scheme.refusal(op.type) or self._engine.out_of_reach.get(op.name)
+        refusal = (
+            self._scheme.refusal(op.type)
+            or self._calibration.refused.get(op.name)
+            or self._engine.out_of_reach.get(op.name)
+        )
         if refusal is not None:
             return "unquantizable", refusal
         if op.name not in self._engine.exercised:
@@ -366,7 +374,7 @@ def calibrate(
         spec: Model and batches. The model is switched to evaluation mode and stays so. It computes in fp32, but the
             weights of its linear layers and embeddings stay as narrow as they are (`pytest_qsens.graph.narrow`).
         ops: The ops of the model, as listed at collection.
-        scheme: Name in `SCHEMES`.
+        scheme: Its name, as `scheme_named` takes it.
         engine: ``delta``, ``replay``, ``eager``, or ``auto``: delta unless the model's graph cannot be captured;
             ``probe`` estimates; ``fx`` or ``inc`` for int8 kernels.
         device: A torch device.
@@ -400,7 +408,7 @@ def calibrate(
         model,
         spec,
         ops,
-        SCHEMES[scheme],
+        scheme_named(scheme, "scheme"),
         engine,
         device,
         limit,
@@ -515,8 +523,8 @@ class _Setup:
             QsensError: If one is asked for that cannot be.
 
         """
-        reached = prepared.calibration.reached
-        quantizable = [op.name for op in self._ops if op.name in reached and self.scheme.refusal(op.type) is None]
+        able = prepared.calibration.reached - prepared.calibration.refused.keys()
+        quantizable = [op.name for op in self._ops if op.name in able and self.scheme.refusal(op.type) is None]
         simulator = Simulator(self.scheme, prepared.calibration)
         if prepared.captured is None:
             engine = self._forward_engine(prepared, quantizable, simulator)

@@ -13,6 +13,8 @@ from pytest_qsens.cache import clear, default_cache_dir, entries
 from pytest_qsens.compare import compare, count
 from pytest_qsens.configs.names import FORMATS as CONFIG_FORMATS
 from pytest_qsens.configs.names import WRITTEN as CONFIG_TARGETS
+from pytest_qsens.diff import diff
+from pytest_qsens.diff import read_pair as read_pair_of_scores
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
@@ -24,7 +26,7 @@ from pytest_qsens.results import MODES, check_overwritable, load, lost_in_noise,
 from pytest_qsens.sensitivity_files import read_pair
 from pytest_qsens.snapshot import file_name
 from pytest_qsens.snapshot import load as load_snapshot
-from pytest_qsens.thresholds import DEFAULT_FAIL, parse_gates
+from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail, parse_gates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cache(commands)
     _add_proxies(commands)
     _add_config(commands)
+    _add_diff(commands)
     arguments = parser.parse_args(argv)
     code = 0
     try:
@@ -325,6 +328,47 @@ def _config(arguments: argparse.Namespace) -> list[str]:
         *report_config.trouble(problems),
         *report_config.written(arguments.to, arguments.out),
     ]
+
+
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "diff",
+        help="tell what changed between two results or snapshots",
+        description="Tell which ops got worse or better, by how much, appeared or vanished, block by block, by the "
+        "rules of the gate. OLD and NEW are result files of one model, snapshot files, or REVISION:PATH of one in git; "
+        "OLD may be a revision alone.",
+    )
+    command.add_argument("old", metavar="OLD")
+    command.add_argument("new", metavar="NEW")
+    command.add_argument(
+        "--fail",
+        default=DEFAULT_FAIL,
+        metavar="RULES",
+        help=f"what counts as worse, as in --qsens-fail (default: {DEFAULT_FAIL})".replace("%", "%%"),
+    )
+    command.add_argument("--all", action="store_true", help="list ops that are as before, too")
+    command.add_argument("--format", choices=("text", "markdown", "html", "json"), default="text")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it to FILE instead of printing it")
+    command.add_argument("--exit-code", action="store_true", help="exit with 1 if an op got worse or lost its score")
+    command.set_defaults(run=_diff)
+
+
+def _diff(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.report import diff as report_diff
+
+    thresholds = parse_fail(arguments.fail, "--fail")
+    found = diff(*read_pair_of_scores(arguments.old, arguments.new), thresholds)
+    if arguments.format == "json":
+        lines = [report_diff.as_json(found)]
+    else:
+        render = {"text": report_diff.text, "markdown": report_diff.markdown, "html": report_diff.html}
+        lines = list(render[arguments.format](found, thresholds, everything=arguments.all))
+    if arguments.output is not None:
+        write_atomically(arguments.output, "\n".join(lines) + "\n")
+        lines = [f"wrote {arguments.output}"]
+    if arguments.exit_code and any(change.kind in ("worse", "lost") for change in found.changes):
+        raise _GateFailed(lines)
+    return lines
 
 
 def _positive(text: str) -> int:

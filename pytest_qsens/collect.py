@@ -18,6 +18,7 @@ from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
 from pytest_qsens.ops import TOTAL, Op, matches
 from pytest_qsens.options import Options
+from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.shards import predicted_costs, split
 from pytest_qsens.workers import SNAPSHOTS, cores, fitting, place
 
@@ -362,7 +363,8 @@ def automatic_workers(config: pytest.Config) -> int | None:
         weights = resolve(options.request).weight_bytes()
     except QsensError:  # it is told when the session starts
         return None
-    return fitting(cores(), free_memory(), weights, quantized=options.mode != "isolated")
+    kept = 0 if options.mode == "isolated" else scheme_named(options.scheme, "scheme").bytes_kept
+    return fitting(cores(), free_memory(), weights, kept=kept)
 
 
 def updating(config: pytest.Config) -> bool:
@@ -383,6 +385,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     try:
         options = options_for(metafunc.definition)
         model = catalogue(metafunc.config).model(options)
+        check_refinement(model, options)
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options

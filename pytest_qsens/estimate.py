@@ -12,8 +12,6 @@ from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from scipy.special import stdtrit
-
 from pytest_qsens.results import LEVEL
 
 if TYPE_CHECKING:
@@ -287,4 +285,6 @@ def added(base: float, products: Mapping[str, float], squares: Mapping[str, floa
 
 def quantile(freedom: int) -> float:
     """Quantile of Student's t distribution that so much of it lies within."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(freedom, (1 + LEVEL) / 2))

@@ -24,7 +24,7 @@ from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
 from pytest_qsens.result_cache import ResultCache
@@ -338,7 +338,7 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     # what an engine that estimates measures is what the usual one measures
     engine = "auto" if spec.engine == "probe" else spec.engine
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
-    schemes = {op.name: SCHEMES[spec.scheme] for op in model.ops}
+    schemes = dict.fromkeys((op.name for op in model.ops), scheme_named(spec.scheme, "scheme"))
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, schemes)
 
 
@@ -350,7 +350,7 @@ def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) 
     cache_dir = options.cache_dir()
     if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
-    facts = _basis(options, spec, model, seen) | {"scheme": asdict(SCHEMES[spec.scheme])}
+    facts = _basis(options, spec, model, seen) | {"scheme": asdict(scheme_named(spec.scheme, "scheme"))}
     return Artifact.of(cache_dir, model.label, facts)
 
 

@@ -14,7 +14,7 @@ import pytest
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES, Fused
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ _DECLARATIONS = (
         marker=True,
     ),
     _Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
-    _Declaration("scheme", "text", f"{', '.join(SCHEMES)} (default: w8a8)", "SCHEME", marker=True),
+    _Declaration("scheme", "text", f"{', '.join(SCHEMES)} (default: w8a8), or others", "SCHEME", marker=True),
     _Declaration(
         "mode",
         "text",
@@ -547,6 +547,10 @@ def _check_choice(known: Collection[str]) -> Callable[[str, str], None]:
     return check
 
 
+def _check_scheme(text: str, origin: str) -> None:
+    scheme_named(text, f"value for {origin}:")
+
+
 def _check_fail(text: str, origin: str) -> None:
     from pytest_qsens.thresholds import parse_gates
 
@@ -571,7 +575,7 @@ def _check_memory(text: str, origin: str) -> None:
 
 
 _CHECKS: dict[str, Callable[[str, str], None]] = {
-    "scheme": _check_choice(SCHEMES),
+    "scheme": _check_scheme,
     "mode": _check_choice(MODES),
     "granularity": _check_choice(GRANULARITIES),
     "engine": _check_choice(ENGINES),

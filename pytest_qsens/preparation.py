@@ -119,6 +119,7 @@ def taken_apart(
         tensors |= {f"graph/{i}/{name}": value for name, value in constants.items()}
     facts = {
         "reached": sorted(prepared.calibration.reached),
+        "refused": prepared.calibration.refused,
         "graphs": graphs,
         "groups": [_told_groups(captured.run) for captured in prepared.captured],
         "anywhere": [captured.anywhere for captured in prepared.captured],
@@ -163,7 +164,7 @@ def put_together(
                 captured.append(repeated_run(graph, groups, memory, anywhere=facts["anywhere"][i]))
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
-        calibration = Calibration.from_state(scheme, facts["reached"], tensors)
+        calibration = Calibration.from_state(scheme, facts["reached"], facts["refused"], tensors)
         verdict = None if facts["verdict"] is None else Verdict(**facts["verdict"])
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return None

@@ -125,9 +125,14 @@ def refine(
     budget = options.time_budget
     if work.left() < _ESTIMATE * calibrated.reference_seconds:
         raise TooShort(_too_short(budget, "after the model was loaded and calibrated", calibrated.reference_seconds))
+
+    def check() -> None:
+        if work.left() <= 0:
+            raise TooShort(_too_short(budget, "while all ops were estimated", calibrated.reference_seconds))
+
+    calibrated.watch(check)
     sought = _Sought(calibrated, work)
-    if work.left() <= 0:
-        raise TooShort(_too_short(budget, "while all ops were estimated", calibrated.reference_seconds))
+    check()
     pace = Pace(calibrated.reference_seconds)
     if TOTAL in sought.open and pace.seconds(work.costs[TOTAL]) <= work.left():
         sought.measure([TOTAL], measure)

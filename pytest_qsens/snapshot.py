@@ -193,14 +193,7 @@ def load(path: Path, *, model: str | None = None, scheme: str | None = None, gra
     text = read_text(path) if _sent is None else _sent.get(str(path))
     if text is None:
         return Snapshot(model or "", scheme or "", granularity=granularity)
-    fields = Fields(parse_json(text, path), str(path))
-    fields.schema(SCHEMA)
-    snapshot = Snapshot(
-        fields.text("model"),
-        fields.text("scheme"),
-        fields.texts("environment"),
-        granularity=fields.optional_text("granularity") or "op",
-    )
+    snapshot = from_document(parse_json(text, path), path)
     for kind, wanted, found in (
         ("model", model, snapshot.model),
         ("scheme", scheme, snapshot.scheme),
@@ -211,6 +204,24 @@ def load(path: Path, *, model: str | None = None, scheme: str | None = None, gra
                 f"{path} is the snapshot of {kind} {found!r}, not {wanted!r}. "
                 "Move it away, or choose another snapshot directory."
             )
+    return snapshot
+
+
+def from_document(document: object, path: Path) -> Snapshot:
+    """Rebuild a snapshot from the parsed JSON of its file.
+
+    Raises:
+        QsensError: If it is malformed or of a newer schema; names the file and the place in it.
+
+    """
+    fields = Fields(document, str(path))
+    fields.schema(SCHEMA)
+    snapshot = Snapshot(
+        fields.text("model"),
+        fields.text("scheme"),
+        fields.texts("environment"),
+        granularity=fields.optional_text("granularity") or "op",
+    )
     listed = typed(fields.take("ops"), dict, fields.at("ops"))
     ops = {name: Entry.from_payload(entry, f"{path}, op {name!r}") for name, entry in listed.items()}
     if TOTAL in ops:

@@ -69,19 +69,19 @@ def set_threads(specs: Sequence[Any]) -> Callable[[], None]:
     return restore
 
 
-def fitting(available: int, free: float, weights: int | None, *, quantized: bool) -> int:
+def fitting(available: int, free: float, weights: int | None, *, kept: int) -> int:
     """How many workers a machine has cores and memory for.
 
     Args:
         available: Cores.
         free: Bytes of memory.
         weights: Bytes of the checkpoint, which all workers map; ``None`` if that is not known.
-        quantized: Whether every worker keeps all weights as int8, as it does in mode ``fallback``.
+        kept: Bytes that every worker keeps of each number in a quantized weight; all are kept in mode ``fallback``.
 
     """
     if weights is None:
         return available
-    each = WORKER_BYTES + (weights // 2 if quantized else 0)  # from bf16
+    each = WORKER_BYTES + weights * kept // 2  # from bf16
     return max(1, min(available, int((free - weights) // each)))
 
 

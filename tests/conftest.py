@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 collect_ignore = [] if find_spec("neural_compressor") else ["inc"]
 """Tests that need Intel Neural Compressor, which asks for an environment of its own, are run by name: tests/inc."""
 
-OUTSIDE = {"CI", "PYTEST_ADDOPTS", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
+OUTSIDE = {"CI", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,8 @@ def _hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    # of pytest started by a test: hypothesis, which it has no use for, takes a second to say that it found nothing
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
     for name in os.environ:
         # PYTEST_XDIST_*: a run started by a test that runs in a worker is no worker's run.
         if name in OUTSIDE or name.startswith("PYTEST_XDIST_"):

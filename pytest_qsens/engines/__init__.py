@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -77,6 +77,9 @@ class Engine(Protocol):
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate an op's score by metric, ``sse`` and maybe ``kl``; ``None`` if it is to be measured."""
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call this between the steps of estimating: what it raises ends that, and there are no estimates."""
+
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Estimate these no more: they are going to be asked for one after the other, and measured together."""
 
@@ -105,6 +108,9 @@ class OneByOne:
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return None
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Nothing: there are no such steps."""
 
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Nothing: all are measured."""

@@ -288,6 +288,7 @@ class DeltaEngine(ReplayEngine):
         return {
             node: RowWise(call, partial(self._blocks, op, node.target))
             for op in self._quantizable
+            if self._simulator.is_row_wise(op)
             for node, call in self._quantize(graph, [op]).items()
         }
 

@@ -129,6 +129,7 @@ class ProbeEngine(DeltaEngine):
         self._wanted = [op for wave in self._waves for (op,) in wave]  # groups are refused
         self._estimates: dict[Mode, Estimates] = {}
         self._exactly: set[str] = set()
+        self._check: Callable[[], None] = _nothing
         self._correcting: Mapping[str, Score] = {}
         self._outputs = sum(run.graph.output.meta["val"].numel() for run in self._clean)
 
@@ -143,6 +144,10 @@ class ProbeEngine(DeltaEngine):
     def estimate(self, op: str, mode: Mode) -> Mapping[str, Estimate] | None:
         """Estimate of an op, ``sse`` and maybe ``kl``; ``None`` if it is measured."""
         return None if op in self._exactly else self.estimates(mode).found.get(op)
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call this before each op that is measured, and after each that a gradient has reached."""
+        self._check = check
 
     def measure_exactly(self, ops: Collection[str]) -> None:
         """Estimate these no more."""
@@ -218,6 +223,7 @@ class ProbeEngine(DeltaEngine):
         """Measure some ops by replays; those that make the model fail are left out."""
         found = {}
         for op in ops:
+            self._check()
             score = Score(logits=self._logits)
             with suppress(Exception):  # it is told when the op is scored
                 for reference, output, rows in zip(self.references, outputs(op), self._rows, strict=True):
@@ -253,11 +259,15 @@ class ProbeEngine(DeltaEngine):
                 ops = {node: op for op in self._wanted for node in run.graph.calls.get(op, ())}
                 errors = ProbedErrors(ops, error, len(probes), samples[number])
                 backward = Backward(run, self._weights, self._region, ops)
-                backward.passes(probes, errors.watch)
+                backward.passes(probes, partial(self._watched, errors))
                 run.release_all()
                 collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
                 collected.matter(op for node, op in ops.items() if backward.matters(node))
         return collected.sums(self._wanted, positions)
+
+    def _watched(self, errors: ProbedErrors, gradient: Gradient) -> None:
+        errors.watch(gradient)
+        self._check()
 
     def _rounding(self, op: str, gradient: Gradient) -> Error:
         """Tell what quantizing an op does, everything else unquantized."""
@@ -333,6 +343,10 @@ class _Collected:
 
 def _by_unit(scores: Mapping[str, Score]) -> dict[Unit, Score]:
     return {(op,): score for op, score in scores.items()}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _same(value: Tensor) -> Tensor:

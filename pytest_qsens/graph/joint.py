@@ -28,7 +28,7 @@ _BLOCK = 2**17
 """Values of the head's output computed and compared at a time: they stay in a core's cache."""
 
 _CHANNELS = 64
-"""At least so many channels of it: every part reads the whole input again."""
+"""A multiple of so many channels of it: every part reads the whole input again, and fp32 products keep their bits."""
 
 
 _QUANTIZING = 9
@@ -112,7 +112,7 @@ class JointRun(Together):
     @profile.phase("scoring")
     def _compared(self, rows: Sequence[Tensor], head: Head) -> list[Sums]:
         reference = self.reference.reshape(-1, self.reference.shape[-1])
-        channels = max(_CHANNELS, _BLOCK // max(1, len(rows) * reference.shape[0]))
+        channels = _CHANNELS * max(1, _BLOCK // max(1, len(rows) * reference.shape[0]) // _CHANNELS)
         blocks = self._quantized[head.node].blocks(channels, *self._arguments(head.node, torch.stack(tuple(rows))))
         factors = self._head_factors(head, channels)
         found = reference.new_zeros(len(rows), dtype=torch.float64)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from pytest_qsens.ops import Op
 
 if TYPE_CHECKING:
     from torch import nn
 
-OP_TYPES: dict[type[nn.Module], str] = {
+_TYPES: dict[type[nn.Module], str] = {
     torch.nn.Linear: "linear",
-    Conv1D: "linear",  # GPT-2's linear with a transposed weight
     torch.nn.Conv1d: "conv1d",
     torch.nn.Conv2d: "conv2d",
     torch.nn.Conv3d: "conv3d",
@@ -24,8 +23,15 @@ OP_TYPES: dict[type[nn.Module], str] = {
 
 def op_type(module: nn.Module) -> str | None:
     """Op type of a module, or ``None`` if it is none of ours."""
-    kind = next((name for cls, name in OP_TYPES.items() if isinstance(module, cls)), None)
+    kind = "linear" if _is_transposed_linear(module) else None
+    kind = next((name for cls, name in _TYPES.items() if isinstance(module, cls)), kind)
     return kind if isinstance(getattr(module, "weight", None), torch.Tensor) else None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear, with its weight as ``(in, out)``; who has one has imported where it is from."""
+    origin = sys.modules.get("transformers.pytorch_utils")
+    return origin is not None and isinstance(module, origin.Conv1D)
 
 
 def list_ops(model: nn.Module) -> tuple[Op, ...]:

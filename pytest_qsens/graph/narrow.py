@@ -240,14 +240,29 @@ class _Buffer(threading.local):
 
     def widened(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a part ``(rows, in)`` in another dtype, until the next call."""
+        return self.memory(part, dtype).copy_(part)
+
+    def memory(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return memory for a part in another dtype, until the next call."""
         key = part.device, dtype
         memory = self._memory.get(key)
         if memory is None or memory.numel() < part.numel():
             memory = self._memory[key] = part.new_empty(max(_PART, part.numel()), dtype=dtype)
-        return memory[: part.numel()].view(part.shape).copy_(part)
+        return memory[: part.numel()].view(part.shape)
 
 
 _buffer = _Buffer()
+
+
+def memory_for(part: Tensor) -> Tensor:
+    """Return memory for a part ``(rows, in)`` in fp32, until the next call, of this or of an operator below."""
+    return _buffer.memory(part, torch.float32)
+
+
+def part_channels(features: int) -> int:
+    """Return how many output channels of a weight are widened at a time, with the bits of all at once."""
+    return _GROUP * max(1, _PART // max(1, features) // _GROUP)
+
 
 _library: Any = torch.library.Library("qsens", "DEF")  # type: ignore[no-untyped-call] # torch's
 _library.define("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -256,7 +271,7 @@ _library.define("embedding(Tensor weight, Tensor indices) -> Tensor")
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute a linear layer from a narrow weight ``(out, in)`` in the dtype of ``x``, ``(*, in)``."""
-    channels = _GROUP * max(1, _PART // max(1, weight.shape[1]) // _GROUP)
+    channels = part_channels(weight.shape[1])
     parts = torch.split(weight, channels)
     if len(parts) == 1:
         return functional.linear(x, _buffer.widened(weight, x.dtype), bias)

@@ -26,7 +26,7 @@ from pytest_qsens.proxies.gradients import (
 from pytest_qsens.proxies.observe import Clock, Observer
 from pytest_qsens.proxies.statistics import FORWARD, GRADIENTS
 from pytest_qsens.quant.calibration import Calibration
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.threads import reproducible_sums
 
@@ -72,7 +72,7 @@ def compare_proxies(
 
     Args:
         source: The model and its data.
-        scheme: Name in `SCHEMES`.
+        scheme: Its name, as `scheme_named` takes it.
         result: Result file with exact scores; without one they are measured.
         names: Of the wanted proxies; all, if none is named.
         draws: Random vectors for each evaluation batch.
@@ -130,7 +130,7 @@ class _Collected:
         self._model = model
         self._spec = spec
         self._names = [op.name for op in ops]
-        self._scheme = SCHEMES[scheme]
+        self._scheme = scheme_named(scheme, "scheme")
         self._draws = draws
         self._batches = [placed(batch, "cpu") for batch in spec.evaluation]
         self._clock = Clock()
@@ -152,7 +152,8 @@ class _Collected:
             references.finish()
             self.reference_seconds = references.seconds
         self._names = [name for name in self._names if name in calibration.reached]
-        observer = Observer(self._names, groups, Simulator(self._scheme, calibration), self._clock)
+        self._simulator = Simulator(self._scheme, calibration)
+        observer = Observer(self._names, groups, self._simulator, self._clock)
         observer.run(self._model, self._batches, self._spec)
         self.statistics = observer.found
         without: dict[str, str] = {}
@@ -171,7 +172,7 @@ class _Collected:
                 self.statistics[op].hessian_trace = trace
             return
         draw = class_likelihood_gradient if self._spec.logits else likelihood_gradient
-        for op, error in weighted_squared_gradients(*arguments, draw).items():
+        for op, error in weighted_squared_gradients(*arguments, draw, self._simulator).items():
             self.statistics[op].fisher_error = error
 
     def forwards(self, groups: Collection[Group]) -> float:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.models.spec import Batch, ModelSpec
+    from pytest_qsens.quant.simulate import Simulator
 
     Draw = Callable[[Tensor, torch.Generator], Tensor]
     """From outputs to a random vector of their shape, whose product with the Jacobian is taken."""
 
-    Measure = Callable[[Call, Tensor], float]
-    """From a call of an op and a gradient of the shape of its weight, fp32, to what is summed."""
+    Measure = Callable[[str, Call, Tensor], float]
+    """From an op, a call of it, and a gradient of the shape of its weight, fp32, to what is summed."""
 
 
 def signs(output: Tensor, generator: torch.Generator) -> Tensor:
@@ -63,18 +64,27 @@ def squared_gradients(
         draw: Gives one.
 
     """
-    return _summed(model, batches, spec, ops, draws, draw, lambda _, gradient: energy(gradient))
+    return _summed(model, batches, spec, ops, draws, draw, lambda _op, _call, gradient: energy(gradient))
 
 
 def weighted_squared_gradients(
-    model: nn.Module, batches: Sequence[Batch], spec: ModelSpec, ops: Collection[str], draws: int, draw: Draw
+    model: nn.Module,
+    batches: Sequence[Batch],
+    spec: ModelSpec,
+    ops: Collection[str],
+    draws: int,
+    draw: Draw,
+    simulator: Simulator,
 ) -> dict[str, float]:
-    """Estimate Σᵢ E[(Jᵀv)ᵢ²]·ΔWᵢ² for the weight of each op, summed over batches; arguments as above."""
+    """Estimate Σᵢ E[(Jᵀv)ᵢ²]·ΔWᵢ² for the weight of each op, summed over batches.
 
-    def measure(call: Call, gradient: Tensor) -> float:
+    Arguments as above; ΔW is how the simulator rounds.
+    """
+
+    def measure(op: str, call: Call, gradient: Tensor) -> float:
         return sum(
             energy(gradient[start : start + len(error)] * error)
-            for start, error in rounding_errors(call.weight, call.kind)
+            for start, error in rounding_errors(simulator, op, call)
         )
 
     return _summed(model, batches, spec, ops, draws, draw, measure)
@@ -92,7 +102,7 @@ def _summed(
     found: dict[str, float] = {}
 
     def receive(op: str, call: Call, gradient: Tensor) -> None:
-        found[op] += measure(call, gradient) / draws
+        found[op] += measure(op, call, gradient) / draws
 
     for number, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(number)

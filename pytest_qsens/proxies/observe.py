@@ -15,7 +15,6 @@ from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.metrics import energy, squared_distance
 from pytest_qsens.proxies.statistics import Statistics
-from pytest_qsens.quant.simulate import quantize_weight, quantized_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -78,7 +77,7 @@ class Observer:
         output = run()
         if op in self._ops and output.numel():
             if op not in self.found:
-                self.found[op] = self._of_weight(call)
+                self.found[op] = self._of_weight(op, call)
             if "local" in self._groups:
                 with self._clock.of("local"):
                     add_output(self.found[op], call, output, self._simulator.output(op, call))
@@ -87,28 +86,20 @@ class Observer:
                     add_input(self.found[op], call)
         return output
 
-    def _of_weight(self, call: Call) -> Statistics:
+    def _of_weight(self, op: str, call: Call) -> Statistics:
         found = Statistics(call.kind, call.weight.numel())
         if "weight" in self._groups:
             with self._clock.of("weight"):
-                found.weight_sse = sum(energy(error) for _, error in rounding_errors(call.weight, call.kind))
+                found.weight_sse = sum(energy(error) for _, error in rounding_errors(self._simulator, op, call))
         if "weight_uint8" in self._groups:
             with self._clock.of("weight_uint8"):
                 add_uint8_errors(found, call.weight)
         return found
 
 
-def rounding_errors(weight: Tensor, kind: str) -> Iterator[tuple[int, Tensor]]:
-    """Give what the schemes' rounding does to a weight, fp32, some rows at a time, each with the first row's number."""
-    rows = max(1, _PART // max(1, weight.shape[1:].numel()))
-    for start, part in zip(range(0, len(weight), rows), torch.split(weight, rows), strict=True):
-        exact = part.float()
-        if kind == "embedding":
-            yield start, quantized_embedding(exact) - exact
-        else:
-            rounded = quantize_weight(part)
-            scale = rounded.scale.view(-1, *[1] * (part.dim() - 1))
-            yield start, rounded.values.float() * scale - exact
+def rounding_errors(simulator: Simulator, op: str, call: Call) -> Iterator[tuple[int, Tensor]]:
+    """Give what rounding does to a weight, fp32, some rows at a time, each with the first row's number."""
+    return simulator.weight_errors(op, call, max(1, _PART // max(1, call.weight.shape[1:].numel())))
 
 
 def add_uint8_errors(op: Statistics, weight: Tensor) -> None:

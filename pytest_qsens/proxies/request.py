@@ -13,7 +13,7 @@ from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.options import unknown
 from pytest_qsens.proxies.functions import PROXIES
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.results import load
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def find(given: Namespace) -> tuple[ModelSource, str]:
     """
     run = None if given.result is None else load(given.result).run
     scheme = given.scheme or ("w8a8" if run is None else run.scheme)
-    if scheme not in SCHEMES:
-        raise QsensError(f"{unknown('scheme', scheme, SCHEMES)}.")
+    scheme_named(scheme, "scheme")
     request = ModelRequest(
         model=_model(given.model, run, given.result),
         checkpoint=_absolute(given.checkpoint),

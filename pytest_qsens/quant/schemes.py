@@ -1,49 +1,140 @@
-"""The schemes by name. Importing this costs nothing, so that options can be checked early."""
+"""The schemes that can be simulated. Importing this costs nothing, so that options can be checked early."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import Literal
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.obstacles import obstacles
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme, parse
+
+_EXACT = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "static", "tensor", symmetric=False), output=True)
+PER_TOKEN = ActivationScheme("int8", "dynamic", "token")
+"""What torch has a primitive for."""
+
+HELD_IN_BF16 = ("fp8_e4m3", "mxfp8")
+"""Formats of weights whose numbers are held in bf16; those of others are held as int8."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the ops of a model are quantized.
-
-    In every scheme weights are int8, symmetric, per output channel, by min/max. Embeddings are weight-only: uint8
-    per row with floating-point zero points, as torch's ``embedding_byte`` executes them.
+    """How ops are quantized, of what can be simulated: `simulated` makes one of a scheme that can be.
 
     Attributes:
-        name: Name on the command line and in file names.
-        description: One line for people.
-        activation: ``static``: uint8 affine per tensor, scales from a histogram observer on the calibration data.
-            ``dynamic``: int8 symmetric per token, scales from the values at hand.
-        requantize_output: Whether the output is rounded to uint8 with an observer of its own.
+        parts: What is rounded, and how.
 
     """
 
-    name: str
-    description: str
-    activation: Literal["static", "dynamic"]
-    requantize_output: bool = False
+    parts: OpScheme
+
+    @property
+    def name(self) -> str:
+        """Canonical name, as on the command line and in file names."""
+        return self.parts.name
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether products are of integers, with the bits of torch's int8 kernels: the three schemes that these have.
+
+        Others multiply what low precision stands for, in fp32.
+        """
+        return self.parts.weight == _EXACT.weight and self.parts.activation in (_EXACT.activation, PER_TOKEN)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether scales come from the calibration data."""
+        return self.parts.activation is not None and self.parts.activation.kind != "dynamic"
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes in which a simulation holds each number of a weight."""
+        return 2 if self.parts.weight is not None and self.parts.weight.dtype in HELD_IN_BF16 else 1
+
+    @property
+    def is_row_wise(self) -> bool:
+        """Whether every row of an input is rounded by itself, so that rows of several inputs can go together."""
+        activation = self.parts.activation
+        if activation is None or activation.kind != "dynamic":
+            return True
+        return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
     def refusal(self, op_type: str) -> str | None:
         """Why an op of this type cannot be quantized, or ``None`` if it can."""
-        if self.activation == "dynamic" and op_type.startswith("conv"):
+        weight, activation = self.parts.weight, self.parts.activation
+        if op_type == "embedding":
+            integers = weight is not None and weight.dtype == "int8"
+            return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
+        if not op_type.startswith("conv"):
+            return None
+        if activation is not None and activation.granularity == "token":
             return f"{self.name} quantizes activations per token, and the input of a {op_type} has no tokens"
+        if "group" in {part.granularity for part in (weight, activation) if part is not None}:
+            return f"{self.name} quantizes groups along the features of a linear layer, which a {op_type} has not"
+        if weight is not None and weight.granularity == "block":
+            return f"{self.name} quantizes blocks of a matrix, which the weight of a {op_type} is not"
+        return None
+
+    def refusal_of_features(self, features: int) -> str | None:
+        """Why a linear layer with so many input features cannot be quantized, or ``None`` if it can."""
+        for what, part in (("weights", self.parts.weight), ("activations", self.parts.activation)):
+            if part is not None and part.size and features % part.size[-1]:
+                return (
+                    f"{self.name} gives {what} a scale per {part.size[-1]} input features, and {features} of them "
+                    f"cannot be divided by {part.size[-1]}"
+                )
         return None
 
 
+def simulated(parts: OpScheme) -> Scheme | None:
+    """Make what simulates a scheme; ``None`` if nothing does, `obstacles` says why."""
+    return None if obstacles(parts) else Scheme(parts)
+
+
+def _usual(name: str) -> Scheme:
+    parts = parse(name)
+    assert parts is not None, name  # noqa: S101 - a name below
+    found = simulated(parts)
+    assert found is not None, name  # noqa: S101
+    return found
+
+
 SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme(
-            "w8a8",
-            "int8 per-channel weights, static uint8 activations, uint8 outputs: what torch's x86 backend executes",
-            activation="static",
-            requantize_output=True,
-        ),
-        Scheme("w8a8_static", "int8 per-channel weights, static uint8 activations", activation="static"),
-        Scheme("w8a8_dynamic", "int8 per-channel weights, dynamic int8 per-token activations", activation="dynamic"),
+    name: _usual(name)
+    for name in (
+        *("w8a8", "w8a8_static", "w8a8_dynamic", "w8a16"),
+        *("w4a16_g32", "w4a16_g64", "w4a16_g128", "w4a16_g32_asym", "w4a16_g64_asym", "w4a16_g128_asym"),
+        *("w4a8_dynamic_g128", "w4a8_dynamic_g32_act_asym", "w4afp8_dynamic_g128"),
+        *("fp8_static_tensor", "fp8_static", "fp8_dynamic_tensor_act_tensor", "fp8_dynamic"),
+        *("fp8_dynamic_block128x128_act_g128", "wfp8a16"),
+        *("mxfp8_dynamic", "mxfp4_dynamic", "wmxfp4a16"),
+        *("nvfp4_local", "nvfp4_dynamic", "wnvfp4a16"),
     )
 }
+"""The usual ones by name; `scheme_named` knows all."""
+
+
+def scheme_named(name: str, where: str) -> Scheme:
+    """Scheme with this canonical name.
+
+    Args:
+        name: What a user wrote.
+        where: What it is a value for.
+
+    Raises:
+        QsensError: If there is none, or it cannot be simulated; what is in the way is named.
+
+    """
+    if name in SCHEMES:
+        return SCHEMES[name]
+    parts = parse(name)
+    usual = ", ".join(SCHEMES)
+    if parts is None:
+        longer = [known for known in SCHEMES if known.startswith(f"{name}_")]
+        near = longer or difflib.get_close_matches(name, SCHEMES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise QsensError(f"no {where} {name!r}{hint}. Known: {usual}, and others by the names of docs/configs.md")
+    found = simulated(parts)
+    if found is None:
+        raise QsensError(f"no {where} {name!r}, which cannot be simulated: {'; '.join(obstacles(parts))}. Try {usual}")
+    return found

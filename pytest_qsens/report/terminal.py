@@ -11,6 +11,7 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
+from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
             worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
-            for line in (*worst, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001  # as above
+            heat = _heat(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # as above
+            for line in (*worst, *heat, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001
                 terminal.write_line(line)
         for line in attention(run, gated=base_options(config).gate_estimates):
             terminal.write_line(line, yellow=True)
@@ -133,6 +135,12 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
             yield f"~ {noisy} of {len(scores)} gains are not to be told from noise"
     if total is not None and total.isolated is not None:
         yield f"total, everything quantized: {_numbers(total.isolated)}{f' ({total.reason})' if total.reason else ''}"
+
+
+def _heat(run: Run, width: int, bar: str) -> Iterator[str]:
+    known = {result.op: result.isolated for result in (*run.measured, *run.estimated)}
+    scores = {op.name: found["nmse"] or 0.0 for op in run.ops if (found := known.get(op.name)) is not None}
+    return strip(scores, width, BLOCKS if bar == "█" else LETTERS)
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:

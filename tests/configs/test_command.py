@@ -23,7 +23,7 @@ RULES = """\
 schema: 1
 rules:
   - {ops: "*.output.dense", scheme: unquantized}
-  - {ops: "encoder.layer.0.*", scheme: w4a16_g128}
+  - {ops: "encoder.layer.0.*", scheme: wnf4a16_g64}
   - {ops: "encoder.layer.9.*", scheme: w8a8_dynamic}
   - {ops: "*", scheme: w8a8}
 """
@@ -70,19 +70,18 @@ def test_ops_of_a_result(rules: Path, capsys: pytest.CaptureFixture[str]) -> Non
         printed.out
         == """\
 rules.yaml: rules of pytest-qsens (--format qsens)
-3 ops: 1 w4a16_g128, 1 unquantized, 1 w8a16_asym
+3 ops: 1 wnf4a16_g64, 1 unquantized, 1 w8a16_asym
 
 op                            type       scheme       simulated as  rule
-encoder.layer.0.fc            linear     w4a16_g128   cannot be     rule 2: encoder.layer.0.*
+encoder.layer.0.fc            linear     wnf4a16_g64  cannot be     rule 2: encoder.layer.0.*
 encoder.layer.0.output.dense  linear     unquantized  -             rule 1: *.output.dense
 embed                         embedding  w8a16_asym   w8a8          rule 4: *
 
 2 problems; with --strict they are errors:
   rules.yaml, 'rules', entry 3, 'ops': 'rule 3: encoder.layer.9.*' matches no op of the model. \
 Correct it, or take it out.
-  rules.yaml, 'rules', entry 2, 'ops': encoder.layer.0.fc is quantized as 'w4a16_g128', which cannot be simulated: \
-weights are int4 (simulated: int8); weights have a scale per group of 128 (simulated: per channel); \
-activations are not quantized (simulated: int8, static or dynamic)
+  rules.yaml, 'rules', entry 2, 'ops': encoder.layer.0.fc is quantized as 'wnf4a16_g64', which cannot be simulated: \
+weights are nf4 (simulated: int2 to int8, fp8_e4m3, mxfp8, mxfp4, nvfp4)
 """
     )
 

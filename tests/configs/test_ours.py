@@ -78,11 +78,11 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     """A glob without an op, an unknown key, a scheme that cannot be simulated: each with its place."""
     path = write(
         tmp_path / "a.yaml",
-        "schema: 1\nwhy: no\nrules:\n- {ops: fc9, scheme: w8a8}\n- {ops: [fc*, none], scheme: w4a16, alpha: 0.5}\n",
+        "schema: 1\nwhy: no\nrules:\n- {ops: fc9, scheme: w8a8}\n- {ops: [fc*, none], scheme: wnf4a16, alpha: 0.5}\n",
     )
     unsimulated = (
-        "'rules', entry 2, 'ops', entry 1: 2 ops (fc1, ...) are quantized as 'w4a16', which cannot be simulated: "
-        "weights are int4 (simulated: int8); activations are not quantized (simulated: int8, static or dynamic)"
+        "'rules', entry 2, 'ops', entry 1: 2 ops (fc1, ...) are quantized as 'wnf4a16', which cannot be simulated: "
+        "weights are nf4 (simulated: int2 to int8, fp8_e4m3, mxfp8, mxfp4, nvfp4)"
     )
     assert complaints(path, NET) == [
         "'rules', entry 2, 'alpha': unknown key (value 0.5): what it does is not known, so it is left out",

@@ -17,9 +17,9 @@ from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.schedule import reader_of
 from pytest_qsens.metrics import Score, squared_distance
 from pytest_qsens.models.spec import ModelSpec
-from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.samples import Sums
 from tests.architectures import ARCHITECTURES
+from tests.schemes import INTEGER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -265,7 +265,7 @@ def test_all_but_one_op_as_in_a_replay(name: str) -> None:
     assert_alike(*(others(spec(), "w8a8", engine) for engine in ("delta", "replay")))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGER)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_the_head_part_by_part(
     scheme: str, output: Callable[[Tensor, object], Tensor], monkeypatch: pytest.MonkeyPatch

@@ -13,11 +13,11 @@ from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
-from pytest_qsens.quant.schemes import SCHEMES
 from tests.architectures import ARCHITECTURES
 from tests.engines.test_delta import assert_alike, others
 from tests.engines.test_odd_models import ChannelsLast, Picked, WrittenLater, WrittenThroughAView
 from tests.graph.test_delta import Router
+from tests.schemes import INTEGER
 
 if TYPE_CHECKING:
     from pytest_qsens.models.spec import Batch
@@ -107,7 +107,7 @@ def test_the_one_op_that_spoils_all(value: float, *, divergence: bool) -> None:
 
 
 @pytest.mark.parametrize("divergence", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGER)
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_some_rows_are_not_finite(value: float, scheme: str, *, divergence: bool) -> None:
     """Rows that are not finite in one change, and in the quantized run, leave all others their integers."""
@@ -163,7 +163,7 @@ def test_ops_without_rows_in_one_batch() -> None:
 
 
 @pytest.mark.parametrize("memory", [10**9, 1])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGER)
 @pytest.mark.parametrize("build", [Router, Picked, WrittenLater, WrittenThroughAView, ChannelsLast])
 def test_graphs_that_are_followed_with_care(build: type[nn.Module], scheme: str, memory: int) -> None:
     """Routes and indices that ops decide, and memory written later or through views, side by side as in a replay."""

@@ -23,7 +23,7 @@ from pytest_qsens.groups import grouped
 from pytest_qsens.metrics import squared_distance
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.ops import Op
-from pytest_qsens.quant import simulate
+from pytest_qsens.quant import integers, simulate
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -292,9 +292,9 @@ def test_the_weights_of_all_blocks_are_never_held_together(engine: str, monkeypa
     units = [unit for unit in grouped(ops, "type") if unit.name in ("layers.*.up", "layers.*.down")]
     model = calibrate(spec, ops, "w8a8", engine=engine, expected=units, divergence=False)
     held: list[int] = []
-    own = simulate.quantize_weight
+    own = integers.quantize_weight
 
-    def counted(weight: Tensor) -> simulate.QuantizedWeight:
+    def counted(weight: Tensor) -> integers.QuantizedWeight:
         held.append(kept_weights(model))
         return own(weight)
 

@@ -20,7 +20,7 @@ from pytest_qsens.graph.replay import Run
 from pytest_qsens.metrics import squared_distance
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.noise import factors
-from pytest_qsens.quant.schemes import SCHEMES
+from tests.schemes import INTEGER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +171,7 @@ def graph_without_rows() -> Graph:
     return capture(model, {"ids": torch.zeros((0, 5), dtype=torch.int64)}, lambda out, _: out)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGER)
 def test_no_rows(scheme: str) -> None:
     """Where nothing is scored nothing is wrong, whichever op is changed."""
     engine, graph = engine_of(scheme), graph_without_rows()

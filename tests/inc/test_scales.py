@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pytest_qsens.engines.inc import IncEngine
-from pytest_qsens.quant.simulate import quantize_weight
+from pytest_qsens.quant.integers import quantize_weight
 from tests.inc.engines import Both, build, network
 from tests.inc.models import minilm, resnet, vl_image
 

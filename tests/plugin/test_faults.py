@@ -47,7 +47,7 @@ def test_a_full_disk_under_the_cache(undisturbed: Undisturbed, tmp_path: Path, d
     missing = COUNT - 2
     disk.fill(left)
 
-    full = site.run("-n", "2")
+    full = site.run("-n", "1")
     assert full.code == 0, full.output
     assert not list(site.cache.glob("artifacts/*/*"))
     assert len(full.lines("qsens: scores could not be cached: ", "No space left on device")) == 1
@@ -85,7 +85,7 @@ def test_a_full_disk_under_snapshot_and_result(undisturbed: Undisturbed, tmp_pat
     older = result.read_bytes()
     disk.fill(0)
 
-    full = site.run("-n", "2", f"--qsens-json={result}")
+    full = site.run("-n", "1", f"--qsens-json={result}")
     assert full.code == pytest.ExitCode.TESTS_FAILED
     for path in (site.file, result):
         assert len(full.lines(f"qsens: {path} cannot be written: No space left on device")) == 1
@@ -100,7 +100,7 @@ def test_a_full_disk_under_snapshot_and_result(undisturbed: Undisturbed, tmp_pat
     assert site.measured() == set(undisturbed.ops)
 
     disk.free()
-    freed = site.run("-n", "2")
+    freed = site.run("-n", "1")
     assert freed.code == 0, freed.output
     undisturbed.check(site)
     assert site.measured() == set()
@@ -122,7 +122,7 @@ def test_an_artifact_is_cut_short_between_runs(undisturbed: Undisturbed, tmp_pat
     [path] = site.cache.glob("artifacts/*/calibrated.safetensors")
     whole = path.read_bytes()
     os.truncate(path, len(whole) // 2)
-    ended = site.run("-n", "2")
+    ended = site.run("-n", "1")
     assert ended.code == 0, ended.output
     undisturbed.check(site)
     assert path.stat().st_size == pytest.approx(len(whole), rel=0.01)  # it holds how long something took
@@ -211,13 +211,13 @@ def test_times_that_cannot_be(undisturbed: Undisturbed, tmp_path: Path, shift: i
             os.utime(path, (now + shift, now + shift))
     with (site.path / "conftest.py").open("a") as file:
         file.write(JUMPING.format(far=FAR))
-    ended = site.run("-n", "2", "--qsens-cache-size=1MB")
+    ended = site.run("-n", "1", "--qsens-cache-size=1MB")
     assert ended.code == 0, ended.output
     undisturbed.check(site)
     assert len(site.measured()) == len(scores[::2]) == 5
     assert not [path for path in site.path.rglob("*") if path.suffix in (".lock", ".tmp")]
     assert {entry.kind for entry in cache.entries(site.cache)} == {"results", "artifacts"}
-    again = site.run("-n", "2", "--qsens-cache-size=1MB")
+    again = site.run("-n", "1", "--qsens-cache-size=1MB")
     assert again.code == 0, again.output
     assert site.measured() == set()
 

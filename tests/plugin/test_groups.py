@@ -70,7 +70,7 @@ def result_file(pytester: pytest.Pytester, name: str = "out.json") -> dict[str, 
     return content
 
 
-@pytest.mark.parametrize(("granularity", "workers"), [("fused", "0"), ("block", "0"), ("type", "0"), ("type", "2")])
+@pytest.mark.parametrize(("granularity", "workers"), [("fused", "0"), ("block", "0"), ("type", "1")])
 def test_the_life_of_a_snapshot_of_groups(pytester: pytest.Pytester, granularity: str, workers: str) -> None:
     """One item a group, with a line, a JUnit case and a result of its own; that of ops is another file."""
     pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update").assert_outcomes(passed=len(OPS) + 1)

@@ -36,7 +36,7 @@ def swap(pytester: pytest.Pytester, one: str, other: str) -> None:
     snapshot_file(pytester).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_order_that_changed_fails_once(pytester: pytest.Pytester, recorded: list[str], workers: str) -> None:
     """Every test passes, the run does not: exit code 1, and the summary tells who left and who entered."""
     swap(pytester, recorded[0], recorded[5])

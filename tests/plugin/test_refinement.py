@@ -181,6 +181,47 @@ def test_too_short(pytester: pytest.Pytester) -> None:
         assert listing(pytester) == before
 
 
+SLOW = """
+from pathlib import Path
+
+import pytest_qsens.time_budget as budget
+from pytest_qsens.engines.probe import ProbeEngine
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+clock = budget.time = Clock()
+own = ProbeEngine._rounding
+
+
+def rounding(self, op, gradient):
+    with Path("steps.log").open("a") as log:
+        log.write(op + "\\n")
+    clock.now += 50
+    return own(self, op, gradient)
+
+
+ProbeEngine._rounding = rounding
+"""
+"""A clock that goes by 50 seconds with every op that a gradient reaches."""
+
+
+def test_too_short_for_estimates(pytester: pytest.Pytester) -> None:
+    """The clock is looked at after every op: what takes longer than the budget is not waited for."""
+    write_model(pytester)
+    pytester.makeconftest(SLOW)
+    run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "120s")
+    assert run.ret == NOT_MEASURED
+    run.stderr.fnmatch_lines(["*the time budget of 120s ended while all ops were estimated*give more time*"])
+    assert len((pytester.path / "steps.log").read_text().split()) == 3 < len(OPS)
+    assert not (pytester.path / "r.json").exists()
+
+
 @pytest.mark.parametrize("mode", ["isolated", "fallback"])
 def test_the_top_is_that_of_all(mode: str, pytester: pytest.Pytester) -> None:
     """The most sensitive ops are measured, and the summary says how likely another one belongs to them."""

@@ -178,7 +178,7 @@ def test_two(qsens_score, snapshot): assert qsens_score == snapshot
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_one_snapshot_belongs_to_one_model(pytester: pytest.Pytester, workers: str) -> None:
     """Two tests whose scores would share a snapshot but are of different models or engines are refused, both named."""
     write_model(pytester)
@@ -204,7 +204,7 @@ def test_directories_of_one_name(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines([f"qsens: *model '{pytester.path}/a/model' and '{pytester.path}/b/model'*"])
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("late", ["scheme='w8a8_dynamic'", "ops='head'", "max_ops=1", "engine='eager'"])
 def test_a_marker_on_a_single_parameter_is_too_late(pytester: pytest.Pytester, late: str, workers: str) -> None:
     """The model and its ops are settled for a whole test function: a marker that differs stops the run."""
@@ -242,7 +242,7 @@ def test_what_a_single_parameter_can_choose(pytester: pytest.Pytester) -> None:
     assert set(snapshot_ops(pytester)["head"]) == {"fallback", "isolated", "type"}
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_result_file_of_two_models_is_refused(pytester: pytest.Pytester, workers: str) -> None:
     """``--qsens-json`` holds one model and scheme: two are refused before anything is measured, one can be named."""
     write_model(pytester)
@@ -269,12 +269,15 @@ def test_a_result_file_of_two_models_is_refused(pytester: pytest.Pytester, worke
         ("sheme='x'", "qsens: no keyword of @pytest.mark.qsens 'sheme' (did you mean scheme?)*"),
         (f"'{MODEL}'", f"qsens: @pytest.mark.qsens takes keywords only, such as model=, not '{MODEL}'"),
         (f"model='{MODEL}', ops='haed'", "qsens: ops= of @pytest.mark.qsens 'haed' matches none of the 8 ops*"),
-        (f"model='{MODEL}', scheme='w4a4'", "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*w8a8*"),
+        (
+            f"model='{MODEL}', scheme='w4a4'",
+            "qsens: no value for scheme= of @pytest.mark.qsens: 'w4a4'*are int4*w8a8*",
+        ),
         (f"model='{MODEL}', max_ops=0", "qsens: max_ops= of @pytest.mark.qsens takes a whole number from 1, not 0"),
         (f"model='{MODEL}', calib='none.txt'", "qsens: *"),
     ],
 )
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_wrong_marker_is_a_usage_error(pytester: pytest.Pytester, marker: str, message: str, workers: str) -> None:
     """A marker that cannot be met fails the collection without a traceback, with exit code 4, in workers too."""
     write_model(pytester)

@@ -375,18 +375,19 @@ def test_the_users_thread_count_is_respected(pytester: pytest.Pytester, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("available", "free", "weights", "quantized", "expected"),
+    ("available", "free", "weights", "kept", "expected"),
     [
-        (8, 64e9, 7_500_000_000, False, 8),  # cores
-        (8, 16e9, 7_500_000_000, False, 4),  # memory beside the weights, which all share
-        (8, 24e9, 7_500_000_000, True, 2),  # int8 weights that each keeps
-        (8, 6e9, 7_500_000_000, False, 1),  # streamed
-        (8, 6e9, None, False, 8),  # nobody knows before it is loaded
+        (8, 64e9, 7_500_000_000, 0, 8),  # cores
+        (8, 16e9, 7_500_000_000, 0, 4),  # memory beside the weights, which all share
+        (8, 24e9, 7_500_000_000, 1, 2),  # int8 weights that each keeps
+        (8, 24e9, 7_500_000_000, 2, 1),  # FP8 in bf16
+        (8, 6e9, 7_500_000_000, 0, 1),  # streamed
+        (8, 6e9, None, 0, 8),  # nobody knows before it is loaded
     ],
 )
-def test_workers_that_fit(available: int, free: float, weights: int | None, expected: int, *, quantized: bool) -> None:
+def test_workers_that_fit(available: int, free: float, weights: int | None, expected: int, kept: int) -> None:
     """As many as there are cores, and memory."""
-    assert fitting(available, free, weights, quantized=quantized) == expected
+    assert fitting(available, free, weights, kept=kept) == expected
 
 
 def test_auto_goes_by_memory(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

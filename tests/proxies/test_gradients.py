@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from pytest_qsens.graph.calls import Call
 from pytest_qsens.proxies.gradients import (
     class_likelihood_gradient,
     likelihood_gradient,
@@ -17,6 +18,9 @@ from pytest_qsens.proxies.gradients import (
     weighted_squared_gradients,
 )
 from pytest_qsens.proxies.observe import rounding_errors
+from pytest_qsens.quant.calibration import Calibration
+from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.simulate import Simulator
 from tests.proxies.nets import mixed
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.spec import Batch, ModelSpec
 
+SIMULATOR = Simulator(SCHEMES["w8a8"], Calibration(SCHEMES["w8a8"]))
 DRAWS = 400
 WITHIN = 0.15
 """Beyond four standard deviations of the estimates at so many draws."""
@@ -83,7 +88,7 @@ def test_the_trace_is_that_of_the_exact_hessian(op: str) -> None:
 def fisher_by_loops(spec: ModelSpec, op: str) -> float:
     """Sum over batches, rows and what can be drawn: probability times squared gradient times squared rounding error."""
     weight = weight_of(spec, op)
-    ((_, error),) = rounding_errors(weight, "linear")
+    ((_, error),) = rounding_errors(SIMULATOR, "op", Call("linear", weight, weight))
     total = 0.0
     for batch in spec.evaluation:
         outputs = function_of(spec, op, batch)
@@ -105,7 +110,9 @@ def test_fisher_is_that_of_loops_over_rows(op: str, *, logits: bool) -> None:
     """Drawing labels for all rows at once gives the sum of what each row gives by itself."""
     spec = plain(logits=logits)
     draw = class_likelihood_gradient if logits else likelihood_gradient
-    found = weighted_squared_gradients(cast("nn.Module", spec.model), spec.evaluation, spec, [op], DRAWS, draw)
+    found = weighted_squared_gradients(
+        cast("nn.Module", spec.model), spec.evaluation, spec, [op], DRAWS, draw, SIMULATOR
+    )
     assert found == {op: pytest.approx(fisher_by_loops(spec, op), rel=WITHIN)}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pytest_qsens.graph.calls import Call
 from pytest_qsens.preparation import observe
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.proxies.observe import Clock, Observer, rounding_errors
@@ -117,9 +118,10 @@ def test_long_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     """Every row has its scale, so the parts are those of the whole."""
     table = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     for kind in ("linear", "embedding"):
-        ((_, whole),) = rounding_errors(table, kind)
+        simulator, call = Simulator(SCHEMES["w8a8"], Calibration(SCHEMES["w8a8"])), Call(kind, table, table)
+        ((_, whole),) = rounding_errors(simulator, "op", call)
         monkeypatch.setattr("pytest_qsens.proxies.observe._PART", 10)
-        parts = list(rounding_errors(table, kind))
+        parts = list(rounding_errors(simulator, "op", call))
         monkeypatch.undo()
         assert [start for start, _ in parts] == [0, 2, 4, 6]
         assert torch.equal(torch.cat([part for _, part in parts]), whole)

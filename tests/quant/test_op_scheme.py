@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qsens.configs.simulated import EMBEDDING, described, simulated_as
+from pytest_qsens.configs.simulated import EMBEDDING, simulated_as
 from pytest_qsens.errors import QsensError
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
@@ -18,7 +18,7 @@ from pytest_qsens.quant.op_scheme import (
     named,
     parse,
 )
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 
 DTYPES = st.sampled_from((*INTEGERS, *FLOATS))
 SIZES = st.integers(1, 10**9 - 1)
@@ -84,24 +84,33 @@ def test_names_are_those_of_the_field(name: str, scheme: OpScheme) -> None:
 def test_simulated_schemes_keep_their_names() -> None:
     """What can be simulated is found under the name that the command line takes, and simulated as itself."""
     for name, scheme in SCHEMES.items():
-        assert described(scheme).name == name
-        assert simulated_as(described(scheme), "linear") == (name, "")
+        assert scheme.name == name
+        assert simulated_as(scheme.parts, "linear") == (name, "")
     assert simulated_as(EMBEDDING, "embedding") == ("w8a8", "")
 
 
 @pytest.mark.parametrize(
     ("name", "op_type", "obstacles"),
     [
-        ("w4a16_g128", "linear", ["weights are int4", "per group of 128", "activations are not quantized"]),
-        ("w8a8_static_act_sym", "linear", ["static activations are symmetric"]),
-        ("w8a8_dynamic_tensor", "linear", ["weights have a scale per tensor"]),
-        ("w8a8_dynamic_act_tensor_asym", "linear", ["dynamic activations have a scale per tensor", "have zero points"]),
-        ("w8a8_dynamic_requant", "linear", ["outputs are requantized"]),
+        ("wnf4a16", "linear", ["weights are nf4 (simulated: int2 to int8, fp8_e4m3, mxfp8, mxfp4, nvfp4)"]),
+        ("w1aint16_dynamic", "linear", ["weights are int1", "activations are int16"]),
         ("w16a8_static", "linear", ["weights are not quantized"]),
-        ("w8a8_static_asym", "linear", ["weights have zero points"]),
-        ("fp8_dynamic_block128x128_act_g128", "linear", ["block of 128 x 128", "group of 128", "fp8_e4m3"]),
-        ("nvfp4_local", "linear", ["scales of two kinds"]),
+        ("w4a4", "linear", ["static activations are int4", "outputs are requantized"]),
+        ("w8a8_dynamic_requant", "linear", ["outputs are requantized (simulated: with static int8 activations only)"]),
+        ("w4a16_block128x128", "linear", ["block of 128 x 128 (simulated for int4: per tensor, channel or group)"]),
+        (
+            "mxfp4_dynamic_g16",
+            "linear",
+            ["weights have a scale per group of 16 (simulated for mxfp4: per group of 32)"],
+        ),
+        ("fp8_static_act_token", "linear", ["static activations have a scale per token", "per tensor)"]),
+        ("fp8_dynamic_asym_act_asym", "linear", ["weights have zero points", "dynamic activations have zero points"]),
+        ("fp8_local", "linear", ["scales of two kinds"]),
+        ("nvfp4_static", "linear", ["static activations are nvfp4 (simulated: int8, fp8_e4m3)"]),
         ("w8a8_dynamic", "conv2d", ["has no tokens"]),
+        ("w4a16_g128", "conv2d", ["groups along the features of a linear layer"]),
+        ("mxfp4_dynamic", "conv1d", ["groups along the features of a linear layer"]),
+        ("wfp8a16_block2x2", "conv1d", ["blocks of a matrix"]),
         ("w8a8", "embedding", ["rows of embeddings are simulated as w8a16_asym, not as w8a8"]),
     ],
 )
@@ -118,7 +127,7 @@ def test_only_simulated_schemes_lack_a_reason(scheme: OpScheme, op_type: str) ->
     name, reason = simulated_as(scheme, op_type)
     assert (name is None) == bool(reason)
     if name is not None and op_type != "embedding":
-        assert described(SCHEMES[name]) == scheme
+        assert scheme_named(name, "scheme").parts == scheme
 
 
 def test_an_unknown_scheme_says_why() -> None:
@@ -131,3 +140,66 @@ def test_other_names_are_refused(name: str) -> None:
     """A name that is none, means nothing, or is not canonical, is refused with its place and with names that work."""
     with pytest.raises(QsensError, match=rf"^here: '{name}' is no scheme\. Write w8a8, .*docs/configs\.md"):
         named(name, "here")
+
+
+@given(OP_SCHEMES)
+def test_a_scheme_is_known_by_its_name_if_it_is_simulated(scheme: OpScheme) -> None:
+    """The command line takes the names of all that can be simulated; of others it says what is in the way."""
+    simulated, reason = simulated_as(scheme, "linear")
+    if simulated is not None:
+        assert scheme_named(scheme.name, "scheme").parts == scheme
+        return
+    with pytest.raises(QsensError) as caught:
+        scheme_named(scheme.name, "value for --qsens-scheme:")
+    assert str(caught.value).startswith(
+        f"no value for --qsens-scheme: {scheme.name!r}, which cannot be simulated: {reason}. Try w8a8, "
+    )
+
+
+def test_names_that_are_none() -> None:
+    """What was probably meant is told, and where other names come from."""
+    with pytest.raises(
+        QsensError, match=r"^no scheme 'mxfp4' \(did you mean mxfp4_dynamic\?\)\. Known: w8a8, .*docs/configs"
+    ):
+        scheme_named("mxfp4", "scheme")
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "refused"),
+    [
+        ("w4a16_g128", 256, None),
+        ("w4a16_g128", 192, "weights a scale per 128 input features, and 192 of them cannot be divided by 128"),
+        ("fp8_dynamic_block128x128_act_g128", 100, "weights a scale per 128 input features"),
+        ("w4a8_dynamic_act_g32", 48, "activations a scale per 32"),
+        ("nvfp4_local", 40, "weights a scale per 16"),
+        ("w8a16", 7, None),
+        ("fp8_dynamic", 7, None),
+    ],
+)
+def test_features_that_cannot_be_divided(name: str, features: int, refused: str | None) -> None:
+    """Groups are whole."""
+    reason = scheme_named(name, "scheme").refusal_of_features(features)
+    assert (reason is None) if refused is None else (reason is not None and refused in reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "row_wise", "needs_ranges", "embeddings"),
+    [
+        ("w8a8", True, True, True),
+        ("w8a8_dynamic", True, False, True),
+        ("w8a16", True, False, True),
+        ("w4a16_g128", True, False, False),
+        ("w8a8_dynamic_act_tensor_asym", False, False, True),
+        ("fp8_static", True, True, False),
+        ("fp8_dynamic_tensor_act_tensor", False, False, False),
+        ("mxfp4_dynamic", True, False, False),
+        ("nvfp4_dynamic", False, False, False),
+        ("nvfp4_local", True, True, False),
+    ],
+)
+def test_what_a_scheme_needs(name: str, *, row_wise: bool, needs_ranges: bool, embeddings: bool) -> None:
+    """Rows can go together unless a scale is of all of them; ranges are observed for scales that are not dynamic."""
+    scheme = scheme_named(name, "scheme")
+    assert scheme.is_row_wise is row_wise
+    assert scheme.needs_ranges is needs_ranges
+    assert (scheme.refusal("embedding") is None) is embeddings

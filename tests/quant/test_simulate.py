@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pytest_qsens.graph.calls import Call
 from pytest_qsens.quant.calibration import Calibration, QParams
+from pytest_qsens.quant.integers import quantize_activation, quantize_weight, quantized_embedding
 from pytest_qsens.quant.schemes import SCHEMES
-from pytest_qsens.quant.simulate import Simulator, quantize_activation, quantize_weight, quantized_embedding
+from pytest_qsens.quant.simulate import Simulator
+from tests.schemes import INTEGER
 
 # torch announces the end of its quantized tensor types; while they exist, they are the reference
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
@@ -117,7 +119,7 @@ def test_other_schemes_are_near(scheme: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 7, 32, 99])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGER)
 def test_channels_by_themselves(scheme: str, bias: bool, channels: int) -> None:
     """Some output channels at a time have the bits of all at once, rows that are not finite included."""
     x = randn(3, 5, 64)
@@ -136,7 +138,7 @@ def test_channels_by_themselves(scheme: str, bias: bool, channels: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "scheme"),
     [
-        *(("linear", scheme) for scheme in SCHEMES),
+        *(("linear", scheme) for scheme in INTEGER),
         *((kind, scheme) for kind in ("conv1d", "conv2d") for scheme in ("w8a8", "w8a8_static")),
     ],
 )
@@ -155,7 +157,7 @@ def test_rounded_for_estimates(kind: str, scheme: str) -> None:
     exact, (output, rounding) = simulator.output("op", call), simulator.rounded("op", call)
     assert float((output - exact).abs().gt(1e-4).sum()) <= 0.005 * exact.numel()
     torch.testing.assert_close(rounding, simulator.input_error("op", call))
-    if SCHEMES[scheme].activation == "static":
+    if SCHEMES[scheme].needs_ranges:
         qparams = calibration.input_qparams("op")
         real = (quantize_activation(call.x, qparams) - qparams.zero_point) * qparams.scale
         assert float((call.x + rounding - real).abs().gt(1e-4).sum()) <= 0.005 * real.numel()
@@ -215,11 +217,11 @@ def test_integers_do_not_depend_on_the_cpu(instructions: str) -> None:
     """Where torch's int8 product saturates, as without VNNI, another one is used."""
     code = """
 import torch
-from pytest_qsens.quant.simulate import _integer_linear
+from pytest_qsens.quant.integers import integer_linear
 g = torch.Generator().manual_seed(0)
 x = torch.randint(-128, 128, (5, 7, 300), generator=g).to(torch.int8)
 w = torch.randint(-128, 128, (40, 300), generator=g).to(torch.int8)
-assert torch.equal(_integer_linear(x, w).long(), x.long() @ w.long().t())
+assert torch.equal(integer_linear(x, w).long(), x.long() @ w.long().t())
 """
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

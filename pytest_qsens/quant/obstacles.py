@@ -1,0 +1,80 @@
+"""What keeps a scheme from being simulated, property by property."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qsens.quant.op_scheme import BLOCK_OF
+
+if TYPE_CHECKING:
+    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
+
+INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
+FLOATS = ("fp8_e4m3", "mxfp8", "mxfp4", "nvfp4")
+_DTYPES = f"int2 to int8, {', '.join(FLOATS)}"
+
+_STATIC = ("int8", "fp8_e4m3")
+
+
+def obstacles(scheme: OpScheme) -> list[str]:
+    """Name every property that cannot be simulated, and what of its kind can; empty if all can.
+
+    >>> from pytest_qsens.quant.op_scheme import OpScheme, WeightScheme
+    >>> obstacles(OpScheme(WeightScheme("nf4")))
+    ['weights are nf4 (simulated: int2 to int8, fp8_e4m3, mxfp8, mxfp4, nvfp4)']
+    """
+    return [*_of_weight(scheme.weight), *_of_activation(scheme.activation), *_of_output(scheme)]
+
+
+def _of_weight(weight: WeightScheme | None) -> list[str]:
+    if weight is None:
+        return ["weights are not quantized (simulated: with weights only)"]
+    if weight.dtype not in (*INTEGERS, *FLOATS):
+        return [f"weights are {weight.dtype} (simulated: {_DTYPES})"]
+    usual: tuple[str, ...] = ("tensor", "channel", "group")
+    usual += ("block",) if weight.dtype == "fp8_e4m3" else ()
+    return [*_of_extent("weights", weight, usual), *_of_zero_points("weights", weight)]
+
+
+def _of_activation(activation: ActivationScheme | None) -> list[str]:
+    if activation is None:
+        return []
+    kind, dtype = activation.kind, activation.dtype
+    if dtype not in (*INTEGERS, *FLOATS):
+        return [f"activations are {dtype} (simulated: {_DTYPES})"]
+    if kind == "static" and dtype not in _STATIC:
+        return [f"static activations are {dtype} (simulated: {', '.join(_STATIC)})"]
+    if kind == "local" and dtype != "nvfp4":
+        return [f"{dtype} activations have scales of two kinds, static and dynamic (simulated: of nvfp4)"]
+    usual = ("tensor",) if kind == "static" else ("tensor", "token", "group")
+    what = f"{kind} activations"
+    return [*_of_extent(what, activation, usual), *_of_zero_points(what, activation)]
+
+
+def _of_output(scheme: OpScheme) -> list[str]:
+    activation = scheme.activation
+    if scheme.output and (activation is None or (activation.dtype, activation.kind) != ("int8", "static")):
+        return ["outputs are requantized (simulated: with static int8 activations only)"]
+    return []
+
+
+def _of_extent(what: str, part: WeightScheme | ActivationScheme, usual: tuple[str, ...]) -> list[str]:
+    if part.dtype in BLOCK_OF:
+        fits, known = part.size == (BLOCK_OF[part.dtype],), f"group of {BLOCK_OF[part.dtype]}"
+    else:
+        fits, known = part.granularity in usual, " or ".join(filter(None, (", ".join(usual[:-1]), usual[-1])))
+    if fits:
+        return []
+    return [f"{what} have a scale per {_per(part)} (simulated for {part.dtype}: per {known})"]
+
+
+def _of_zero_points(what: str, part: WeightScheme | ActivationScheme) -> list[str]:
+    if part.symmetric or part.dtype in INTEGERS:
+        return []
+    return [f"{what} have zero points (simulated for {part.dtype}: symmetric)"]
+
+
+def _per(part: WeightScheme | ActivationScheme) -> str:
+    if part.granularity == "group":
+        return f"group of {part.size[0]}"
+    return f"block of {part.size[0]} x {part.size[1]}" if part.granularity == "block" else part.granularity
