@@ -158,10 +158,11 @@ def test_torchao(tmp_path: Path, keys: dict[str, str | None]) -> None:
         assert any(read.decide(op).rivals for op in ours)
         return
     kinds = {"Int8Tensor": "w8a16", "Float8Tensor": "wfp8a16", "Parameter": "unquantized"}
-    assert found == {op.name: kinds[_kind(net.get_submodule(op.name).weight)] for op in ours}
+    assert found == {op.name: kinds[kind_of(net.get_submodule(op.name).weight)] for op in ours}
 
 
-def _kind(weight: Any) -> str:  # noqa: ANN401 - a tensor of torchao's own classes
+def kind_of(weight: Any) -> str:  # noqa: ANN401 - a tensor of torchao's own classes
+    """Name of the class of a weight: ``Parameter`` if it is not quantized."""
     name = type(weight).__name__
     return type(weight.data).__name__ if name == "Parameter" and type(weight.data) is not torch.Tensor else name
 
