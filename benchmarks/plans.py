@@ -122,7 +122,7 @@ def measure(label: str, scheme: str, subsets: int) -> None:
 
 def plans(model: CalibratedModel, ops: list[Op], nmse: np.ndarray, sketches: np.ndarray) -> None:
     """Print what plans by additive scores and with interactions are predicted to lose, and do."""
-    units = tuple(Unit(op.name, (op.name,), op.weights) for op in ops)
+    units = tuple(Unit(op.name, (op.name,), (op.type,), op.weights) for op in ops)
 
     def problem(*, interacting: bool) -> Problem:
         return Problem(

@@ -19,6 +19,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.merge import merge
 from pytest_qsens.models import standin
+from pytest_qsens.models.arguments import add_model_arguments, positive
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.plans.arguments import add_arguments
 from pytest_qsens.report.cached import listing, summary
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.add_argument("b", type=Path, metavar="B.json")
     comparison.add_argument("--mode", choices=MODES, help="of our result files; default: what both files have")
     comparison.add_argument("--metric", help="of our result files; default: nmse, or the other tool's if ours has it")
-    comparison.add_argument("--top", type=_positive, default=10, metavar="K", help="length of lists, default 10")
+    comparison.add_argument("--top", type=positive, default=10, metavar="K", help="length of lists, default 10")
     comparison.add_argument("--all", action="store_true", help="shorten no list")
     comparison.add_argument("--json", action="store_true", help="print the same for machines")
     comparison.set_defaults(run=_compare)
@@ -256,16 +257,11 @@ def _add_proxies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="RESULT.json",
         help="exact scores, written by `pytest --qsens-json`; without it they are measured first",
     )
-    command.add_argument("--model", help="as --qsens-model (default: the preset that the result is of)")
-    command.add_argument("--checkpoint", type=Path, metavar="DIR", help="as --qsens-checkpoint")
+    add_model_arguments(command)
     command.add_argument("--scheme", help="as --qsens-scheme (default: the result's, or w8a8)")
-    command.add_argument("--calib", type=Path, metavar="FILE", help="as --qsens-calib")
-    command.add_argument("--calib-samples", type=_positive, metavar="N", help="as --qsens-calib-samples")
-    command.add_argument("--eval", type=Path, metavar="FILE", help="as --qsens-eval")
-    command.add_argument("--allow-pickle", action="store_true", help="as --qsens-allow-pickle")
     command.add_argument("--only", action="append", default=[], metavar="PROXY", help="only this one; repeatable")
     command.add_argument(
-        "--draws", type=_positive, default=2, metavar="N", help="random vectors a batch for gradients, default 2"
+        "--draws", type=positive, default=2, metavar="N", help="random vectors a batch for gradients, default 2"
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write all values and correlations to FILE")
     command.set_defaults(run=_proxies)
@@ -400,12 +396,6 @@ def _plan(arguments: argparse.Namespace) -> list[str]:
         lines += ["", *_aligned(plan.table(found.problem, found.frontier, "saved"))]
     written = [*(made.path for made in found.plans), *filter(None, [arguments.plot])]
     return [*lines, "", *(f"wrote {path}" for path in written)]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
-    return int(text)
 
 
 def _show(arguments: argparse.Namespace) -> list[str]:

@@ -6,6 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
+from pytest_qsens.configs.names import WRITTEN
+from pytest_qsens.models.arguments import add_model_arguments
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare them."""
@@ -27,7 +30,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a family of plans, each with P%% of the bits saved that can be, such as 0,25,50,75,100; FILE gets the "
         "percentage in its name",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="config to write, .yaml or .json")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="config to write")
+    command.add_argument(
+        "--to",
+        choices=WRITTEN,
+        default="qsens",
+        metavar="FORMAT",
+        help=f"of the config: {', '.join(WRITTEN)} (default: qsens)",
+    )
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure every plan on the model and its data; with --budget-nmse, correct it until what is measured is "
+        "within the budget",
+    )
+    add_model_arguments(command)
     command.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw size against error, .svg, .png or .pdf (extra `report`)"
     )

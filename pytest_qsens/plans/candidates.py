@@ -14,7 +14,7 @@ from pytest_qsens.merge import OF_THE_MACHINE
 from pytest_qsens.ops import Op, matches
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
-from pytest_qsens.results import OpResult, RunResult, load
+from pytest_qsens.results import OpResult, RunInfo, RunResult, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -55,8 +55,11 @@ class _File:
         return self.result.run.scheme
 
 
-def read_problem(paths: Sequence[Path], wishes: Wishes) -> Problem:
+def read_problem(paths: Sequence[Path], wishes: Wishes) -> tuple[RunInfo, Problem]:
     """Read the results of one model under one or more schemes, a file for each.
+
+    Returns:
+        What the first file says of its run, and what there is to choose from.
 
     Raises:
         QsensError: If a file cannot be used, is not of the same model, data and ops as the others, or has a scheme that
@@ -76,7 +79,8 @@ def read_problem(paths: Sequence[Path], wishes: Wishes) -> Problem:
         never = any(matches(name, glob) for glob in wishes.never for name in (group.name, *names, *ops))
         found = [] if never else list(_measured(len(units), names, files, wishes))
         why = None if found else "never to be quantized" if never else _why(names, files, wishes)
-        units.append(Unit(group.name, ops, _weights(names, files[0]), why))
+        types = tuple(_types(names, files[0]))
+        units.append(Unit(group.name, ops, types, _weights(names, files[0]), why))
         candidates += found
     if not candidates:
         raise QsensError(
@@ -84,7 +88,7 @@ def read_problem(paths: Sequence[Path], wishes: Wishes) -> Problem:
             f"{units[0].kept}"
         )
     notes = [*_notes(files, candidates)]
-    return Problem(
+    return files[0].result.run, Problem(
         files[0].result.run.model,
         tuple(file.scheme for file in files),
         tuple(units),
@@ -99,6 +103,11 @@ def _file(path: Path) -> _File:
     if result.run.shard is not None:
         raise QsensError(
             f"{path} is shard {result.run.shard}. Put all shards together with `qsens merge`, and plan then"
+        )
+    if result.run.config is not None:
+        raise QsensError(
+            f"{path} is a result of the config {result.run.scheme}, whose ops have schemes of their own. Plans are "
+            "made of results of --qsens-scheme, a file for each scheme"
         )
     entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
     if not any(op.isolated for op in entries.values()):
@@ -185,6 +194,12 @@ def _names(group: Op, file: _File) -> tuple[str, ...]:
 def _ops(names: Sequence[str], file: _File) -> Iterator[str]:
     for name in names:
         yield from file.entries[name].ops or (name,)
+
+
+def _types(names: Sequence[str], file: _File) -> Iterator[str]:
+    for name in names:
+        entry = file.entries[name]
+        yield from [entry.type] * (len(entry.ops) or 1)
 
 
 def _weights(names: Sequence[str], file: _File) -> int | None:

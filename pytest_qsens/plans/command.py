@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
 from pytest_qsens.groups import Fused
+from pytest_qsens.models.arguments import find_model, given_model_arguments
 from pytest_qsens.plans.candidates import Wishes, read_problem
 from pytest_qsens.plans.config import check_output, config_text
 from pytest_qsens.plans.solve import least_error, smallest
@@ -17,12 +18,19 @@ from pytest_qsens.report.pareto import check_plot, plot
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from pytest_qsens.plans.problem import Chosen, Floats, Problem
 
 _STEPS = 10
 """The path of budgets goes from everything unquantized to everything as small as it can be in so many steps."""
+
+_TRIES = 10
+"""Plans that are measured at most to find one within a budget of error."""
+
+_STEP = 0.95
+"""A plan after one that is past the budget is predicted to be better by a factor of at most this."""
 
 _TOLERANCE = 1e-9
 """Relative: budgets that differ by less are equal."""
@@ -37,6 +45,8 @@ class Plan:
         chosen: The candidates.
         rival: Those that additive scores would choose for the same budget; ``None`` if nothing else is known.
         path: Where its config goes; ``None`` for one that is only shown.
+        measured: Joint NMSE, if it was measured.
+        missed: Predicted and measured NMSE of the plans before, which were past the budget.
 
     """
 
@@ -44,6 +54,8 @@ class Plan:
     chosen: Chosen
     rival: Chosen | None = None
     path: Path | None = None
+    measured: float | None = None
+    missed: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,16 @@ def make_plans(given: Namespace) -> Plans:
 
     """
     _check_one_aim(given)
+    if not given.verify and (useless := given_model_arguments(given)):
+        raise QsensError(f"{useless[0]} is of what --verify measures. Add --verify, or leave it out")
     share = None if given.keep is None else _share(given.keep, "--keep")
     shares = None if given.spectrum is None else [_share(text, "--spectrum") for text in given.spectrum.split(",")]
     fused = tuple(Fused.parse(text, "--fused") for text in given.fused)
-    problem = read_problem(
+    run, problem = read_problem(
         given.results, Wishes(tuple(given.never), fused, given.allow_estimated, given.unquantized_bits)
     )
     paths = [given.out] if shares is None else [_numbered(given.out, share) for share in shares]
-    for path in paths:
-        check_output(path)
+    syntaxes = [check_output(path, given.to) for path in paths]
     if given.plot is not None:
         _check_sizes(problem, "--plot")
         check_plot(given.plot)
@@ -85,17 +98,54 @@ def make_plans(given: Namespace) -> Plans:
         plans = [_within_bits(problem, given.budget_bits, given.out)]
     else:
         plans = [_within_error(problem, given.budget_nmse, given.out)]
+    if given.verify:
+        source = find_model(given, run, given.results[0])
+
+        from pytest_qsens.plans.verify import Verifier  # torch, once all that is given can be
+
+        nmse = Verifier(source, given.results[0], run, problem).nmse
+        plans = [_verified(problem, plan, given.budget_nmse, nmse) for plan in plans]
+    texts = [
+        config_text(problem, problem.assignment(plan.chosen), given.to, syntax)
+        for plan, syntax in zip(plans, syntaxes, strict=True)
+    ]
     frontier: list[Plan] = []
     if all(unit.weights is not None for unit in problem.units):
         steps = [Fraction(step, _STEPS) for step in range(_STEPS + 1)]
         frontier = [_of_saving(problem, s, f"{float(100 * s):g} %") for s in steps]
-    for plan in plans:
-        assert plan.path is not None  # noqa: S101 - for mypy: given above
-        write_atomically(plan.path, config_text(problem.assignment(plan.chosen), plan.path))
+    for path, text in zip(paths, texts, strict=True):
+        write_atomically(path, text)
     found = Plans(problem, tuple(plans), tuple(frontier))
     if given.plot is not None:
         write_atomically(given.plot, plot(found, given.plot.suffix))
     return found
+
+
+def _verified(
+    problem: Problem, plan: Plan, budget: float | None, nmse: Callable[[Mapping[str, str | None]], float]
+) -> Plan:
+    """Measure a plan; with a budget of error, take smaller ones in its place until what is measured is within it.
+
+    Raises:
+        QsensError: If no plan is.
+
+    """
+    missed: list[tuple[float, float]] = []
+    while True:
+        found = replace(plan, measured=nmse(problem.assignment(plan.chosen)), missed=tuple(missed))
+        assert found.measured is not None  # noqa: S101 - for mypy: given above
+        if budget is None or found.measured <= budget:
+            return found
+        predicted = problem.predicted(plan.chosen)
+        missed.append((predicted, found.measured))
+        if len(missed) == _TRIES:
+            raise QsensError(
+                f"--budget-nmse {budget:g}: {_TRIES} plans were measured, and all are past it, the last one at "
+                f"{found.measured:.4g}, predicted {predicted:.4g}. Give a larger budget, or leave --verify out"
+            )
+        # what the prediction is wrong by is much the same for a plan that differs by a few ops
+        plan = _within_error(problem, predicted * min(budget / found.measured, _STEP), plan.path)
+        plan = replace(plan, name=found.name)
 
 
 def _check_one_aim(given: Namespace) -> None:
@@ -150,7 +200,7 @@ def _within_bits(problem: Problem, budget: float, path: Path) -> Plan:
     return _gaining(problem, problem.saved, need, f"at most {budget:g} bits a weight", path)
 
 
-def _within_error(problem: Problem, budget: float, path: Path) -> Plan:
+def _within_error(problem: Problem, budget: float, path: Path | None) -> Plan:
     _check_sizes(problem, "--budget-nmse")
     rival = smallest(_adding_up(problem), budget) if problem.interacting else None
     return Plan(f"a predicted nmse of at most {budget:g}", smallest(problem, budget), rival, path)

@@ -1,34 +1,42 @@
-"""The config file of a plan, in the format of this project."""
+"""The config file of a plan, in the format of this project or of another tool."""
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-import yaml
-
-from pytest_qsens.configs.documents import read_document
-from pytest_qsens.configs.ours import SCHEMA, UNQUANTIZED, read
+from pytest_qsens.configs.documents import SUFFIXES, read_document
+from pytest_qsens.configs.ours import NAME, read
+from pytest_qsens.configs.simulated import EMBEDDING
+from pytest_qsens.configs.write import TARGETS, check_out, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
+from pytest_qsens.ops import Op
+from pytest_qsens.quant.schemes import scheme_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+    from pytest_qsens.configs.documents import Syntax
+    from pytest_qsens.plans.problem import Problem
+    from pytest_qsens.quant.op_scheme import OpScheme
 
 
-def check_output(path: Path) -> None:
-    """Make sure that a config can go to ``path`` and takes the place of nothing but an older one.
+def check_output(path: Path, target: str) -> Syntax:
+    """Make sure that a config can go to ``path`` and takes the place of nothing but an older one of this project.
+
+    Returns:
+        What the name says of the syntax.
 
     Raises:
         QsensError: If it cannot.
 
     """
-    if path.suffix not in _SUFFIXES:
-        raise QsensError(f"--out {path}: a plan is written as {', '.join(_SUFFIXES)}. Choose a name that ends in one")
+    syntax = SUFFIXES.get(path.suffix.lower())
+    if target != NAME or syntax not in TARGETS[NAME].syntaxes:
+        return check_out(path, target)
     check_replaceable(path, _check_config)
+    return syntax
 
 
 def _check_config(path: Path) -> None:
@@ -41,20 +49,33 @@ def _check_config(path: Path) -> None:
         ) from error
 
 
-def config_text(assignment: Mapping[str, str | None], path: Path) -> str:
-    """Write one rule for each scheme, and one for all other ops.
+def config_text(problem: Problem, assignment: Mapping[str, str | None], target: str, syntax: Syntax) -> str:
+    """Write down which op gets which scheme.
 
     Args:
+        problem: What was chosen from.
         assignment: Op → name of its scheme, ``None`` for those that are not quantized.
-        path: Its suffix says whether YAML or JSON is written.
+        target: One of `pytest_qsens.configs.names.WRITTEN`.
+        syntax: Of the file.
+
+    Raises:
+        QsensError: If the target has no way to say it, or the result files do not tell what type an op is of.
 
     """
-    schemes = dict.fromkeys(scheme for scheme in assignment.values() if scheme is not None)
-    rules: list[dict[str, object]] = [
-        {"scheme": scheme, "ops": [op for op, given in assignment.items() if given == scheme]} for scheme in schemes
-    ]
-    document = {"schema": SCHEMA, "rules": [*rules, {"scheme": UNQUANTIZED, "ops": "*"}]}
-    if path.suffix == ".json":
-        return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    text: str = yaml.safe_dump(document, allow_unicode=True, sort_keys=False, width=2**16)
-    return text
+    ops = []
+    for unit in problem.units:
+        for name, kind in zip(unit.ops, unit.types, strict=True):
+            if "+" in kind:
+                raise QsensError(
+                    f"{name}: its group has ops of several types ({kind}), and the result file does not tell which is "
+                    "which. Measure with --qsens-granularity op, and fuse with --fused"
+                )
+            ops.append(Op(name, kind))
+    schemes = {op.name: _scheme(op, assignment[op.name]) for op in ops}
+    return write_config(schemes, ops, target, syntax)
+
+
+def _scheme(op: Op, name: str | None) -> OpScheme | None:
+    if name is None:
+        return None
+    return EMBEDDING if op.type == "embedding" else scheme_named(name, "scheme").parts

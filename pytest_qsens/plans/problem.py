@@ -26,6 +26,7 @@ class Unit:
     Attributes:
         name: Of the op, or of the group.
         ops: Names of its ops.
+        types: Of each of them; of members of a group with several types, all of these.
         weights: Values of their weights; ``None`` if the result files do not tell.
         kept: Why it stays unquantized, if it has to.
 
@@ -33,6 +34,7 @@ class Unit:
 
     name: str
     ops: tuple[str, ...]
+    types: tuple[str, ...]
     weights: int | None
     kept: str | None = None
 

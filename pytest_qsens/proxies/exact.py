@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.models.arguments import check_same
 from pytest_qsens.results import load
 
 if TYPE_CHECKING:
@@ -93,18 +94,9 @@ def ranked(exact: Exact) -> Exact:
 
 
 def _check_origin(path: Path, run: RunInfo, source: ModelSource, scheme: str) -> None:
-    for what, option, theirs, ours in (
-        ("model", "--model", run.model, source.label),
-        ("scheme", "--scheme", run.scheme, scheme),
-    ):
-        if theirs != ours:
-            raise QsensError(f"{path} is a result of {what} {theirs!r}, not {ours!r}. Give the {what} with {option}.")
-    for what, advice, recorded, present in (
-        ("another checkpoint", "Give the same weights", run.checkpoint, source.weights_digest()),
-        ("other data", "Give the same --calib, --calib-samples and --eval", run.data, source.data_fingerprint()),
-    ):
-        if None not in (recorded, present) and recorded != present:
-            raise QsensError(f"{path} was measured with {what} (hash {recorded}, not {present}). {advice}.")
+    check_same(path, run, source)
+    if run.scheme != scheme:
+        raise QsensError(f"{path} is a result of scheme {run.scheme!r}, not {scheme!r}. Give the scheme with --scheme.")
 
 
 def _check_ops(path: Path, measured: Collection[OpResult], ops: Sequence[Op]) -> None:

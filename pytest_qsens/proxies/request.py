@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
-from pytest_qsens.models.presets import PRESETS
-from pytest_qsens.models.resolve import resolve
-from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.models.arguments import find_model
 from pytest_qsens.options import unknown
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.quant.schemes import scheme_named
@@ -19,9 +16,9 @@ from pytest_qsens.results import load
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable
+    from pathlib import Path
 
     from pytest_qsens.models.source import ModelSource
-    from pytest_qsens.results import RunInfo
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -72,30 +69,4 @@ def find(given: Namespace) -> tuple[ModelSource, str]:
     run = None if given.result is None else load(given.result).run
     scheme = given.scheme or ("w8a8" if run is None else run.scheme)
     scheme_named(scheme, "scheme")
-    request = ModelRequest(
-        model=_model(given.model, run, given.result),
-        checkpoint=_absolute(given.checkpoint),
-        calib=_absolute(given.calib),
-        eval=_absolute(given.eval),
-        calib_samples=given.calib_samples,
-        allow_pickle=given.allow_pickle,
-        root=str(Path.cwd()),
-    )
-    return resolve(request), scheme
-
-
-def _model(given: str | None, run: RunInfo | None, path: Path | None) -> str:
-    if given is not None:
-        return given
-    if run is None:
-        raise QsensError("give a model with --model, a result file of a preset, or both")
-    if run.model not in PRESETS:
-        raise QsensError(
-            f"{path} is a result of {run.model!r}, which is no preset: give with --model what --qsens-model was. "
-            f"Presets: {', '.join(PRESETS)}."
-        )
-    return run.model
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().absolute())
+    return find_model(given, run, given.result), scheme

@@ -45,6 +45,7 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
     if problem.weights and all(unit.weights is not None for unit in problem.units):
         yield f"bits a weight: {problem.bits(plan.chosen):.4g}"
     yield f"predicted nmse: {_errors(problem, plan)}"
+    yield from _measured(problem, plan)
     if plan.rival is not None and (plan.rival != plan.chosen).any():
         yield (
             f"additive scores alone would choose another plan: predicted nmse {problem.predicted(plan.rival):.4g}"
@@ -62,6 +63,16 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
         yield f"unquantized, {reason}: {_listed(names)}"
 
 
+def _measured(problem: Problem, plan: Plan) -> Iterator[str]:
+    if plan.measured is None:
+        return
+    for predicted, measured in plan.missed:
+        yield f"a larger plan, predicted {predicted:.4g}, was measured at {measured:.4g}, which is past the budget"
+    predicted = problem.predicted(plan.chosen)
+    off = f" (prediction {predicted / plan.measured - 1:+.1%})" if plan.measured else ""
+    yield f"measured nmse: {plan.measured:.4g}{off}"
+
+
 def _errors(problem: Problem, plan: Plan) -> str:
     additive = f"{problem.additive(plan.chosen):.4g}"
     return f"{problem.predicted(plan.chosen):.4g} (additive {additive})" if problem.interacting else additive
@@ -75,6 +86,10 @@ def table(problem: Problem, plans: Sequence[Plan], title: str) -> list[list[str]
         header.append("by additive scores")
         for row, plan in zip(rows, plans, strict=True):
             row.append("-" if plan.rival is None else f"{problem.predicted(plan.rival):.4g}")
+    if any(plan.measured is not None for plan in plans):
+        header.append("measured nmse")
+        for row, plan in zip(rows, plans, strict=True):
+            row.append("-" if plan.measured is None else f"{plan.measured:.4g}")
     return [header, *rows]
 
 

@@ -25,7 +25,7 @@ def random_problem(seed: int, units: int, schemes: int, *, dimensions: int = 0, 
     direction = draw.normal(size=max(1, dimensions))
     listed, candidates = [], []
     for place in range(units):
-        listed.append(Unit(f"u{place}", (f"u{place}",), int(draw.integers(1, 50)) * 100))
+        listed.append(Unit(f"u{place}", (f"u{place}",), ("linear",), int(draw.integers(1, 50)) * 100))
         for scheme in range(schemes):
             nmse = 10 ** draw.uniform(-9, -3) * 8**scheme
             sketch = None

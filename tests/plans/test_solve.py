@@ -90,7 +90,7 @@ def test_errors_that_cancel() -> None:
     """Two ops whose changes undo each other are quantized together, although each alone is the worst."""
     change = np.array([1.0, 0.0])
     sketches = [change, -change, np.array([0.0, 0.5]), np.array([0.0, 0.6])]
-    units = tuple(Unit(name, (name,), 100) for name in "abcd")
+    units = tuple(Unit(name, (name,), ("linear",), 100) for name in "abcd")
     candidates = tuple(Candidate(i, "s", 8, float(s @ s), float(s @ s), s) for i, s in enumerate(sketches))
     problem = Problem("m", ("s",), units, candidates, 16)
     found = least_error(problem, problem.counts, 2)

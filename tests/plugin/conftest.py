@@ -21,6 +21,7 @@ def _warm() -> None:
     """Torch imports parts of itself when they are first used, and breaks when they are imported twice."""
     for name in (
         "pytest_qsens.models.resolve",
+        "transformers.pytorch_utils",
         "pytest_qsens.syrupy_extension",
         "hypothesis.internal.observability",  # its plugin imports all of it at the end of every run
     ):
