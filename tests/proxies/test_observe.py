@@ -18,7 +18,8 @@ from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.proxies.observe import Clock, Observer, rounding_errors
 from pytest_qsens.proxies.statistics import FORWARD, Statistics
 from pytest_qsens.quant.calibration import Calibration
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.formats import round_weight
+from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.quant.simulate import Simulator
 from tests.proxies.nets import mixed
 
@@ -114,17 +115,24 @@ def test_weight_mse_of_an_embedding() -> None:
     assert values()["weight_mse"]["embed"] == pytest.approx(expected, rel=0.2)
 
 
-def test_long_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row has its scale, so the parts are those of the whole."""
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("linear", "w8a8"), ("embedding", "w8a8"), ("linear", "fp8_static_tensor"), ("conv1d", "w4a16")],
+)
+def test_long_weights_are_rounded_in_parts(kind: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts are those of the whole, as the scheme rounds it."""
     table = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    for kind in ("linear", "embedding"):
-        simulator, call = Simulator(SCHEMES["w8a8"], Calibration(SCHEMES["w8a8"])), Call(kind, table, table)
-        ((_, whole),) = rounding_errors(simulator, "op", call)
-        monkeypatch.setattr("pytest_qsens.proxies.observe._PART", 10)
-        parts = list(rounding_errors(simulator, "op", call))
-        monkeypatch.undo()
-        assert [start for start, _ in parts] == [0, 2, 4, 6]
-        assert torch.equal(torch.cat([part for _, part in parts]), whole)
+    table = table[..., None] if kind == "conv1d" else table
+    chosen = scheme_named(scheme, "scheme")
+    simulator, call = Simulator(chosen, Calibration(chosen)), Call(kind, table, table)
+    ((_, whole),) = rounding_errors(simulator, "op", call)
+    if scheme != "w8a8":
+        assert chosen.parts.weight is not None
+        assert torch.equal(whole, round_weight(table, chosen.parts.weight).real().view(table.shape) - table)
+    monkeypatch.setattr("pytest_qsens.proxies.observe._PART", 10)
+    parts = list(rounding_errors(simulator, "op", call))
+    assert [start for start, _ in parts] == [0, 2, 4, 6]
+    assert torch.equal(torch.cat([part for _, part in parts]), whole)
 
 
 def test_local_output_errors() -> None:
