@@ -34,7 +34,7 @@ SIZES = (256, 1024, 4096, 16384)
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Of the ops in a subset, in turn."""
 
-BUDGETS = (0.25, 0.5, 0.75, 0.9)
+BUDGETS = tuple(eighth / 8 for eighth in range(1, 8))
 """Shares of the ops that plans quantize."""
 
 

@@ -110,7 +110,8 @@ def make_plans(given: Namespace) -> Plans:
         for plan, syntax in zip(plans, syntaxes, strict=True)
     ]
     frontier: list[Plan] = []
-    if all(unit.weights is not None for unit in problem.units):
+    shown = shares is None or given.plot is not None
+    if shown and problem.weights and all(unit.weights is not None for unit in problem.units):
         steps = [Fraction(step, _STEPS) for step in range(_STEPS + 1)]
         frontier = [_of_saving(problem, s, f"{float(100 * s):g} %") for s in steps]
     for path, text in zip(paths, texts, strict=True):

@@ -57,11 +57,20 @@ def plot(found: Plans, suffix: str) -> bytes:
         _line(axes, rivals, color="#999999", marker="x", linestyle="--", label="plans by additive scores")
     label = "plans with interactions" if problem.interacting else "plans"
     _line(axes, _points(problem, found.frontier), color="#1f77b4", marker="o", linestyle="-", label=label)
+    least, most = axes.get_xlim()
+    middle = (least + most) / 2
     for plan, (bits, error) in zip(found.plans, _points(problem, found.plans), strict=True):
         if error > 0:
             axes.plot([bits], [error], "D", color="#d62728", markersize=9, fillstyle="none", zorder=3)
+            side = "right" if bits > middle else "left"  # of the text, which stays inside
             axes.annotate(
-                plan.name, (bits, error), xytext=(9, 7), textcoords="offset points", color="#d62728", fontsize=8
+                plan.name,
+                (bits, error),
+                xytext=(-10 if side == "right" else 10, -3),
+                textcoords="offset points",
+                horizontalalignment=side,
+                color="#d62728",
+                fontsize=8,
             )
     axes.set_yscale("log")
     axes.set_xlabel(f"bits a weight (unquantized: {problem.unquantized:g})")
