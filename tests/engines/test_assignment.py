@@ -161,7 +161,7 @@ def agree(one: float, other: float, engine: str, mode: str) -> bool:
     return abs(one - other) <= (tolerance(other) if mode == "isolated" else 1e-9 * other)
 
 
-SCHEME = st.sampled_from(sorted(SCHEMES))
+SCHEME = st.sampled_from([*INTEGER, "w8a16"])  # those that quantize embeddings, and inputs of any width
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
