@@ -23,6 +23,7 @@ from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
+from tests.schemes import INTEGER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
