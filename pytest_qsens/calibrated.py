@@ -29,7 +29,7 @@ from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.quant.simulate import Simulator
-from pytest_qsens.results import IDENTICAL, OpResult
+from pytest_qsens.results import IDENTICAL, WITHOUT, OpResult
 from pytest_qsens.samples import Rows, Sums, rows_of
 from pytest_qsens.sketches import Sketcher, make_sketchers
 from pytest_qsens.threads import reproducible_sums, threads_of
@@ -161,7 +161,7 @@ class CalibratedModel:
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = _measured(op, measured, failures, note, time.perf_counter() - start)
         if without := self._left_out(op):
-            result = replace(result, reason="; ".join(filter(None, (result.reason, f"without {_told(op, without)}"))))
+            result = replace(result, reason="; ".join(filter(None, (result.reason, f"{WITHOUT}{_told(op, without)}"))))
         result = replace(result, sketch=self._sketches.pop(unit, None))
         size = self._reference_size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}

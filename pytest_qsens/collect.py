@@ -409,7 +409,9 @@ def automatic_workers(config: pytest.Config) -> int | None:
         weights = resolve(options.request).weight_bytes()
     except QsensError:  # it is told when the session starts
         return None
-    kept = 0 if options.mode == "isolated" else scheme_named(options.scheme, "scheme").bytes_kept
+    kept = 0
+    if options.mode != "isolated":  # of a config nothing is read yet: no scheme keeps more than two bytes
+        kept = 2 if options.config is not None else scheme_named(options.scheme, "scheme").bytes_kept
     return fitting(cores(), free_memory(), weights, kept=kept)
 
 
@@ -432,6 +434,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         options = options_for(metafunc.definition)
         model = catalogue(metafunc.config).model(options)
         check_refinement(model, options)
+        check_interactions(options)
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options

@@ -587,7 +587,7 @@ class Controller:
         if base_options(self.config).interactions and run.total is not None:
             from pytest_qsens.interactions import with_prediction
 
-            ops = [run.results.get(op.name) or _without_score(op, "unrun", "not run") for op in run.ops]
+            ops = run.listed(lambda _: "not run")
             run.results[TOTAL] = with_prediction(run.total, ops, run.model) or run.total
 
     def _judge_ranks(self, run: Run) -> None:

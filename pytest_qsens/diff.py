@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.files import parse_json, read_text
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.snapshot import EVALUATION, environment_diff, on_other_data
-from pytest_qsens.thresholds import combine, judge
+from pytest_qsens.thresholds import applied, combine, judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from pytest_qsens.snapshot import Snapshot
     from pytest_qsens.thresholds import Threshold
 
-Kind = Literal["worse", "lost", "better", "appeared", "vanished", "same"]
-"""``lost``: an op of both files that has numbers in the old one only; ``appeared``: has them in the new one only."""
+Kind = Literal["worse", "lost", "better", "appeared", "vanished", "unrun", "same"]
+"""``lost``: an op of both files that has numbers in the old one only; ``appeared``: has them in the new one only;
+``unrun``: the new file is of a run that did not come to it, which takes no score away."""
 
-KINDS: tuple[Kind, ...] = ("worse", "lost", "better", "appeared", "vanished", "same")
+KINDS: tuple[Kind, ...] = ("worse", "lost", "better", "appeared", "vanished", "unrun", "same")
 """In the order in which they matter."""
 
 
@@ -38,6 +39,8 @@ class Scored:
         block: The op's block.
         scores: Mode → exact scores.
         why_not: Why there are none, if that is known.
+        scheme: Name of its scheme, where a config says it.
+        unrun: Whether the run did not come to it.
 
     """
 
@@ -45,6 +48,8 @@ class Scored:
     block: str
     scores: Mapping[Mode, Scores]
     why_not: str | None = None
+    scheme: str | None = None
+    unrun: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,30 @@ def diff(old: Side, new: Side, thresholds: Sequence[Threshold]) -> Diff:
             f"{old.name} has {_modes(old)} scores, {new.name} {_modes(new)}. Measure both with one --qsens-mode."
         )
     for threshold in thresholds:
-        if not any(threshold.metric in scores for side in (old, new) for scores in _all_scores(side, modes)):
+        if not any(_has_metric(side, threshold, modes) for side in (old, new)):
             raise QsensError(f"{threshold.metric} is in neither file. Compare by another metric, such as nmse:5%.")
     other_data = on_other_data(old.environment, new.environment.get(EVALUATION))
     names = dict.fromkeys((*new.ops, *old.ops))
+    notes = [*_notes(old, new, modes), *_left_out(old, new, modes, thresholds)]
     changes = [_change(name, old.ops.get(name), new.ops.get(name), modes, thresholds, other_data) for name in names]
-    return Diff(old, new, modes, tuple(changes), tuple(_notes(old, new, modes)))
+    return Diff(old, new, modes, tuple(changes), tuple(notes))
 
 
-def _all_scores(side: Side, modes: Sequence[Mode]) -> Iterator[Scores]:
-    return (op.scores[mode] for op in side.ops.values() for mode in modes if mode in op.scores)
+def _has_metric(side: Side, threshold: Threshold, modes: Sequence[Mode]) -> bool:
+    return any(
+        gate.metric in op.scores[mode]
+        for op in side.ops.values()
+        for mode in modes
+        if mode in op.scores
+        for gate in applied([threshold], mode)
+    )
+
+
+def _left_out(old: Side, new: Side, modes: Sequence[Mode], thresholds: Sequence[Threshold]) -> Iterator[str]:
+    for threshold in thresholds:
+        having = [side.name for side in (old, new) if _has_metric(side, threshold, modes)]
+        if len(having) == 1:
+            yield f"{threshold.metric} is in {having[0]} only, and not compared"
 
 
 def _has(side: Side, mode: Mode) -> bool:
@@ -159,22 +178,38 @@ def _change(
     thresholds: Sequence[Threshold],
     other_data: bool,
 ) -> Change:
+    before, now = (_scores(side, modes) for side in (old, new))
+    if old is None or new is None or not before or not now:
+        return _one_sided(name, old, new, before, now, thresholds)
+    if old.type != new.type:
+        return Change(name, new.block, "lost", (f"type {old.type} → {new.type}: another op by the same name",))
+    found = _compared(name, new.block, before, now, thresholds, other_data)
+    if None in (old.scheme, new.scheme) or old.scheme == new.scheme:
+        return found
+    return replace(found, lines=(f"scheme {old.scheme} → {new.scheme}", *found.lines))
+
+
+def _one_sided(
+    name: str,
+    old: Scored | None,
+    new: Scored | None,
+    before: Mapping[Mode, Scores],
+    now: Mapping[Mode, Scores],
+    thresholds: Sequence[Threshold],
+) -> Change:
+    """Tell of an op whose scores are in one file at most."""
     known = new or old
     assert known is not None  # noqa: S101 - the name is from one of them
-    before, now = (_scores(side, modes) for side in (old, new))
-    if old is not None and new is not None and old.type != new.type:
-        return Change(name, known.block, "lost", (f"type {old.type} → {new.type}: another op by the same name",))
-    if not before and not now:
-        why = None if new is None else new.why_not
-        kind: Kind = "same" if old is not None and new is not None else "appeared" if old is None else "vanished"
-        return Change(name, known.block, kind, () if kind == "same" or why is None else (why,))
-    if not before or old is None:
-        return Change(name, known.block, "appeared", tuple(_values(now, thresholds)))
-    if new is None:
-        return Change(name, known.block, "vanished", tuple(_values(before, thresholds)))
-    if not now:
-        return Change(name, known.block, "lost", (*_values(before, thresholds), f"now: {new.why_not or 'no score'}"))
-    return _compared(name, known.block, before, now, thresholds, other_data)
+    lines = [*_values(before, thresholds), *_values(now, thresholds)]
+    kind: Kind = "same"
+    if old is None or (now and not before):
+        kind = "appeared"
+    elif new is None:
+        kind = "vanished"
+    elif before:
+        kind = "unrun" if new.unrun else "lost"
+        lines += [] if new.unrun else [f"now: {new.why_not or 'no score'}"]
+    return Change(name, known.block, kind, tuple(lines))
 
 
 def _compared(
@@ -187,7 +222,8 @@ def _compared(
 ) -> Change:
     verdicts = []
     for mode in [mode for mode in before if mode in now]:
-        known = [threshold for threshold in thresholds if _in_both(threshold.metric, before[mode], now[mode])]
+        gates = applied(thresholds, mode)
+        known = [threshold for threshold in gates if _in_both(threshold.metric, before[mode], now[mode])]
         verdicts.append(judge(before[mode], now[mode], known, mode, other_data=other_data))
     verdict = combine(verdicts)
     kind: Kind = "worse" if verdict.kind == "regressed" else "better" if verdict.kind == "improved" else "same"
@@ -209,7 +245,7 @@ def _scores(scored: Scored | None, modes: Sequence[Mode]) -> dict[Mode, Scores]:
 
 def _values(scores: Mapping[Mode, Scores], thresholds: Sequence[Threshold]) -> Iterator[str]:
     for mode, found in scores.items():
-        for name in dict.fromkeys(threshold.metric for threshold in thresholds):
+        for name in dict.fromkeys(threshold.metric for threshold in applied(thresholds, mode)):
             if name in found:
                 value = found[name]
                 yield f"{mode} {name} {'infinite' if value is None else f'{value:.6g}'}"
@@ -298,8 +334,12 @@ def of_result(found: RunResult, name: str) -> Side:
         run.scheme,
         run.granularity,
         run.environment,
-        {op.op: Scored(op.type, op.block, _exact(op), _why_not(op)) for op in listed},
+        {op.op: _scored(op) for op in listed},
     )
+
+
+def _scored(op: OpResult) -> Scored:
+    return Scored(op.type, op.block, _exact(op), _why_not(op), op.scheme, op.status == "unrun")
 
 
 def _exact(op: OpResult) -> dict[Mode, Scores]:
@@ -312,5 +352,8 @@ def _why_not(op: OpResult) -> str | None:
 
 def of_snapshot(found: Snapshot, name: str) -> Side:
     """Take what a snapshot file says."""
-    ops = {op: Scored(entry.type, Op(op, entry.type).block, entry.modes) for op, entry in found.ops.items()}
+    ops = {
+        op: Scored(entry.type, Op(op, entry.type).block, entry.modes, scheme=entry.scheme)
+        for op, entry in found.ops.items()
+    }
     return Side(name, found.model, found.scheme, found.granularity, found.environment, ops)

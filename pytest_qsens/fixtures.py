@@ -201,10 +201,10 @@ def _without_score(config: pytest.Config, record: _Record) -> NoReturn:
         raise OpFailed(reason, pytrace=False)
     recorded = catalogue(config).snapshot(options, record.model).ops.get(result.op)
     if recorded is not None and recorded.modes and not options.snapshot_prune:
+        advice = "Give data that reaches it, or remove" if result.status == "unexercised" else "Remove"
         raise OpFailed(
             f"{reason}, but it was measured when {options.snapshot_path(record.model.label)} was written: this run "
-            "covers less. Give data that reaches it, or remove its line with --snapshot-update "
-            "--qsens-snapshot-prune",
+            f"covers less. {advice} its line with --snapshot-update --qsens-snapshot-prune",
             pytrace=False,
         )
     pytest.skip(reason)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.assignment import ADDED_AS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +74,12 @@ def relative_error(dimensions: int) -> float:
 
 
 def predict(ops: Sequence[OpResult], where: str = "result") -> Predicted | None:
-    """Predict the NMSE of all ops of a model at once; ``None`` unless all that can be measured have a sketch."""
-    quantized = [op for op in ops if op.status not in ("unquantizable", "unexercised")]
+    """Predict the NMSE of all ops of a model at once; ``None`` unless all that can be measured have a sketch.
+
+    Those that a config leaves unquantized are none of them, although it may be measured what quantizing them would do.
+    """
+    quantized = [op for op in ops if op.status not in ("unquantizable", "unexercised", "unquantized")]
+    quantized = [op for op in quantized if ADDED_AS not in (op.scheme or "")]
     if not quantized or any(op.sketch is None or op.isolated is None or op.status != "measured" for op in quantized):
         return None
     sketches = [decode(op.sketch or "", f"{where}, op {op.op!r}") for op in quantized]

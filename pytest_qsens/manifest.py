@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.source import ModelSource
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:

@@ -28,6 +28,8 @@ class Op:
     """Of a group, at least two ops that are flipped together, and scored as one (`pytest_qsens.groups`)."""
     elements: int | None = field(default=None, compare=False)
     """Values of its weight, where that is known; of a group ask `weights`."""
+    features: int | None = field(default=None, compare=False)
+    """Of the input of a linear layer, where that is known."""
 
     @property
     def weights(self) -> int | None:
@@ -67,13 +69,13 @@ class Op:
 
     def plain(self) -> list[Any]:
         """Take it apart into builtin values."""
-        return [self.name, self.type, [member.plain() for member in self.members], self.elements]
+        return [self.name, self.type, [member.plain() for member in self.members], self.elements, self.features]
 
     @classmethod
     def from_plain(cls, values: list[Any]) -> Op:
         """Rebuild what `plain` took apart."""
-        name, kind, members, elements = values
-        return cls(name, kind, tuple(map(cls.from_plain, members)), elements)
+        name, kind, members, elements, features = values
+        return cls(name, kind, tuple(map(cls.from_plain, members)), elements, features)
 
     def __str__(self) -> str:
         return self.name

@@ -40,6 +40,9 @@ IDENTICAL = "identical to the reference"
 CANNOT = "measured, as it cannot be estimated: "
 """Reason of an op that was measured by an engine that estimates, before why."""
 
+WITHOUT = "without "
+"""Reason of a group that was measured without some of its members, before their names."""
+
 LEFT_OUT = "not measured: "
 """Reason of an op that there was no time or need to measure, before why."""
 
@@ -110,6 +113,11 @@ class OpResult:
     """Values of its weight, or of those of all ops of a group; older files and products of activations have none."""
     sketch: str | None = None
     """What it does to the output when it alone is quantized, see `pytest_qsens.interactions`; only if asked for."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is a group that was measured without some of its members."""
+        return bool(self.ops) and any(part.startswith(WITHOUT) for part in (self.reason or "").split("; "))
 
     @property
     def modes(self) -> dict[Mode, Scores]:

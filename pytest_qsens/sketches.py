@@ -37,10 +37,14 @@ class Sketcher:
         shape: Of the output.
         dimensions: Sums to make.
         kept: Whether all values of all batches are as many as there are sums, or fewer.
+        weights: Summed rows of weights that changes go through, the same for all batches: by identity, as the model
+            keeps its weights.
 
     """
 
-    def __init__(self, number: int, start: int, shape: Sequence[int], dimensions: int, *, kept: bool) -> None:
+    def __init__(
+        self, number: int, start: int, shape: Sequence[int], dimensions: int, *, kept: bool, weights: dict[int, Tensor]
+    ) -> None:
         self._dimensions = dimensions
         self._channels = shape[-1] if shape else 1
         self._columns: tuple[Tensor, Tensor] | None = None
@@ -51,7 +55,7 @@ class Sketcher:
             self._places, self._signs = torch.arange(start, start + size), torch.ones(size)
         else:
             self._places, self._signs = _hashed(size, 1 + number, dimensions)
-        self._weights: dict[int, Tensor] = {}  # by identity: the model keeps its weights
+        self._weights = weights
 
     def __call__(self, change: Tensor) -> Tensor:
         """Sketch a change of the output; float64, on the CPU."""
@@ -98,8 +102,9 @@ def make_sketchers(shapes: Sequence[Sequence[int]], dimensions: int = DIMENSIONS
     sizes = [torch.Size(shape).numel() for shape in shapes]
     kept = sum(sizes) <= dimensions
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    weights: dict[int, Tensor] = {}
     return [
-        Sketcher(number, start, shape, min(dimensions, max(1, sum(sizes))), kept=kept)
+        Sketcher(number, start, shape, min(dimensions, max(1, sum(sizes))), kept=kept, weights=weights)
         for number, (start, shape) in enumerate(zip(starts, shapes, strict=True))
     ]
 

@@ -104,6 +104,25 @@ def test_an_op_that_lost_its_score_says_why() -> None:
     assert [change.kind for change in back.changes] == ["same", "appeared", "appeared"]
 
 
+def test_what_a_config_changes() -> None:
+    """The scheme of an op is told where it changed; a threshold on gain is one on loss of what is added."""
+    old = {NAMES[0]: replace(entry(0.1), scheme="w8a8"), NAMES[1]: Entry("linear", added={"nmse": 0.5, "loss": 0.1})}
+    new = {NAMES[0]: replace(entry(0.2), scheme="w4a16"), NAMES[1]: Entry("linear", added={"nmse": 0.6, "loss": 0.2})}
+    found = compared(of(old), of(new), "nmse:50%,gain:5%")
+    assert [change.kind for change in found.changes] == ["worse", "worse"]
+    assert found.changes[0].lines[0] == "scheme w8a8 → w4a16"
+    assert found.changes[1].lines[0].startswith("added loss 0.1 → 0.2")
+
+
+def test_a_part_of_a_run_takes_no_score_away() -> None:
+    """What was not selected is not run, which is no loss; a metric of one file alone is told."""
+    new = RunResult(RUN, (measured(NAMES[0], 0.1), OpResult(NAMES[1], "linear", "layers.0", "unrun", "not selected")))
+    old = of({NAMES[0]: entry(0.1, kl=0.2), NAMES[1]: entry(0.1)})
+    found = diff(of_snapshot(old, "s.json"), of_result(new, "r.json"), parse_fail("nmse:5%,kl:5%"))
+    assert [change.kind for change in found.changes] == ["same", "unrun"]
+    assert "kl is in s.json only, and not compared" in found.notes
+
+
 def test_a_result_against_the_snapshot_of_other_data() -> None:
     """Differences that sampling explains count as none, if the data differ, as in a gate."""
     here = {**RUN.environment, "evaluation": "a"}

@@ -80,7 +80,7 @@ def _unsimulated(decisions: Sequence[Decision]) -> list[Problem]:
     ops: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for decision in decisions:
         if decision.scheme is not None:
-            name, reason = simulated_as(decision.scheme, decision.op.type)
+            name, reason = simulated_as(decision.scheme, decision.op)
             if name is None:
                 where = decision.rule.where if decision.rule is not None else ""
                 ops[where, scheme_name(decision.scheme), reason].append(decision.op.name)

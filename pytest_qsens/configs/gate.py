@@ -107,11 +107,11 @@ def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
         op = decision.op
         if decision.scheme is None:
             left_out[op.name] = "unquantized", UNQUANTIZED
-            if lower is not None and lower.refusal(op.type) is None:
+            if lower is not None and lower.refusal(op.type, op.features) is None:
                 schemes[op.name] = lower
                 added.add(op.name)
             continue
-        simulated, obstacle = simulated_as(decision.scheme, op.type)
+        simulated, obstacle = simulated_as(decision.scheme, op)
         if simulated is None:
             left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
         else:

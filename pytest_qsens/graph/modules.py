@@ -40,7 +40,14 @@ def list_ops(model: nn.Module) -> tuple[Op, ...]:
     A module reachable under several names is one op under its first name. Tied weights are still two ops.
     """
     return tuple(
-        Op(name, kind, elements=module.weight.numel())
+        Op(name, kind, elements=module.weight.numel(), features=_features(module, kind))
         for name, module in model.named_modules()
         if (kind := op_type(module)) is not None
     )
+
+
+def _features(module: nn.Module, kind: str) -> int | None:
+    if kind != "linear":
+        return None
+    assert isinstance(module.weight, torch.Tensor)  # noqa: S101 - as in `op_type`
+    return module.weight.shape[0 if _is_transposed_linear(module) else -1]

@@ -228,6 +228,8 @@ def _sketch(entry: OpResult, file: _File) -> Floats | None:
 
 def _refusal(entry: OpResult, wishes: Wishes) -> str | None:
     """Why an op cannot be planned with; ``None`` if it can."""
+    if entry.partial:
+        return f"measured {entry.reason}"
     if entry.status == "measured" and entry.isolated is not None:
         return None
     if entry.status == "estimated" and entry.isolated is not None:

@@ -18,9 +18,10 @@ from pytest_qsens.report.pareto import check_plot, plot
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from pytest_qsens.configs.documents import Syntax
     from pytest_qsens.plans.problem import Chosen, Floats, Problem
 
 _STEPS = 10
@@ -98,6 +99,7 @@ def make_plans(given: Namespace) -> Plans:
         plans = [_within_bits(problem, given.budget_bits, given.out)]
     else:
         plans = [_within_error(problem, given.budget_nmse, given.out)]
+    texts = _texts(problem, plans, given.to, syntaxes)  # what cannot be said is told before it is measured
     if given.verify:
         source = find_model(given, run, given.results[0])
 
@@ -105,10 +107,7 @@ def make_plans(given: Namespace) -> Plans:
 
         nmse = Verifier(source, given.results[0], run, problem).nmse
         plans = [_verified(problem, plan, given.budget_nmse, nmse) for plan in plans]
-    texts = [
-        config_text(problem, problem.assignment(plan.chosen), given.to, syntax)
-        for plan, syntax in zip(plans, syntaxes, strict=True)
-    ]
+        texts = _texts(problem, plans, given.to, syntaxes)
     frontier: list[Plan] = []
     shown = shares is None or given.plot is not None
     if shown and problem.weights and all(unit.weights is not None for unit in problem.units):
@@ -120,6 +119,13 @@ def make_plans(given: Namespace) -> Plans:
     if given.plot is not None:
         write_atomically(given.plot, plot(found, given.plot.suffix))
     return found
+
+
+def _texts(problem: Problem, plans: Sequence[Plan], target: str, syntaxes: Sequence[Syntax]) -> list[str]:
+    return [
+        config_text(problem, problem.assignment(plan.chosen), target, syntax)
+        for plan, syntax in zip(plans, syntaxes, strict=True)
+    ]
 
 
 def _verified(
@@ -139,14 +145,15 @@ def _verified(
             return found
         predicted = problem.predicted(plan.chosen)
         missed.append((predicted, found.measured))
-        if len(missed) == _TRIES:
+        # what the prediction is wrong by is much the same for a plan that differs by a few ops
+        smaller = _within_error(problem, predicted * min(budget / found.measured, _STEP), plan.path)
+        if len(missed) == _TRIES or not smaller.chosen.any():
+            number = "one plan was" if len(missed) == 1 else f"{len(missed)} plans were"
             raise QsensError(
-                f"--budget-nmse {budget:g}: {_TRIES} plans were measured, and all are past it, the last one at "
+                f"--budget-nmse {budget:g}: {number} measured, and none keeps it, the last one at "
                 f"{found.measured:.4g}, predicted {predicted:.4g}. Give a larger budget, or leave --verify out"
             )
-        # what the prediction is wrong by is much the same for a plan that differs by a few ops
-        plan = _within_error(problem, predicted * min(budget / found.measured, _STEP), plan.path)
-        plan = replace(plan, name=found.name)
+        plan = replace(smaller, name=found.name)
 
 
 def _check_one_aim(given: Namespace) -> None:

@@ -72,6 +72,12 @@ def config_text(problem: Problem, assignment: Mapping[str, str | None], target: 
                 )
             ops.append(Op(name, kind))
     schemes = {op.name: _scheme(op, assignment[op.name]) for op in ops}
+    chosen = dict.fromkeys(name for name in assignment.values() if name is not None)
+    if TARGETS[target].exclusions and len(chosen) > 1:
+        raise QsensError(
+            f"{target} only says which ops are not quantized, and the plan has {len(chosen)} schemes: "
+            f"{', '.join(chosen)}. Plan with one result file, or write another format"
+        )
     return write_config(schemes, ops, target, syntax)
 
 

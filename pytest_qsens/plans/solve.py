@@ -92,7 +92,7 @@ def smallest(problem: Problem, limit: float) -> Chosen:
 
 
 def _most_saved(problem: Problem, limit: float) -> Chosen:
-    able = problem.nmse <= limit
+    able = (problem.nmse <= limit) & (problem.saved > 0)
     if not able.any():
         return able
     scale = limit or 1.0

@@ -67,6 +67,11 @@ def find(given: Namespace) -> tuple[ModelSource, str]:
 
     """
     run = None if given.result is None else load(given.result).run
+    if run is not None and run.config is not None:
+        raise QsensError(
+            f"{given.result} is a result of the config {run.scheme}, whose ops have schemes of their own. Give a "
+            "result of --qsens-scheme"
+        )
     scheme = given.scheme or ("w8a8" if run is None else run.scheme)
     scheme_named(scheme, "scheme")
     return find_model(given, run, given.result), scheme

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pytest_qsens.results import Mode, Status
 
 
+ADDED_AS = ", added as "
+"""In the name of the scheme of an op that a config leaves unquantized, before that of what it is quantized with."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One scheme for all ops, or each op's own.
@@ -45,7 +49,7 @@ class Assignment:
         scheme = self.schemes.get(op.name)
         if scheme is None or (op.name in self.added and not self.adds(group or op)):
             return self.left_out[op.name]
-        reason = scheme.refusal(op.type)
+        reason = scheme.refusal(op.type, op.features)
         return None if reason is None else ("unquantizable", reason)
 
     def adds(self, op: Op) -> bool:
@@ -80,9 +84,7 @@ class Assignment:
         """Name of an op's scheme; of a group, equal for equal schemes of the same ops only."""
         found = {member.name: self.names[member.name] for member in op.ops}
         if self.adds(op):
-            found |= {
-                name: f"{found[name]}, added as {self.schemes[name].name}" for name in found if name in self.added
-            }
+            found |= {name: f"{found[name]}{ADDED_AS}{self.schemes[name].name}" for name in found if name in self.added}
         return joint_name(found)
 
     @property

@@ -60,14 +60,21 @@ class Scheme:
             return True
         return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
-    def refusal(self, op_type: str) -> str | None:
-        """Why an op of this type cannot be quantized, or ``None`` if it can."""
-        weight, activation = self.parts.weight, self.parts.activation
+    def refusal(self, op_type: str, features: int | None = None) -> str | None:
+        """Why an op of this type, with so many input features, cannot be quantized; ``None`` if it can be.
+
+        Where the features are not known, nothing is in their way.
+        """
+        weight = self.parts.weight
         if op_type == "embedding":
             integers = weight is not None and weight.dtype == "int8"
             return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
-        if not op_type.startswith("conv"):
-            return None
+        if op_type == "linear" and features is not None:
+            return self.refusal_of_features(features)
+        return self._refusal_of_convolution(op_type) if op_type.startswith("conv") else None
+
+    def _refusal_of_convolution(self, op_type: str) -> str | None:
+        weight, activation = self.parts.weight, self.parts.activation
         if activation is not None and activation.granularity == "token":
             return f"{self.name} quantizes activations per token, and the input of a {op_type} has no tokens"
         if "group" in {part.granularity for part in (weight, activation) if part is not None}:

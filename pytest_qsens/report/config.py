@@ -43,7 +43,7 @@ def rows(config: Config, decisions: Sequence[Decision]) -> list[list[str]]:
 
 
 def _row(decision: Decision) -> list[str]:
-    simulated = "-" if decision.scheme is None else simulated_as(decision.scheme, decision.op.type)[0] or "cannot be"
+    simulated = "-" if decision.scheme is None else simulated_as(decision.scheme, decision.op)[0] or "cannot be"
     rule = "(none)" if decision.rule is None else _printable(decision.rule.label)
     return [decision.op.name, decision.op.type, scheme_name(decision.scheme), simulated, rule]
 

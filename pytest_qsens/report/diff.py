@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_qsens.thresholds import Threshold
 
 _SAID = {"worse": "worse", "lost": "without a score now", "better": "better", "same": "as before"}
-_SAID |= {"appeared": "new", "vanished": "gone"}
+_SAID |= {"appeared": "new", "vanished": "gone", "unrun": "not run"}
 
 
 def text(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:

@@ -42,14 +42,15 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
     told = [f"{schemes[scheme]} {scheme}" for scheme in problem.schemes if schemes[scheme]]
     yield ""
     yield f"{plan.name}: {', '.join([*told, f'{schemes[None]} unquantized'])} of {problem.ops} ops"
-    if problem.weights and all(unit.weights is not None for unit in problem.units):
+    sized = bool(problem.weights) and all(unit.weights is not None for unit in problem.units)
+    if sized:
         yield f"bits a weight: {problem.bits(plan.chosen):.4g}"
     yield f"predicted nmse: {_errors(problem, plan)}"
     yield from _measured(problem, plan)
     if plan.rival is not None and (plan.rival != plan.chosen).any():
         yield (
             f"additive scores alone would choose another plan: predicted nmse {problem.predicted(plan.rival):.4g}"
-            + (f" at {problem.bits(plan.rival):.4g} bits a weight" if problem.weights else "")
+            + (f" at {problem.bits(plan.rival):.4g} bits a weight" if sized else "")
         )
     kept = [unit for unit in problem.units if unit.kept is not None]
     free = {unit for unit, taken in zip(problem.owners, plan.chosen, strict=True) if taken}

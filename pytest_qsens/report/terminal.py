@@ -48,7 +48,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             terminal.write_line(_sources(run))
         if config.option.verbose >= 0:
             worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
-            heat = _heat(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # as above
+            marks = BLOCKS if _can_write(terminal, BLOCKS) else LETTERS
+            heat = _heat(run, terminal._tw.fullwidth, marks)  # noqa: SLF001  # as above
             for line in (*worst, *heat, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001
                 terminal.write_line(line)
         for line in attention(run, gated=base_options(config).gate_estimates):
@@ -155,10 +156,10 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
         yield from side_by_side(total)
 
 
-def _heat(run: Run, width: int, bar: str) -> Iterator[str]:
+def _heat(run: Run, width: int, marks: str) -> Iterator[str]:
     known = {result.op: result.isolated for result in (*run.measured, *run.estimated)}
     scores = {op.name: found["nmse"] or 0.0 for op in run.ops if (found := known.get(op.name)) is not None}
-    return strip(scores, width, BLOCKS if bar == "█" else LETTERS)
+    return strip(scores, width, marks)
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
@@ -387,9 +388,13 @@ def _to_accept(run: Run) -> bool:
 
 
 def _bar_character(terminal: pytest.TerminalReporter) -> str:
+    return "█" if _can_write(terminal, "█") else "#"
+
+
+def _can_write(terminal: pytest.TerminalReporter, text: str) -> bool:
     encoding = getattr(terminal._tw._file, "encoding", None) or "ascii"  # noqa: SLF001  # where lines go
     try:
-        "█".encode(encoding)
+        text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
-        return "#"
-    return "█"
+        return False
+    return True

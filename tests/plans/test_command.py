@@ -250,7 +250,7 @@ def test_files_that_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert out.read_text() == "rules: not ours\n"
     assert main(["plan", file, "--keep", "20%", "--out", file]) == 4
     assert main(["plan", file, "--keep", "20%", "--out", str(tmp_path / "plan.txt")]) == 4
-    assert "a plan is written as .yaml, .yml, .json" in capsys.readouterr().err
+    assert "qsens is written to a file whose name ends in .json, .yaml, .yml, .toml" in capsys.readouterr().err
     out.unlink()
     for share in ("20%", "40%"):
         assert main(["plan", file, "--keep", share, "--out", str(out)]) == 0

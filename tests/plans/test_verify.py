@@ -40,7 +40,10 @@ def test_a_plan_past_the_budget_is_corrected(seed: int, wrong: float, share: flo
 
 
 def test_a_budget_that_no_plan_keeps() -> None:
-    """It ends after some plans, with what was measured."""
+    """It ends where nothing would be left to quantize, or after some plans, with what was measured."""
     problem = random_problem(1, 4, 2)
-    with pytest.raises(QsensError, match=r"--budget-nmse 1e-30: 10 plans were measured.*the last one at 1, "):
+    with pytest.raises(QsensError, match=r"--budget-nmse 1e-30: one plan was measured, .*the last one at 1, "):
         _verified(problem, Plan("p", smallest(problem, 1.0)), 1e-30, lambda _: 1.0)
+    problem = random_problem(1, 40, 2)
+    with pytest.raises(QsensError, match=r"--budget-nmse 0\.99: 10 plans were measured, .*the last one at 1, "):
+        _verified(problem, Plan("p", smallest(problem, 1.0)), 0.99, lambda _: 1.0)

@@ -103,7 +103,7 @@ def test_the_life_of_a_config(pytester: pytest.Pytester) -> None:
 def test_what_is_wrong_with_a_config(pytester: pytest.Pytester) -> None:
     """It ends the run, or all of it is told, and the ops that cannot be simulated are missing by name in the total."""
     write_model(pytester)
-    wrong = {"nothing.*": "w8a8", "blocks.2.up": "wmxfp4a16", **RULES}
+    wrong = {"nothing.*": "w8a8", "blocks.2.up": "wnf4a16", **RULES}
     write_config(pytester, wrong)
     before = listing(pytester)
     result = run(pytester, "--snapshot-update")
@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_config(pytester: pytest.Pytester) -> None:
         [
             f"ERROR: qsens: 2 things are wrong with the config {pytester.path / 'quant.json'}:",
             "*nothing.*matches no op of the model.*",
-            "*blocks.2.up is quantized as 'wmxfp4a16', which cannot be simulated: weights are mxfp4*",
+            "*blocks.2.up is quantized as 'wnf4a16', which cannot be simulated: weights are nf4*",
             "*--qsens-config-problems warn",
         ]
     )
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_a_config(pytester: pytest.Pytester) -> None:
             "total, everything quantized as the config says: *(without blocks.2.up, whose schemes cannot be simulated)",
             "CONFIG: 2 things are wrong with *",
             "*nothing.*matches no op*",
-            "*blocks.2.up is quantized as 'wmxfp4a16'*",
+            "*blocks.2.up is quantized as 'wnf4a16'*",
             "NOT SIMULATED: the config quantizes 1 of 8 ops * without them: blocks.2.up",
         ]
     )

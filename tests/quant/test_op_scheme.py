@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_qsens.configs.simulated import EMBEDDING, simulated_as
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
@@ -85,8 +86,8 @@ def test_simulated_schemes_keep_their_names() -> None:
     """What can be simulated is found under the name that the command line takes, and simulated as itself."""
     for name, scheme in SCHEMES.items():
         assert scheme.name == name
-        assert simulated_as(scheme.parts, "linear") == (name, "")
-    assert simulated_as(EMBEDDING, "embedding") == ("w8a8", "")
+        assert simulated_as(scheme.parts, Op("op", "linear")) == (name, "")
+    assert simulated_as(EMBEDDING, Op("op", "embedding")) == ("w8a8", "")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_simulated_schemes_keep_their_names() -> None:
 )
 def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obstacles: list[str]) -> None:
     """Each property that is in the way is named, with what would do."""
-    found, reason = simulated_as(named(name, "test"), op_type)
+    found, reason = simulated_as(named(name, "test"), Op("op", op_type))
     assert found is None
     assert [obstacle for obstacle in obstacles if obstacle not in reason] == []
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obs
 @given(OP_SCHEMES, st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]))
 def test_only_simulated_schemes_lack_a_reason(scheme: OpScheme, op_type: str) -> None:
     """There is a reason exactly where there is no scheme, and a scheme only where all properties are its own."""
-    name, reason = simulated_as(scheme, op_type)
+    name, reason = simulated_as(scheme, Op("op", op_type))
     assert (name is None) == bool(reason)
     if name is not None and op_type != "embedding":
         assert scheme_named(name, "scheme").parts == scheme
@@ -132,7 +133,7 @@ def test_only_simulated_schemes_lack_a_reason(scheme: OpScheme, op_type: str) ->
 
 def test_an_unknown_scheme_says_why() -> None:
     """What has no terms keeps the reason that its reader gave."""
-    assert simulated_as(Unknown("X", "because"), "linear") == (None, "because")
+    assert simulated_as(Unknown("X", "because"), Op("op", "linear")) == (None, "because")
 
 
 @pytest.mark.parametrize("name", ["w9", "w16a16", "fp8", "w4a16_g0", "W8A8", "w8a8_static_act_tensor", "w4a16_channel"])
@@ -145,7 +146,7 @@ def test_other_names_are_refused(name: str) -> None:
 @given(OP_SCHEMES)
 def test_a_scheme_is_known_by_its_name_if_it_is_simulated(scheme: OpScheme) -> None:
     """The command line takes the names of all that can be simulated; of others it says what is in the way."""
-    simulated, reason = simulated_as(scheme, "linear")
+    simulated, reason = simulated_as(scheme, Op("op", "linear"))
     if simulated is not None:
         assert scheme_named(scheme.name, "scheme").parts == scheme
         return

@@ -89,7 +89,7 @@ def test_linears_equal_those_of_compressed_tensors(name: str, preset: str, toler
 def test_a_linear_in_all_its_ways(name: str, bias: bool) -> None:
     """Whole, part by part, and for estimates it is the same; rows that are not finite spoil no other."""
     call = linear(bias=bias)
-    _, simulator, _ = simulator_of(name, call)
+    scheme, simulator, _ = simulator_of(name, call)
     output = simulator.output("op", call)
     weight = simulator._weight("op", call)
     assert not isinstance(weight, QuantizedWeight)
@@ -97,7 +97,7 @@ def test_a_linear_in_all_its_ways(name: str, bias: bool) -> None:
     estimated, rounding = simulator.rounded("op", call)
     assert torch.equal(estimated, output)
     assert torch.equal(rounding, simulator.input_error("op", call))
-    if not simulator._scheme.parts.output:
+    if not scheme.parts.output:
         offset = None if call.bias is None else call.bias.double()
         product = functional.linear(call.x.double() + rounding, weight.real().double(), offset)
         torch.testing.assert_close(output.double(), product, rtol=1e-5, atol=1e-5)
