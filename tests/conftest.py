@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 collect_ignore = [] if find_spec("neural_compressor") else ["inc"]
 """Tests that need Intel Neural Compressor, which asks for an environment of its own, are run by name: tests/inc."""
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # read when torch is imported: workers that fight for cores are slow
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    )
+
 OUTSIDE = {"CI", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
 
 

@@ -15,7 +15,7 @@ from pytest_qsens.graph.capture import capture
 from pytest_qsens.graph.delta import DeltaRun, Weights
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.replay import Run
-from pytest_qsens.quant import simulate
+from pytest_qsens.quant import integers, simulate
 from tests.allocations import peak_bytes
 from tests.architectures import ARCHITECTURES
 
@@ -61,7 +61,8 @@ def test_bytes_of_a_change(name: str, scheme: str, monkeypatch: pytest.MonkeyPat
     Masks and positions that the run has are not what a change frees, and what is read through a view is not free.
     """
     # what is worked on at a time is as large for many changes as for one, but small models are all of it
-    monkeypatch.setattr(simulate, "_CHUNK", 256)
+    for module in (integers, simulate):
+        monkeypatch.setattr(module, "CHUNK", 256)
     monkeypatch.setattr(joint, "_BLOCK", 1)
     spec = ARCHITECTURES[name].spec()
     assert isinstance(spec.model, nn.Module)
