@@ -71,6 +71,17 @@ def test_the_prediction(changes: np.ndarray) -> None:
     assert whole.isolated == {"nmse": 7.0, "additive": found.additive, "quadratic": found.quadratic}
 
 
+def test_what_a_config_leaves_out_is_no_part_of_it() -> None:
+    """Neither what it leaves unquantized, nor what was measured of quantizing that, too, is in the whole model."""
+    ops = [measured("a", np.array([1.0, 0.0])), measured("b", np.array([1.0, 1.0]))]
+    left = OpResult("c", "linear", "", "unquantized", "the config leaves it unquantized", scheme="unquantized")
+    added = replace(measured("d", np.array([9.0, 9.0])), scheme="unquantized, added as w8a8")
+    found = predict([replace(ops[0], scheme="w8a8"), left, replace(ops[1], scheme="w4a16"), added])
+    assert found == predict(ops)
+    assert found is not None
+    assert found.additive == 3.0
+
+
 def test_no_prediction_of_a_part() -> None:
     """Where one op is not known, nothing is said of all; sketches of two outputs are refused."""
     one, other = measured("a", np.ones(3)), measured("b", np.ones(3))

@@ -147,6 +147,16 @@ def test_without_a_score(op: dict[str, Any], told: str, tmp_path: Path, capsys: 
         assert unquantized(out) == set()
 
 
+def test_a_group_that_was_measured_in_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its score is not that of what a plan would quantize, so it stays unquantized."""
+    group = changed("head", ops=("x", "y"), reason="without y (unquantizable: 192 cannot be divided)")
+    file, out = result(tmp_path / "a.json", group, granularity="block"), tmp_path / "plan.yaml"
+    assert main(["plan", file, "--keep", "40%", "--out", str(out)]) == 0
+    assert "unquantized, measured without y (unquantizable: 192 cannot be divided): head" in capsys.readouterr().out
+    decisions, _ = decide(read_config(out), [Op("x", "linear"), Op("y", "linear"), Op("l.0.o", "linear")])
+    assert [scheme_name(decision.scheme) for decision in decisions] == ["unquantized", "unquantized", "w8a8"]
+
+
 def test_interactions_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Changes that undo each other go together, also those of one group, also of two schemes."""
     directions = {"l.0.q_proj": (1, 0), "l.0.k_proj": (0, 1), "l.0.o": (1, 0), "l.1.o": (0, 1), "head": (-1, 0)}

@@ -122,6 +122,15 @@ def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obs
     assert [obstacle for obstacle in obstacles if obstacle not in reason] == []
 
 
+def test_features_that_a_group_does_not_divide() -> None:
+    """They are in the way where they are known."""
+    scheme = named("w4a16_g128", "test")
+    for features, known in ((256, True), (192, False), (None, True)):
+        found, reason = simulated_as(scheme, Op("op", "linear", features=features))
+        assert (found is not None) == known
+        assert ("192 of them cannot be divided by 128" in reason) == (not known)
+
+
 @given(OP_SCHEMES, st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]))
 def test_only_simulated_schemes_lack_a_reason(scheme: OpScheme, op_type: str) -> None:
     """There is a reason exactly where there is no scheme, and a scheme only where all properties are its own."""
