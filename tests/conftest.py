@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # read when torch is imported: wo
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     )
+
+settings.register_profile("tests", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("tests")
 
 OUTSIDE = {"CI", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
 
