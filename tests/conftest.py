@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 collect_ignore = [] if find_spec("neural_compressor") else ["inc"]
 """Tests that need Intel Neural Compressor, which asks for an environment of its own, are run by name: tests/inc."""
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # read when torch is imported: workers that fight for cores are slow
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-    )
+# read when torch is imported: processes whose threads fight for the cores are several times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("tests", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("tests")
 
-OUTSIDE = {"CI", "OMP_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"}
+OUTSIDE = {"CI", "NO_COLOR", "FORCE_COLOR"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +31,7 @@ def _hermetic(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as above, for every process that a test starts
     # of pytest started by a test: hypothesis, which it has no use for, takes a second to say that it found nothing
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
     for name in os.environ:

@@ -346,8 +346,9 @@ def test_threads(qsens_model):
 
 
 @pytest.mark.parametrize("workers", [1, cores() + 1])
-def test_threads_share_the_cores(pytester: pytest.Pytester, workers: int) -> None:
+def test_threads_share_the_cores(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """Every worker gets its share of the cores, at least one thread, whether an option or a marker names the model."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
     write_model(pytester)
     share = max(1, cores() // workers)
     pytester.makepyfile(test_user=THREADS)
@@ -361,6 +362,7 @@ def test_threads_share_the_cores(pytester: pytest.Pytester, workers: int) -> Non
 
 def test_the_users_thread_count_is_respected(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """``OMP_NUM_THREADS`` in the environment decides, and the run leaves the environment as it was."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
     write_model(pytester)
     pytester.makepyfile(test_user=THREADS)
     run = ("--qsens-model", MODEL, "-n", "1", "-k", "test_threads")
