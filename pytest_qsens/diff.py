@@ -223,7 +223,8 @@ def _compared(
     verdicts = []
     for mode in [mode for mode in before if mode in now]:
         gates = applied(thresholds, mode)
-        known = [threshold for threshold in gates if _in_both(threshold.metric, before[mode], now[mode])]
+        both = before[mode].keys() & now[mode].keys()
+        known = [threshold for threshold in gates if threshold.metric in both]
         verdicts.append(judge(before[mode], now[mode], known, mode, other_data=other_data))
     verdict = combine(verdicts)
     kind: Kind = "worse" if verdict.kind == "regressed" else "better" if verdict.kind == "improved" else "same"
@@ -233,10 +234,6 @@ def _compared(
     old, new = (scores.get(mode, {}).get("nmse") for scores in (before, now))
     lines = verdict.lines or verdict.within_noise or tuple(_values(now, thresholds))
     return Change(name, block, kind, lines, new / old if old and new else None)
-
-
-def _in_both(metric: str, before: Scores, now: Scores) -> bool:
-    return metric in before and metric in now
 
 
 def _scores(scored: Scored | None, modes: Sequence[Mode]) -> dict[Mode, Scores]:

@@ -227,14 +227,11 @@ def to_payload(result: OpResult) -> Payload:
     """
     payload = asdict(result)
     del payload["intervals"], payload["ops"]
-    for name in ("scheme", "added"):
+    for name in ("scheme", "added", "weights", "sketch"):
         if payload[name] is None:
             del payload[name]
     if result.ops:
         payload["ops"] = list(result.ops)
-    for name in ("weights", "sketch"):
-        if payload[name] is None:
-            del payload[name]
     payload["seconds"] = float(result.seconds)
     for mode, scores in result.modes.items():
         payload[mode] = {metric: _builtin(value) for metric, value in sorted(scores.items())}

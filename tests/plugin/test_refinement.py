@@ -16,12 +16,9 @@ from tests.plugin.harness import MODEL, OPS, listing, snapshot_file, write_model
 RUN = ("--qsens-model", MODEL, "--qsens-no-cache", "--qsens-json", "r.json")
 
 CLOCK = """
-import os
-import signal
 from pathlib import Path
 
 import pytest_qsens.time_budget as budget
-from pytest_qsens.calibrated import CalibratedModel
 
 
 class Clock:
@@ -32,6 +29,17 @@ class Clock:
 
 
 clock = budget.time = Clock()
+"""
+"""A clock that goes by only when it is told to."""
+
+STEPS = (
+    CLOCK
+    + """
+import os
+import signal
+
+from pytest_qsens.calibrated import CalibratedModel
+
 own = CalibratedModel.measure_exactly
 
 
@@ -46,6 +54,7 @@ def measure_exactly(self, ops):
 
 CalibratedModel.measure_exactly = measure_exactly
 """
+)
 """A clock that goes by 50 seconds with every step, whatever the machine does."""
 
 
@@ -78,7 +87,7 @@ def test_the_budget_ends_it(pytester: pytest.Pytester) -> None:
     pytester.runpytest_inprocess(*RUN, "--qsens-engine", "probe")
     estimates = {op["op"]: op["isolated"].get("interval") for op in result(pytester)["ops"]}
     corrected_by = {op for op, interval in estimates.items() if interval is None}
-    pytester.makeconftest(CLOCK)
+    pytester.makeconftest(STEPS)
     run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "100s", "-rs")
     assert run.ret == 0
     chosen = [line.split() for line in (pytester.path / "steps.log").read_text().splitlines()]
@@ -116,7 +125,7 @@ def test_workers_share_the_steps(pytester: pytest.Pytester) -> None:
     """Each worker has time for one step, and takes it from blocks of its own; no op is measured twice."""
     write_model(pytester)
     exact_nmse(pytester)
-    pytester.makeconftest(CLOCK)
+    pytester.makeconftest(STEPS)
     run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "50s", "-n", "2")
     assert run.ret == 0
     taken = [set(line.split()) for line in (pytester.path / "steps.log").read_text().splitlines()]
@@ -130,7 +139,7 @@ def test_workers_share_the_steps(pytester: pytest.Pytester) -> None:
 def test_a_killed_worker_costs_its_op(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was its own is not measured any more, as it may kill the next one; the run ends, and tells what was lost."""
     write_model(pytester)
-    pytester.makeconftest(CLOCK)
+    pytester.makeconftest(STEPS)
     monkeypatch.setenv("KILLED", "gw0")
     run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "1h", "-n", "2")
     assert run.ret == pytest.ExitCode.TESTS_FAILED
@@ -145,7 +154,7 @@ def test_a_worker_that_comes_too_late(pytester: pytest.Pytester, monkeypatch: py
     """The time is up when one takes the place of another that died: what the others measured is told."""
     write_model(pytester)
     late = "budget.start = lambda config: config.stash.__setitem__(budget._STARTED, -7200.0)"
-    pytester.makeconftest(f"{CLOCK}\nif os.environ.get('PYTEST_XDIST_WORKER') == 'gw2':\n    {late}\n")
+    pytester.makeconftest(f"{STEPS}\nif os.environ.get('PYTEST_XDIST_WORKER') == 'gw2':\n    {late}\n")
     monkeypatch.setenv("KILLED", "gw0")
     run = pytester.runpytest_subprocess(*RUN, "--qsens-time-budget", "1h", "-n", "2")
     assert run.ret == pytest.ExitCode.TESTS_FAILED
@@ -156,7 +165,7 @@ def test_a_worker_that_comes_too_late(pytester: pytest.Pytester, monkeypatch: py
 
 def test_the_next_run_goes_further(pytester: pytest.Pytester) -> None:
     """What was measured is known, so the same time is spent on the rest, and a run without a budget takes it, too."""
-    pytester.makeconftest(CLOCK)
+    pytester.makeconftest(STEPS)
     run = ("--qsens-model", "tiny_qwen2_5_vl", "--qsens-cache", "cache", "--qsens-json", "r.json")
     counts = []
     for _ in range(2):
@@ -181,21 +190,11 @@ def test_too_short(pytester: pytest.Pytester) -> None:
         assert listing(pytester) == before
 
 
-SLOW = """
-from pathlib import Path
-
-import pytest_qsens.time_budget as budget
+SLOW = (
+    CLOCK
+    + """
 from pytest_qsens.engines.probe import ProbeEngine
 
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-
-clock = budget.time = Clock()
 own = ProbeEngine._rounding
 
 
@@ -208,6 +207,7 @@ def rounding(self, op, gradient):
 
 ProbeEngine._rounding = rounding
 """
+)
 """A clock that goes by 50 seconds with every op that a gradient reaches."""
 
 
@@ -264,7 +264,7 @@ def test_both_modes(pytester: pytest.Pytester) -> None:
 def test_two_schemes_in_one_budget(pytester: pytest.Pytester) -> None:
     """The first takes the time there is; what is not even estimated of the second is told, and nothing is lost."""
     write_model(pytester)
-    pytester.makeconftest(CLOCK)
+    pytester.makeconftest(STEPS)
     pytester.makepyfile(
         test_schemes=f"""
         import pytest
