@@ -346,6 +346,8 @@ class _Tracer:
         args, kwargs = reader_of(node, order)([values[argument] for argument in order])
         if node in self._ops or node.target in (LINEAR, EMBEDDING):
             return self._op(node, args, kwargs)
+        if node.target is aten.batch_norm.default and node not in self._run.groups and not args[5]:  # does not train
+            return self._batch_norm(node, args)
         target: Any = aten.alias.default if node.target is aten.detach.default else node.target
         return profile.call(node, target, args, kwargs)
 
@@ -365,6 +367,15 @@ class _Tracer:
         found: Tensor = _OpCall.apply(  # type: ignore[no-untyped-call] # torch's
             call.x, input_tap, output_tap, value.clone if written else value.detach, through
         )
+        return found
+
+    def _batch_norm(self, node: Node, args: Sequence[Any]) -> Tensor:
+        """Take what the run has; autograd's own operator prepares for training, too, and takes passes one by one."""
+        x, weight, _, _, variance, _, _, epsilon, _ = args
+        scale = torch.rsqrt(variance + epsilon)
+        scale = (scale if weight is None else scale * weight).view(-1, *[1] * (x.dim() - 2))
+        value: Tensor = self._run.values(node)
+        found: Tensor = _OpCall.apply(x, None, None, value.detach, scale.mul)  # type: ignore[no-untyped-call] # torch's
         return found
 
 

@@ -137,14 +137,15 @@ def unquantized(call: Call) -> Tensor:
 def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
     """Multiply the gradient of a convolution's output by its Jacobian: the gradient of its input, of that shape.
 
-    That is a transposed convolution, which takes gradients of several passes at once under ``torch.vmap``, where
-    autograd's own operator takes them one by one.
+    It is a product of matrices where the kernel meets every value once, and else a transposed convolution. Both take
+    gradients of several passes at once under ``torch.vmap``, where autograd's own operator takes them one by one.
     """
     dims, options, x = int(call.kind[4]), call.conv or {}, call.x
     stride, dilation = (_for_each(options[name], dims) for name in ("stride", "dilation"))
+    kernel = list(call.weight.shape[2:])
     before = after = [0] * dims
     if options["padding"] == "same":
-        reach = [step * (size - 1) for step, size in zip(dilation, call.weight.shape[2:], strict=True)]
+        reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         before, after = [total // 2 for total in reach], [total - total // 2 for total in reach]
     elif options["padding"] != "valid":
         before = after = _for_each(options["padding"], dims)
@@ -152,20 +153,34 @@ def convolution_gradient(call: Call, gradient: Tensor) -> Tensor:
     if before != after:  # the operator pads both sides alike: take the gradient of the padded input
         shape = torch.Size(size + one + other for size, one, other in zip(shape, before, after, strict=True))
     trimmed = before if before == after else [0] * dims
-    sizes = zip(shape, gradient.shape[-dims:], call.weight.shape[2:], stride, dilation, trimmed, strict=True)
-    rest = [  # what a stride leaves over
-        size + 2 * off - (count - 1) * step - spread * (kernel - 1) - 1
-        for size, count, kernel, step, spread, off in sizes
-    ]
     single = x.dim() == dims + 1  # no batch
     batch = gradient.unsqueeze(0) if single else gradient
-    how = (stride, trimmed, dilation, True, rest, options["groups"])
-    found: Tensor = aten.convolution(batch, call.weight, None, *how)
+    if stride == kernel and max(dilation) == 1 and not any(trimmed) and options["groups"] == 1:
+        found = _gradient_of_patches(call.weight, batch, shape)
+    else:
+        sizes = zip(shape, gradient.shape[-dims:], kernel, stride, dilation, trimmed, strict=True)
+        rest = [  # what a stride leaves over
+            size + 2 * off - (count - 1) * step - spread * (kernel - 1) - 1
+            for size, count, kernel, step, spread, off in sizes
+        ]
+        found = aten.convolution(batch, call.weight, None, stride, trimmed, dilation, True, rest, options["groups"])
     found = found.squeeze(0) if single else found
     if before != after:
         for dim, (start, size) in enumerate(zip(before, x.shape[-dims:], strict=True), -dims):
             found = found.narrow(dim, start, size)
     return found
+
+
+def _gradient_of_patches(weight: Tensor, gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gradient of an input ``(N, in, *shape)`` cut into patches of the kernel's size, from ``(N, out, *counts)``."""
+    kernel = weight.shape[2:]
+    counts, dims = gradient.shape[2:], len(kernel)
+    patches = torch.tensordot(gradient, weight, ([1], [0]))  # (N, *counts, in, *kernel)
+    sides = [dim for pair in zip(range(1, dims + 1), range(dims + 2, 2 * dims + 2), strict=True) for dim in pair]
+    covered = [count * size for count, size in zip(counts, kernel, strict=True)]
+    found = patches.permute(0, dims + 1, *sides).reshape(gradient.shape[0], weight.shape[1], *covered)
+    rest = [part for size, part in zip(reversed(shape), reversed(covered), strict=True) for part in (0, size - part)]
+    return functional.pad(found, rest) if any(rest) else found
 
 
 def _for_each(value: int | Sequence[int], dims: int) -> list[int]:

@@ -216,6 +216,8 @@ def test_only_what_is_watched_is_told_of() -> None:
         ("conv2d", (4, 8, 7), (6, 4, 2, 3), {"padding": "same"}),
         ("conv2d", (2, 4, 8, 7), (6, 4, 3, 3), {"padding": "valid", "dilation": (1, 2)}),
         ("conv3d", (2, 3, 4, 4, 4), (5, 3, 2, 2, 2), {"stride": 2}),
+        ("conv2d", (2, 3, 9, 8), (5, 3, 2, 3), {"stride": (2, 3)}),
+        ("conv1d", (3, 9), (5, 3, 2), {"stride": 2}),
     ],
 )
 def test_gradients_of_convolutions(
