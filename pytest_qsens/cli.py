@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, ops, the cache of scores, stand-ins for models, proxies, configs, plans."""
+"""The console script ``qsens``: result files, ops, the cache of scores, stand-ins for models, proxies, configs."""
 
 from __future__ import annotations
 

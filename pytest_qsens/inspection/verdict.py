@@ -23,6 +23,9 @@ _MISSED = 0.2
 _CLIPPED, _AWAY = 0.001, 0.1
 """Shares of values from which on they are told."""
 
+_CROWDED = 1.5
+"""Tokens of a kind are named that have so many times their part of the error."""
+
 _BETTER = 1.1
 """A scheme is better from this factor on."""
 
@@ -47,7 +50,21 @@ def verdict(found: Inspection) -> str:
         return f"{whole.failure} when the op is quantized as {found.scheme} says.{alone}{_remedy(found)}"
     if not whole.added:
         return "Quantizing it changes no bit of the model's output."
-    return f"{_cause(found)}{_remedy(found)}"
+    return f"{_cause(found)}{_place(found)}{_remedy(found)}"
+
+
+def _place(found: Inspection) -> str:
+    """Say where the error is, if one kind of tokens has more than its part of it."""
+    where = found.at_output
+    groups = [] if where is None else [g for g in where.groups if g.name not in ("first", "padding")]
+    if where is None or len(groups) < 2:
+        return ""
+    tokens, sse = sum(group.positions for group in groups), sum(group.sse for group in groups)
+    for group in groups:
+        share, expected = group.sse / sse if sse else 0.0, group.positions / tokens
+        if share > 0.5 and share > _CROWDED * expected:
+            return f" {percent(share)} of it is at the {group.name} tokens, {percent(expected)} of all."
+    return ""
 
 
 def _cause(found: Inspection) -> str:
@@ -79,12 +96,13 @@ def _seen(found: Inspection, part: Flip) -> str:
 
 
 def _stands_out(found: Inspection, part: str) -> Iterator[str]:
+    # a weight's scales are of its output channels: what is large in one of its input channels widens all of them
     channels = {
-        "weight": found.weight_outputs,
+        "weight": found.weight_inputs,
         "input": None if found.inputs is None else found.inputs.evaluation_channels,
         "output": found.outputs,
     }[part]
-    unit = "row" if found.shape.type == "embedding" else "output channel" if part == "weight" else "channel"
+    unit = "column" if found.shape.type == "embedding" else "input channel" if part == "weight" else "channel"
     if channels is not None and channels.worst:
         yield _outlier(channels, unit)
     for lost in found.lost:
@@ -104,7 +122,7 @@ def _remedy(found: Inspection) -> str:
     like, best = _like(found), _best(found, at_most=found.bits)
     told = []
     if like is not None:
-        told.append(f"{like.scheme}, of the same formats, lowers the error {_times(like)}")
+        told.append(f"{like.scheme}, in the same number formats, lowers the error {_times(like)}")
     if best is not None and best != like and (like is None or (best.factor or 0.0) > _BETTER * (like.factor or 0.0)):
         told.append(f"{best.scheme} {_times(best)} at {best.bits:.4g} bits a weight")
     if not told:
