@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qsens.inspection.found import BEYOND
@@ -44,50 +44,65 @@ def report(found: Inspection, width: int, encoding: str | None, *, everything: b
         everything: Whether to list all schemes.
 
     """
-    for line in _lines(found, max(_LEAST_WIDTH, width), everything=everything):
-        plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-        yield plain.encode(encoding or "ascii", "backslashreplace").decode(encoding or "ascii")
+    yield from _lines(found, _Terminal(max(_LEAST_WIDTH, width), encoding or "ascii"), everything=everything)
 
 
-def _lines(found: Inspection, width: int, *, everything: bool) -> Iterator[str]:
-    yield from _wrapped(f"{found.op}: {verdict(found)}", width)
+@dataclass(frozen=True)
+class _Terminal:
+    """What lines have to fit into."""
+
+    width: int
+    encoding: str
+
+    def plain(self, text: str) -> str:
+        """Escape what it has no letters for, and what would move the cursor."""
+        printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        return printable.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+    def wrapped(self, text: str, indent: str = "") -> list[str]:
+        """Lines of prose."""
+        return textwrap.wrap(
+            self.plain(text),
+            self.width,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}  ",
+            break_on_hyphens=False,
+        )
+
+    def table(self, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+        """Lines of a table; the end of what is too wide is cut off."""
+        for line in aligned([[self.plain(cell) for cell in row] for row in rows]):
+            yield f"  {line}" if len(line) + 2 <= self.width else f"  {line[: self.width - 4]}.."
+
+
+def _lines(found: Inspection, terminal: _Terminal, *, everything: bool) -> Iterator[str]:
+    yield from terminal.wrapped(f"{found.op}: {verdict(found)}")
     yield ""
-    yield from _about(found, width)
+    yield from _about(found, terminal)
     yield ""
-    yield from _ranges(found, width)
+    yield from _ranges(found, terminal)
     yield ""
-    yield from _parts(found, width)
+    yield from _parts(found, terminal)
     for where, title in ((found.at_output, "model's output"), (found.at_op, "op's own output")):
         if where is not None and where.sse:
             yield ""
-            yield from _where(where, title, width)
+            yield from _where(where, title, terminal)
     yield ""
-    yield from _alternatives(found, width, everything=everything)
+    yield from _alternatives(found, terminal, everything=everything)
     yield ""
-    yield f"{found.forwards} forwards of the evaluation data, {found.seconds:.3g} s each"
+    yield from terminal.wrapped(f"{found.forwards} forwards of the evaluation data, {found.seconds:.3g} s each")
 
 
-def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
-
-
-def _table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Lines of a table; the end of what is too wide is cut off."""
-    for line in aligned(rows):
-        yield f"  {line}" if len(line) + 2 <= width else f"  {line[: width - 4]}.."
-
-
-def _about(found: Inspection, width: int) -> Iterator[str]:
+def _about(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     shape = found.shape
     bias = ", bias" if shape.bias else ""
-    yield from _wrapped(
+    yield from terminal.wrapped(
         f"{shape.type}, weight {_size(shape.weight)} {shape.dtype}{bias}; input {', '.join(map(_size, shape.inputs))}; "
         f"op {shape.number} of {shape.ops} of {found.model}",
-        width,
     )
-    yield from _wrapped(f"scheme {found.scheme}: {found.about}; {found.bits:.4g} bits a weight", width)
-    yield from _wrapped(_score(found), width)
-    yield from _wrapped(_record(found), width)
+    yield from terminal.wrapped(f"scheme {found.scheme}: {found.about}; {found.bits:.4g} bits a weight")
+    yield from terminal.wrapped(_score(found))
+    yield from terminal.wrapped(_record(found))
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -124,7 +139,7 @@ def _record(found: Inspection) -> str:
     return told
 
 
-def _ranges(found: Inspection, width: int) -> Iterator[str]:
+def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     of_embedding = found.shape.type == "embedding"
     rows = [["channels by magnitude", "least", "median", "largest", f"more than {BEYOND:g} x median"]]
     rows.append([f"weight, {'rows' if of_embedding else 'output'}", *_channels(found.weight_outputs)])
@@ -134,16 +149,15 @@ def _ranges(found: Inspection, width: int) -> Iterator[str]:
         rows.append(["input, evaluation", *_channels(found.inputs.evaluation_channels)])
     if found.outputs is not None:
         rows.append(["output, evaluation", *_channels(found.outputs)])
-    yield from _table(rows, width)
+    yield from terminal.table(rows)
     inputs = found.inputs
     if inputs is not None:
         (low, high), (least, most) = inputs.calibration, inputs.evaluation
         beyond = f"{percent(inputs.outside)} of them outside" if inputs.outside else "none outside"
-        yield from _wrapped(
+        yield from terminal.wrapped(
             f"input values: {low:.4g} to {high:.4g} in the calibration data, {least:.4g} to {most:.4g} in the "
             f"evaluation data ({beyond}); the largest is {inputs.peak_value:.4g}, channel {inputs.peak_channel}, "
             f"{_place(inputs.peak)}",
-            width,
             "  ",
         )
     yield ""
@@ -151,7 +165,7 @@ def _ranges(found: Inspection, width: int) -> Iterator[str]:
     for lost in found.lost:
         clipped = "not known" if lost.clipped is None else percent(lost.clipped)
         losses.append([lost.part, str(lost.values), clipped, percent(lost.rounded_away)])
-    yield from _table(losses, width)
+    yield from terminal.table(losses)
 
 
 def _channels(channels: Channels) -> list[str]:
@@ -172,21 +186,20 @@ def _token(place: Place) -> str:
     return f"{place.text!r} " if place.text is not None else f"id {place.token} "
 
 
-def _parts(found: Inspection, width: int) -> Iterator[str]:
+def _parts(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     gain = found.mode == "fallback"
     rows = [["quantized", "added nmse" if gain else "nmse", "share", "nmse in its own output"]]
     rows += [_part(f"the {part.name} alone", part, found.share(part)) for part in found.parts]
     if len(found.parts) > 1 and found.explained is not None:
         rows.append(["sum of these", f"{found.explained:.4g}", "", ""])
     rows.append(_part("the op", found.whole, None))
-    yield from _table(rows, width)
+    yield from terminal.table(rows)
     if len(found.parts) > 1 and found.interaction is not None:
         left = found.interaction
         way = "more" if left > 0 else "less"
-        yield from _wrapped(
+        yield from terminal.wrapped(
             f"together they add {percent(abs(left))} {way} than one by one, relative to the whole: what they do to "
             "each other",
-            width,
             "  ",
         )
 
@@ -198,12 +211,12 @@ def _part(name: str, flip: Flip, share: float | None) -> list[str]:
     return [name, f"{flip.added:.4g}", "" if share is None else percent(share), local]
 
 
-def _where(where: Where, title: str, width: int) -> Iterator[str]:
+def _where(where: Where, title: str, terminal: _Terminal) -> Iterator[str]:
     groups = [group for group in where.groups if group.name != "first"]
     if len(groups) > 1:
         rows = [[f"error at the {title}", "tokens", "of all", "error", "of all", "nmse there"]]
         rows += [_group(group, where, sum(g.positions for g in groups)) for group in where.groups]
-        yield from _table(rows, width)
+        yield from terminal.table(rows)
     else:
         yield f"  error at the {title}"
     unit = "tokens" if where.tokens else "rows, which are no tokens"
@@ -211,10 +224,10 @@ def _where(where: Where, title: str, width: int) -> Iterator[str]:
     first = [group for group in where.groups if group.name == "first"]
     if first and len(groups) == 1:
         told.append(f"{percent(first[0].sse / where.sse)} at the {first[0].positions} first tokens")
-    yield from _wrapped(", ".join(told), width, "  ")
+    yield from terminal.wrapped(", ".join(told), "  ")
     listed = [f"{_spot(worst.place)} {percent(worst.sse / where.sse)}" for worst in where.worst]
     how = "batch:sample:position" if where.tokens else "batch:row"
-    yield from _wrapped(f"worst ({how}): {', '.join(listed)}", width, "  ")
+    yield from terminal.wrapped(f"worst ({how}): {', '.join(listed)}", "  ")
 
 
 def _group(group: Group, where: Where, real: int) -> list[str]:
@@ -230,7 +243,7 @@ def _spot(place: Place) -> str:
     return f"{place.batch}:{place.row}:{place.position} {_token(place).rstrip()}"
 
 
-def _alternatives(found: Inspection, width: int, *, everything: bool) -> Iterator[str]:
+def _alternatives(found: Inspection, terminal: _Terminal, *, everything: bool) -> Iterator[str]:
     able = [other for other in found.alternatives if other.flip is not None and other.flip.added is not None]
     left_out = 0 if everything else max(0, len(able) - _SCHEMES)
     able = able[: len(able) - left_out]
@@ -246,18 +259,18 @@ def _alternatives(found: Inspection, width: int, *, everything: bool) -> Iterato
             placed = True
         rows.append([other.scheme, _number(flip.added), _factor(other), f"{other.bits:.4g}", other.about])
     rows += [] if placed else [now]
-    yield from _table(rows, width)
+    yield from terminal.table(rows)
     if left_out:
         yield f"  and {left_out} more (--all)"
     for other in found.alternatives:
         if other.flip is not None and other.flip.failure is not None:
-            yield from _wrapped(f"{other.scheme}: {other.flip.failure}", width, "  ")
+            yield from terminal.wrapped(f"{other.scheme}: {other.flip.failure}", "  ")
     reasons: dict[str, list[str]] = {}
     for other in found.alternatives:
         if other.reason is not None:
             reasons.setdefault(other.reason.removeprefix(f"{other.scheme} "), []).append(other.scheme)
     for reason, names in reasons.items():
-        yield from _wrapped(f"not measured: {', '.join(names)}: {reason}", width, "  ")
+        yield from terminal.wrapped(f"not measured: {', '.join(names)}: {reason}", "  ")
 
 
 def _number(value: float | None) -> str:
