@@ -12,7 +12,7 @@ from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.inspection.flips import part_flips
 from pytest_qsens.inspection.found import Alternative, Inspection, Shape
 from pytest_qsens.inspection.measure import Meter, Switch
-from pytest_qsens.inspection.observed import Evaluated, Watched
+from pytest_qsens.inspection.observed import Evaluated, Together
 from pytest_qsens.inspection.positions import Located, kinds_of
 from pytest_qsens.inspection.ranges import lost_in_weight, weight_channels
 from pytest_qsens.inspection.request import check_model
@@ -100,18 +100,19 @@ class _Inspector:
         self._calibrations = {
             name: Calibration({op.name: other}) for name, other in self._others.items() if self._refusal(other) is None
         }
-        self._calibration = Watched(self._schemes, op.name, list(self._calibrations.values()))
+        self._calibration = Calibration(self._schemes)
 
     def found(self) -> Inspection:
         """Run the model and put together what that shows."""
         op, scheme, request = self._op, self._scheme, self._request
         calibrating = [placed(batch, "cpu") for batch in self._spec.calibration]
-        prepared = prepare(self._model, self._spec, self._batches, calibrating, self._calibration, None)
+        together = Together(op.name, [self._calibration, *self._calibrations.values()])
+        prepared = prepare(self._model, self._spec, self._batches, calibrating, together, None)
         switch = Switch(op.name, self._schemes, self._calibration, self._batches)
         meter = Meter(self._model, self._spec, self._batches, op.name, switch, request.mode, self._quantizable())
         self._check_reached(meter)
         simulator = Simulator({op.name: scheme}, self._calibration)
-        evaluated = Evaluated(op.name, scheme, simulator, self._calibration, self._text_of)
+        evaluated = Evaluated(op.name, scheme, simulator, self._calibration, together.inputs, self._text_of)
         evaluated.run(self._model, self._batches, self._spec)
         call = evaluated.call
         assert call is not None  # noqa: S101 - it was reached
@@ -192,8 +193,8 @@ class _Inspector:
             return Alternative(name, about, None, None, bits, reason)
         simulator = Simulator({self._op.name: scheme}, calibration)
         flip, _ = meter.measure(name, lambda call: simulator.output(self._op.name, call))
-        better = whole.added is not None and flip.added is not None and whole.added > 0 and flip.added > 0
-        factor = whole.added / flip.added if better and whole.added and flip.added else None
+        both = whole.added is not None and flip.added is not None and whole.added > 0 and flip.added > 0
+        factor = whole.added / flip.added if both and whole.added and flip.added else None
         return Alternative(name, about, flip, factor, bits)
 
     def _shape(self, call: Call, shapes: Sequence[tuple[int, ...]]) -> Shape:

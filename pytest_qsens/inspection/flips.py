@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from torch.nn import functional
+
 from pytest_qsens.graph.calls import finite_rows, unquantized
+from pytest_qsens.graph.narrow import part_channels
 from pytest_qsens.inspection.ranges import over
-from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.integers import fake_quantized
-from pytest_qsens.quant.op_scheme import OpScheme
-from pytest_qsens.quant.schemes import Scheme
-from pytest_qsens.quant.simulate import Simulator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
     from pytest_qsens.inspection.measure import Flipped
+    from pytest_qsens.quant.calibration import Calibration
+    from pytest_qsens.quant.schemes import Scheme
+    from pytest_qsens.quant.simulate import Simulator
 
 
 def part_flips(
@@ -38,14 +41,26 @@ def part_flips(
         return {"weight": lambda call: simulator.output(op, call)}
     found: dict[str, Flipped] = {}
     if parts.weight is not None:
-        alone = Scheme(OpScheme(parts.weight))
-        of_weight = Simulator(alone, Calibration(alone))
-        found["weight"] = lambda call: of_weight.output(op, call)
+        found["weight"] = lambda call: _with_weight(op, call, simulator)
     if parts.activation is not None:
         found["input"] = lambda call: _with_input(op, call, simulator)
     if parts.output:
         qparams = calibration.output_qparams(op)
         found["output"] = lambda call: fake_quantized(unquantized(call), qparams)
+    return found
+
+
+def _with_weight(op: str, call: Call, simulator: Simulator) -> Tensor:
+    if call.kind != "linear":
+        errors = torch.cat([error for _, error in simulator.weight_errors(op, call, len(call.weight))])
+        real = torch.empty_like(call.weight, dtype=torch.float32).copy_(call.weight + errors)  # keeps the layout
+        return unquantized(replace(call, weight=real))
+    channels = part_channels(call.weight.shape[1])  # the weight is never wide as a whole
+    found = call.x.new_empty((*call.x.shape[:-1], len(call.weight)))
+    for start, error in simulator.weight_errors(op, call, channels):
+        part = slice(start, start + len(error))
+        bias = None if call.bias is None else call.bias.expand(len(call.weight))[part]
+        found[..., part] = functional.linear(call.x, call.weight[part].float() + error, bias)
     return found
 
 

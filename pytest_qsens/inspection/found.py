@@ -126,7 +126,7 @@ class Alternative:
         scheme: Its name.
         about: What it is, in words.
         flip: What was measured; ``None`` if it cannot quantize the op.
-        factor: By how much its error is smaller than the present one.
+        factor: By how much its error is smaller than the present one; ``None`` if one of them is none at all.
         bits: Bits of a weight, with its share of the scales of groups.
         reason: Why it cannot quantize the op.
 

@@ -14,7 +14,7 @@ from pytest_qsens.inspection.ranges import Losses, Seen, add_lost_input, add_los
 from pytest_qsens.quant.calibration import Calibration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -27,32 +27,49 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.simulate import Simulator
 
 
-class Watched(Calibration):
-    """Calibrates all that is asked about in one pass, and looks at what goes into the op meanwhile.
+class Together(Calibration):
+    """Several calibrations that see the same runs of the model, and the ranges of what goes into one op.
 
     Args:
-        schemes: Of the ops; in mode ``isolated`` of the one alone.
-        op: Its name.
-        others: Calibrations of the op's alternatives.
+        op: Name of the op.
+        calibrations: Each sees every call.
+
+    Attributes:
+        inputs: Ranges of the op's input.
 
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme], op: str, others: Sequence[Calibration]) -> None:
-        super().__init__(schemes)
-        self.ranges = True  # on one thread, as scores are measured, whatever the scheme
+    def __init__(self, op: str, calibrations: Collection[Calibration]) -> None:
+        super().__init__({})
+        self.ranges = True  # on one thread, as scores are measured, whatever the schemes
         self.inputs = Seen()
         self._op = op
-        self._others = others
+        self._calibrations = self._asking = list(calibrations)
+
+    def passes(self) -> Iterator[None]:
+        """Ask for the calibration data as often as one of them does; one that has seen enough sees no more."""
+        asked = [(calibration, _passes(calibration)) for calibration in self._calibrations]
+        while True:
+            self._asking = [calibration for calibration, more in asked if next(more, _NO_MORE) is not _NO_MORE]
+            if not self._asking:
+                return
+            yield
 
     def observe(self, op: str, call: Call, output: Tensor) -> None:
         """Record one call; see `pytest_qsens.quant.calibration.Calibration.observe`."""
-        super().observe(op, call, output)
-        if op != self._op or not output.numel():
-            return
-        for other in self._others:
-            other.observe(op, call, output)
-        if call.kind != "embedding":
+        for calibration in self._asking:
+            calibration.observe(op, call, output)
+        if op == self._op and output.numel() and call.kind != "embedding":
             self.inputs.add(channel_rows(call.x, call.kind))
+
+
+_NO_MORE = object()
+
+
+def _passes(calibration: Calibration) -> Iterator[None]:
+    """Run once for each time that a calibration needs the data; once for one that does not say."""
+    passes: Callable[[], Iterator[None]] | None = getattr(calibration, "passes", None)
+    return iter((None,)) if passes is None else passes()
 
 
 class Evaluated:
@@ -62,16 +79,26 @@ class Evaluated:
         op: Its name.
         scheme: Its scheme.
         simulator: Of that.
-        calibration: What was seen before.
+        calibration: Of that, too.
+        before: Ranges of what the calibration data put in.
         text_of: What tokens stand for.
 
     """
 
-    def __init__(self, op: str, scheme: Scheme, simulator: Simulator, calibration: Watched, text_of: Tokens) -> None:
+    def __init__(
+        self,
+        op: str,
+        scheme: Scheme,
+        simulator: Simulator,
+        calibration: Calibration,
+        before: Seen,
+        text_of: Tokens,
+    ) -> None:
         self._op = op
         self._scheme = scheme
         self._simulator = simulator
         self._calibration = calibration
+        self._before = before
         self._text_of = text_of
         self._seen, self._given = Seen(), Seen()
         self._input, self._output = Losses("input"), Losses("output")
@@ -100,14 +127,14 @@ class Evaluated:
             return
         rows = channel_rows(call.x, call.kind)
         self._seen.add(rows)
-        low, high = self._calibration.inputs.span
+        low, high = self._before.span
         self._values += rows.numel()
         self._outside += int(((rows < low) | (rows > high)).sum())
         self._given.add(channel_rows(output, call.kind))
         self._find_peak(call, number, batch)
         add_lost_input(self._input, self._op, call, self._scheme, self._simulator, self._calibration)
         if self._scheme.parts.output:
-            add_lost_output(self._output, output, self._calibration.output_qparams(self._op))
+            add_lost_output(self._output, self._op, output, self._calibration)
 
     def _find_peak(self, call: Call, number: int, batch: Batch) -> None:
         x = call.x.nan_to_num(0.0, 0.0, 0.0)
@@ -125,7 +152,7 @@ class Evaluated:
         """Ranges of the input; ``None`` of an embedding."""
         if self._peak is None:
             return None
-        seen, (value, channel, where) = self._calibration.inputs, self._peak
+        seen, (value, channel, where) = self._before, self._peak
         return Inputs(
             seen.span,
             self._seen.span,

@@ -13,12 +13,12 @@ from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
-    from pytest_qsens.quant.calibration import Calibration, QParams
+    from pytest_qsens.quant.calibration import Calibration
     from pytest_qsens.quant.op_scheme import ActivationScheme
     from pytest_qsens.quant.schemes import Scheme
     from pytest_qsens.quant.simulate import Simulator
@@ -211,8 +211,11 @@ def add_lost_input(
 
 
 def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibration: Calibration) -> int | None:
+    smoothing: Callable[[str], Tensor | None] | None = getattr(calibration, "smoothing", None)
+    smoothed_by = None if smoothing is None else smoothing(op)
+    rows = rows if smoothed_by is None else rows / smoothed_by  # what is clipped is what is rounded
     if activation.kind == "static" and activation.dtype == "int8":
-        return clipped_uint8(rows, calibration.input_qparams(op))
+        return clipped_uint8(rows, *calibration.input_qparams(op))
     if activation.kind == "static":
         bounds = _bounds(activation.dtype)
         scale = calibration.largest_input(op) / bounds.most
@@ -224,18 +227,19 @@ def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibrat
     return _clipped(rows, WeightScheme(activation.dtype, "group", activation.size))
 
 
-def clipped_uint8(values: Tensor, qparams: QParams) -> int:
+def clipped_uint8(values: Tensor, scale: float, zero_point: int) -> int:
     """Count values whose integer is below 0 or above 255."""
-    low, high = -qparams.zero_point - 0.5 - _SLACK, 255 - qparams.zero_point + 0.5 + _SLACK
-    codes = values / qparams.scale
+    low, high = -zero_point - 0.5 - _SLACK, 255 - zero_point + 0.5 + _SLACK
+    codes = values / scale
     return int(((codes < low) | (codes > high)).sum())
 
 
-def add_lost_output(found: Losses, output: Tensor, qparams: QParams) -> None:
+def add_lost_output(found: Losses, op: str, output: Tensor, calibration: Calibration) -> None:
     """Count what requantization loses of an op's output; values that are not finite are left out."""
+    qparams = calibration.output_qparams(op)
     for _, part in parts_of(output.reshape(-1)):
         kept = part[torch.isfinite(part)]
-        found.add(kept, fake_quantized(kept, qparams) - kept, clipped_uint8(kept, qparams))
+        found.add(kept, fake_quantized(kept, qparams) - kept, clipped_uint8(kept, *qparams))
 
 
 def over(finite: Tensor, values: Tensor) -> Tensor:

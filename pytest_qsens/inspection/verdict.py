@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pytest_qsens.quant.op_scheme import parse
@@ -123,7 +124,7 @@ def _remedy(found: Inspection) -> str:
     told = []
     if like is not None:
         told.append(f"{like.scheme}, in the same number formats, lowers the error {_times(like)}")
-    if best is not None and best != like and (like is None or (best.factor or 0.0) > _BETTER * (like.factor or 0.0)):
+    if best is not None and best != like and (like is None or _factor(best) > _BETTER * _factor(like)):
         told.append(f"{best.scheme} {_times(best)} at {best.bits:.4g} bits a weight")
     if not told:
         larger = _best(found, at_most=None)
@@ -139,7 +140,9 @@ def _remedy(found: Inspection) -> str:
 
 
 def _times(other: Alternative) -> str:
-    return "to a finite one" if other.factor is None else f"{other.factor:.3g} times"
+    if other.factor is not None:
+        return f"{other.factor:.3g} times"
+    return "to a finite one" if other.flip is None or (other.flip.added or 0.0) > 0 else "to none"
 
 
 def _best(found: Inspection, *, at_most: float | None) -> Alternative | None:
@@ -160,11 +163,15 @@ def _like(found: Inspection) -> Alternative | None:
 def _is_better(found: Inspection, other: Alternative) -> bool:
     if other.flip is None or other.flip.added is None:
         return False
-    return found.whole.failure is not None or (other.factor or 0.0) >= _BETTER
+    return found.whole.added is None or other.flip.added <= found.whole.added / _BETTER
 
 
 def _factor(other: Alternative) -> float:
-    return other.factor or 0.0
+    """Key by which the best is the largest: of those without a factor, the one that adds least."""
+    if other.factor is not None:
+        return other.factor
+    added = 0.0 if other.flip is None else other.flip.added or 0.0
+    return 1 / added if added > 0 else math.inf
 
 
 def _formats(name: str) -> tuple[str | None, str | None]:
