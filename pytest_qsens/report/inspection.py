@@ -25,6 +25,8 @@ _LEAST_WIDTH = 40
 _SCHEMES = 12
 """Other schemes that are listed."""
 
+_BEFORE_PERCENT = "\N{NO-BREAK SPACE}%"
+
 _GROUPS = {
     "text": "text tokens",
     "image": "image tokens",
@@ -61,13 +63,14 @@ class _Terminal:
 
     def wrapped(self, text: str, indent: str = "") -> list[str]:
         """Lines of prose."""
-        return textwrap.wrap(
-            self.plain(text),
+        lines = textwrap.wrap(
+            self.plain(text).replace(" %", _BEFORE_PERCENT),  # a number stays with its sign
             self.width,
             initial_indent=indent,
             subsequent_indent=f"{indent}  ",
             break_on_hyphens=False,
         )
+        return [line.replace(_BEFORE_PERCENT, " %") for line in lines]
 
     def table(self, rows: Sequence[Sequence[str]]) -> Iterator[str]:
         """Lines of a table; the end of what is too wide is cut off."""
