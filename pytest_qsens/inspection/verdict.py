@@ -49,6 +49,8 @@ def verdict(found: Inspection) -> str:
         failing = [part.name for part in found.parts if part.failure is not None]
         alone = f" The {' and the '.join(failing)} alone does so, too." if failing else " No part alone does so."
         return f"{whole.failure} when the op is quantized as {found.scheme} says.{alone}{_remedy(found)}"
+    if found.mode == "fallback" and (whole.added or 0.0) <= 0:
+        return "With everything else quantized, it adds no error. Ask with --mode isolated what it does alone."
     if not whole.added:
         return "Quantizing it changes no bit of the model's output."
     return f"{_cause(found)}{_place(found)}{_remedy(found)}"
@@ -64,7 +66,7 @@ def _place(found: Inspection) -> str:
     for group in groups:
         share, expected = group.sse / sse if sse else 0.0, group.positions / tokens
         if share > 0.5 and share > _CROWDED * expected:
-            return f" {percent(share)} of it is at the {group.name} tokens, {percent(expected)} of all."
+            return f" {percent(share)} of the error is at the {group.name} tokens, {percent(expected)} of all."
     return ""
 
 
@@ -72,28 +74,33 @@ def _cause(found: Inspection) -> str:
     shares = {part.name: share for part in found.parts if (share := found.share(part)) is not None}
     if len(found.parts) == 1:
         (only,) = found.parts
-        return f"Nothing but {_WHAT[only.name].partition(',')[0]} is quantized{_seen(found, only)}."
+        told = _seen(found, only)
+        return f"Nothing but {_WHAT[only.name].partition(',')[0]} is quantized{f': {told}' if told else ''}."
     if not shares:
         if any(part.failure for part in found.parts):
             return "What the error comes from cannot be told: a part of it cannot be measured."
-        return "What the error comes from cannot be told: a part of it, quantized alone, lowers the error."
+        ask = " Ask with --mode isolated." if found.mode == "fallback" else ""
+        return f"What the error comes from cannot be told: a part of it, quantized alone, lowers the error.{ask}"
     ranked = sorted(found.parts, key=lambda part: -shares[part.name])
     if shares[ranked[0].name] >= _MOST:
-        named = ranked[:1]
-        told = f"{percent(shares[named[0].name])} of the error comes from {_WHAT[named[0].name]}"
+        seen = _seen(found, ranked[0])
+        told = f"{percent(shares[ranked[0].name])} of the error comes from {_WHAT[ranked[0].name]}"
+        told += f": {seen}" if seen else ""
     else:
-        named = [part for part in ranked if shares[part.name] >= _SOME]
-        listed = [f"{_WHAT[part.name]} ({percent(shares[part.name])})" for part in named]
+        listed = [
+            f"{_WHAT[part.name]} ({'; '.join(filter(None, (percent(shares[part.name]), _seen(found, part))))})"
+            for part in ranked
+            if shares[part.name] >= _SOME
+        ]
         told = f"The error comes from {', '.join(listed[:-1])} and {listed[-1]}"
     left = found.interaction
     missed = "" if left is None or abs(left) < _MISSED else f"; the parts alone add up to {percent(1 - left)} of it"
-    return f"{told}{_seen(found, named[0])}{missed}."
+    return f"{told}{missed}."
 
 
 def _seen(found: Inspection, part: Flip) -> str:
     """Say what stands out in the part that most of the error comes from."""
-    told = [*_stands_out(found, part.name)]
-    return f": {', '.join(told)}" if told else ""
+    return ", ".join(_stands_out(found, part.name))
 
 
 def _stands_out(found: Inspection, part: str) -> Iterator[str]:
@@ -125,18 +132,17 @@ def _remedy(found: Inspection) -> str:
     if like is not None:
         told.append(f"{like.scheme}, in the same number formats, lowers the error {_times(like)}")
     if best is not None and best != like and (like is None or _factor(best) > _BETTER * _factor(like)):
-        told.append(f"{best.scheme} {_times(best)} at {best.bits:.4g} bits a weight")
+        lowers = "" if told else "lowers the error "
+        told.append(f"{best.scheme} {lowers}{_times(best)} at {best.bits:.4g} bits a weight")
     if not told:
         larger = _best(found, at_most=None)
         if larger is None:
             measured = any(other.flip is not None for other in found.alternatives)
             return " No scheme that was measured beside it is better." if measured else ""
-        told.append(
-            f"no scheme of as few bits is better, {larger.scheme} lowers the error {_times(larger)} at "
-            f"{larger.bits:.4g} bits a weight"
-        )
-    text = "; ".join(told)
-    return f" {text[0].upper()}{text[1:]} (measured)." if text.startswith("no ") else f" {text} (measured)."
+        unrounded = _formats(larger.scheme)[1] is None and _formats(found.scheme)[1] is not None
+        how = ", with the input as it is" if unrounded else ""
+        told.append(f"{larger.scheme} lowers the error {_times(larger)} at {larger.bits:.4g} bits a weight{how}")
+    return f" {'; '.join(told)} (measured)."
 
 
 def _times(other: Alternative) -> str:
