@@ -64,14 +64,16 @@ def found(**fields: object) -> Inspection:
         (
             {"parts": (Flip("weight", 0.5, 0.5, None), Flip("input", 0.45, 0.45, None)), "weight_inputs": ODD},
             (
-                "The error comes from the weight (52.6 %; its input channel 7 reaches 40 times the median one) and the input "
+                "The error comes from the weight (52.6 %; its input channel 7 reaches 40 times the "
+                "median one) and the input "
                 "(47.4 %)."
             ),
         ),
         (
             {"parts": (Flip("weight", 0.1, 0.1, None), Flip("output", 0.4, 0.4, None)), "outputs": ODD},
             (
-                "80 % of the error comes from the output, which is requantized: its channel 7 reaches 40 times the median "
+                "80 % of the error comes from the output, which is requantized: its channel 7 "
+                "reaches 40 times the median "
                 "one; the parts alone add up to 50 % of it."
             ),
         ),
@@ -84,7 +86,8 @@ def found(**fields: object) -> Inspection:
         (
             {"mode": "fallback", "parts": (Flip("weight", 0.5, 0.5, None), Flip("input", 0.4, -0.1, None))},
             (
-                "What the error comes from cannot be told: a part of it, quantized alone, lowers the error. Ask with --mode "
+                "What the error comes from cannot be told: a part of it, quantized alone, lowers "
+                "the error. Ask with --mode "
                 "isolated."
             ),
         ),
@@ -98,7 +101,8 @@ def found(**fields: object) -> Inspection:
                 "alternatives": (other("w8a16", 0.1, None),),
             },
             (
-                "the output holds NaN when the op is quantized as w8a8 says. No part alone does so. w8a16 lowers the error to a "
+                "the output holds NaN when the op is quantized as w8a8 says. No part alone does so. "
+                "w8a16 lowers the error to a "
                 "finite one at 8 bits a weight, with the input as it is (measured)."
             ),
         ),
@@ -119,7 +123,8 @@ def test_causes(fields: dict[str, object], text: str) -> None:
         (
             [other("fp8_static", 0.01, 100.0), other("w8a8_dynamic", 0.1, 10.0)],
             (
-                "w8a8_dynamic, in the same number formats, lowers the error 10 times; fp8_static 100 times at 8 bits a weight "
+                "w8a8_dynamic, in the same number formats, lowers the error 10 times; fp8_static "
+                "100 times at 8 bits a weight "
                 "(measured)."
             ),
         ),
