@@ -53,7 +53,10 @@ def run(arguments: Namespace) -> list[str]:
     from pytest_qsens.inspection.command import inspect_op  # torch, once all that is given can be
     from pytest_qsens.report import inspection
 
-    found = inspect_op(request, source)
+    def tell(line: str) -> None:
+        sys.stderr.write(f"qsens: {line}\n")
+
+    found = inspect_op(request, source, tell)
     width = shutil.get_terminal_size((100, 24)).columns
     lines = list(inspection.report(found, width, sys.stdout.encoding, everything=arguments.all))
     if arguments.json is not None:

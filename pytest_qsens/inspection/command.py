@@ -28,7 +28,7 @@ from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.threads import reproducible_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -44,12 +44,17 @@ UNQUANTIZED_BITS = 16.0
 """Of a weight that is left as it is."""
 
 
-def inspect_op(request: Request, source: ModelSource) -> Inspection:
+_SLOW = 2.0
+"""Seconds of a forward from which on it is told what is being measured."""
+
+
+def inspect_op(request: Request, source: ModelSource, tell: Callable[[str], None] = lambda _: None) -> Inspection:
     """Find out why an op is sensitive.
 
     Args:
         request: What is asked.
         source: The model of the result and its data.
+        tell: Gets a line before each step, if they take long.
 
     Raises:
         QsensError: If the model is not the one of the result, cannot be loaded or run, or nothing can be measured of
@@ -69,7 +74,8 @@ def inspect_op(request: Request, source: ModelSource) -> Inspection:
     model = model.eval().requires_grad_(requires_grad=False)
     keep_narrow(model)
     with torch.no_grad():
-        return _Inspector(request, replace(spec, model=model), model, ops, op, scheme, tokens_of(source)).found()
+        inspector = _Inspector(request, replace(spec, model=model), model, ops, op, scheme, tokens_of(source), tell)
+        return inspector.found()
 
 
 class _Inspector:
@@ -84,7 +90,9 @@ class _Inspector:
         op: Op,
         scheme: Scheme,
         text_of: Tokens,
+        tell: Callable[[str], None],
     ) -> None:
+        self._tell = tell
         self._request = request
         self._spec = spec
         self._model = model
@@ -124,8 +132,13 @@ class _Inspector:
         whole, scores = meter.measure(
             scheme.name, lambda call: simulator.output(op.name, call), logits=True, at_output=at_output, at_op=at_op
         )
+        if prepared.reference_seconds < _SLOW:
+            self._tell = lambda _: None
         flips = part_flips(op.name, op.type, scheme, simulator, self._calibration)
-        parts = [meter.measure(name, flipped)[0] for name, flipped in flips.items()]
+        parts: list[Flip] = []
+        for name, flipped in flips.items():
+            self._tell(f"the {name} alone, {len(parts) + 1} of {len(flips)} parts")
+            parts.append(meter.measure(name, flipped)[0])
         alternatives = self._alternatives(meter, whole)
         weight_outputs, weight_inputs = weight_channels(call.weight)
         return Inspection(
@@ -182,7 +195,11 @@ class _Inspector:
 
     def _alternatives(self, meter: Meter, whole: Flip) -> list[Alternative]:
         """Measure the other schemes: the best first, then those that fail, then those that cannot be."""
-        found = [self._alternative(name, scheme, meter, whole) for name, scheme in self._others.items()]
+        found = []
+        for number, (name, scheme) in enumerate(self._others.items(), 1):
+            if name in self._calibrations:
+                self._tell(f"{name}, {number} of {len(self._others)} other schemes")
+            found.append(self._alternative(name, scheme, meter, whole))
         return sorted(found, key=lambda a: (a.flip is None, a.flip is not None and a.flip.added is None, _added(a)))
 
     def _alternative(self, name: str, scheme: Scheme, meter: Meter, whole: Flip) -> Alternative:

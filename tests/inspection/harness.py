@@ -91,6 +91,20 @@ def breaking():
     return spec(Net().eval(), [values(n, 24, 16) for n in (7, 8)])
 
 
+def holes():
+    """Rows of NaN, as attention makes them at padded positions; the output has zeros there."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = net(nn.Linear(16, 16), nn.Linear(16, 8))
+        def forward(self, input):
+            return self.second(torch.tanh(self.first(input))).nan_to_num()
+    batches = [values(n, 24, 16) for n in (7, 8, 9)]
+    for batch in batches:
+        batch[::4] = torch.nan
+    return spec(Net().eval(), batches)
+
+
 def mixed():
     """A convolution, an op that is called twice, an embedding and one that nothing reaches."""
     class Net(nn.Module):

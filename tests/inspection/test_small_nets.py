@@ -281,6 +281,17 @@ def test_what_breaks_the_model(made: Callable[..., Path], capsys: pytest.Capture
     assert "nan" not in text
 
 
+def test_rows_that_are_not_finite_are_left_out(made: Callable[..., Path]) -> None:
+    """A quarter of the rows is NaN: they are in no range, no share and no error."""
+    found = inspected(made("holes"), "first", *model_of(made, "holes"), "--against", "w8a8_dynamic")
+    assert found.whole.nmse == pytest.approx((found.recorded.scores or {})["nmse"], rel=1e-6)
+    assert [lost.values for lost in found.lost[1:]] == [2 * 18 * 16] * 2
+    assert all(flip.local_nmse is not None and 0 < flip.local_nmse < 0.01 for flip in (found.whole, *found.parts))
+    assert found.inputs is not None
+    assert 0 < abs(found.inputs.peak_value) < 10
+    assert found.interaction == pytest.approx(0, abs=0.2)
+
+
 def test_convolutions_embeddings_and_ops_called_twice(made: Callable[..., Path]) -> None:
     """Every type of op is inspected; an op called twice has the inputs of both calls."""
     path = made("mixed")
