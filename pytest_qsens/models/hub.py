@@ -40,7 +40,7 @@ class HubSource:
         self.advice = advice
 
     @cached_property
-    def _cached(self) -> DirectorySource | None:
+    def cached(self) -> DirectorySource | None:
         """The repository in the local cache, if config and weights are there."""
         from huggingface_hub import snapshot_download
 
@@ -84,19 +84,19 @@ class HubSource:
 
     def check(self) -> None:
         """Check the cached files, or that the hub has what is needed; then the data."""
-        if self._cached is not None:
-            self._cached.check()
+        if self.cached is not None:
+            self.cached.check()
         else:
             _ = self._remote_config.checkpoint.architecture
             self._remote_config.check_data()
 
     def fingerprint(self) -> str:
         """Hash of the config."""
-        return (self._cached or self._remote_config).fingerprint()
+        return (self.cached or self._remote_config).fingerprint()
 
     def identity(self, *, hash_weights: bool) -> str | None:
         """Hash of the files in the cache; ``None`` before they are downloaded."""
-        return None if self._cached is None else self._cached.identity(hash_weights=hash_weights)
+        return None if self.cached is None else self.cached.identity(hash_weights=hash_weights)
 
     def data_fingerprint(self) -> str:
         """Short hash of the data."""
@@ -108,23 +108,23 @@ class HubSource:
 
     def weights_digest(self) -> str | None:
         """Short hash of config and weights in the local cache; ``None`` if they are yet to be downloaded."""
-        return None if self._cached is None else self._cached.weights_digest()
+        return None if self.cached is None else self.cached.weights_digest()
 
     def weight_bytes(self) -> int | None:
         """Size of the weights' files, once they are in the cache."""
-        return None if self._cached is None else self._cached.weight_bytes()
+        return None if self.cached is None else self.cached.weight_bytes()
 
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device."""
-        return (self._cached or self._remote_config).skeleton()
+        return (self.cached or self._remote_config).skeleton()
 
     def load(self) -> ModelSpec:
         """Download what is missing, load the weights and make the batches."""
-        if self._cached is not None:
-            return self._cached.load()
+        if self.cached is not None:
+            return self.cached.load()
         _ = self._remote_config  # says clearly what is wrong before a long download
         from huggingface_hub import snapshot_download
 
         patterns = [*FILES, "*.bin"] if self.allow_pickle else list(FILES)
-        self._cached = self._source(snapshot_download(self.repository, allow_patterns=patterns))
-        return self._cached.load()
+        self.cached = self._source(snapshot_download(self.repository, allow_patterns=patterns))
+        return self.cached.load()
