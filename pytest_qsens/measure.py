@@ -441,7 +441,12 @@ def _calibrate(
 
 def accept_command(arguments: Sequence[str]) -> str:
     """Build the command that accepts what a run measured: the same one, with ``--snapshot-update``."""
+    return same_command(arguments, ["--snapshot-update"])
+
+
+def same_command(arguments: Sequence[str], added: Sequence[str]) -> str:
+    """Build the command of a run without updating, and with more arguments."""
     import shlex
 
     kept = [argument for argument in arguments if not argument.startswith("--snapshot-update")]
-    return shlex.join(["pytest", *kept, "--snapshot-update"])
+    return shlex.join(["pytest", *kept, *added])

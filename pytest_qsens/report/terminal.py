@@ -11,6 +11,7 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
+from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
@@ -262,6 +263,32 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         gated: Whether estimates gate as well.
 
     """
+    yield from _worse(run)
+    for result in run.results.values():
+        if result.status == "failed":
+            yield f"FAILED: {result.op}: {result.reason}"
+    yield from notes(run, gated=gated)
+
+
+def _worse(run: Run) -> Iterator[str]:
+    """Name the ops that got worse, and by how much: pytest's own list of failures is cut at the end of a line."""
+    worse = [finding for finding in findings(run) if finding.kind == "regressed"]
+    if worse:
+        yield f"WORSE: {len(worse)} of {len(run.verdicts)} scores are past their thresholds"
+    for finding in worse[:LISTED]:
+        yield from (f"  {finding.op}: {line}" for line in finding.lines)
+    if len(worse) > LISTED:
+        yield f"  and {len(worse) - LISTED} more"
+
+
+def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
+    """Lines about a run as a whole, that must not be missed.
+
+    Args:
+        run: The results.
+        gated: Whether estimates gate as well.
+
+    """
     yield from _about_config(run)
     unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
@@ -272,9 +299,6 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
             yield f"  {reason}"
-    for result in run.results.values():
-        if result.status == "failed":
-            yield f"FAILED: {result.op}: {result.reason}"
     yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
@@ -370,16 +394,17 @@ def _grouped(results: Iterable[OpResult]) -> str:
 
 def _costs(run: Run, controller: Controller) -> Iterator[str]:
     if controller.config.option.verbose >= 0 and run.reference_seconds is not None:
-        yield _cost(run, controller.wall_seconds)
+        yield cost(run, controller.wall_seconds)
     if run.profile is not None:
         yield from profile.table(run.profile)
 
 
-def _cost(run: Run, wall_seconds: float) -> str:
-    cost = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
+def cost(run: Run, wall_seconds: float) -> str:
+    """Say what a run took; only with a known time of a reference forward."""
+    told = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
     if run.estimated and run.forwards is not None:
-        return f"{cost}; {run.forwards:.1f} forwards for all ops"
-    return cost if run.forwards_per_op is None else f"{cost}; {run.forwards_per_op:.2f} forwards per op"
+        return f"{told}; {run.forwards:.1f} forwards for all ops"
+    return told if run.forwards_per_op is None else f"{told}; {run.forwards_per_op:.2f} forwards per op"
 
 
 def _to_accept(run: Run) -> bool:
