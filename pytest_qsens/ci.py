@@ -1,6 +1,6 @@
 """What a run tells the CI service that it runs in: a step summary and annotations, or a Code Quality report."""
 
-from __future__ import workflow_commands
+from __future__ import annotations
 
 import os
 import sys
@@ -26,7 +26,7 @@ ACTIONS = "GITHUB_ACTIONS"
 LIMIT = 1024 * 1024
 """Bytes that GitHub takes of all summaries of a step; more, and it takes none."""
 
-_CUT = "\n\nThe rest was left out: a step has room for 1 MiB.\n"
+_CUT = "\n\nThe rest was left out: a step has room for 1 MiB."
 
 
 class CiOutput:
