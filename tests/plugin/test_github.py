@@ -123,8 +123,11 @@ def test_failed_and_lost_ops(pytester: pytest.Pytester, summary: Path, annotated
     del annotated
     write_model(pytester, spare="used")
     pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
-    line = snapshot_file(pytester).read_text().split("\n").index(
-        next(line for line in snapshot_file(pytester).read_text().split("\n") if '"spare"' in line)
+    line = (
+        snapshot_file(pytester)
+        .read_text()
+        .split("\n")
+        .index(next(line for line in snapshot_file(pytester).read_text().split("\n") if '"spare"' in line))
     )
     write_model(pytester, spare="unused")
     taken(summary)
