@@ -228,9 +228,8 @@ class Overrides:
 class Comparison(NamedTuple):
     """What a gate looked at: a metric in a mode, in the snapshot and now, and the worst value that passes.
 
-    Of a metric that the snapshot does not have, ``kind`` is ``new`` and there are neither ``old`` nor ``limit``; of one
-    that was not measured there are neither ``new`` nor ``limit``. Where there is a limit, a value of ``None`` is an SQNR
-    that is infinite.
+    Of a metric that the snapshot does not have, ``kind`` is ``new``, without ``old`` and ``limit``; one that was not
+    measured has neither ``new`` nor ``limit``. Where there is a limit, a value of ``None`` is an infinite SQNR.
     """
 
     mode: str

@@ -62,7 +62,7 @@ def is_name(expression: str) -> bool:
 
 
 def inputs(**given: str) -> dict[str, str]:
-    """Inputs of the action: given ones, and the defaults of the others."""
+    """Give the inputs of the action: given ones, and the defaults of the others."""
     declared = parsed(ACTION)["inputs"]
     assert given.keys() <= declared.keys()
     return {f"inputs.{name}": given.get(name, about.get("default", "")) for name, about in declared.items()}

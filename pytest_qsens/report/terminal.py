@@ -14,6 +14,7 @@ from pytest_qsens.report import profile
 from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.report.interactions import side_by_side
+from pytest_qsens.report.lines import Lines
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _INDEX = re.compile(r"\.\d+")
 def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     """Write a section for each (model, scheme) of the run; with ``-q`` only what needs attention."""
     config = controller.config
+    lines = Lines(terminal)
     for run in controller.runs.values():
         if not run.results:
             continue
@@ -41,25 +43,24 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
         groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
         what = "scheme" if run.config is None else "config"
-        terminal.write_sep("=", f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
-        terminal.write_line(_counts(run))
+        lines.title(f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
+        lines.write(_counts(run))
         if run.config is not None and config.option.verbose >= 0:
-            terminal.write_line(_config(run, run.config))
+            lines.write(_config(run, run.config))
         if run.cached:
-            terminal.write_line(_sources(run))
+            lines.write(_sources(run))
         if config.option.verbose >= 0:
-            worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
-            marks = BLOCKS if _can_write(terminal, BLOCKS) else LETTERS
-            heat = _heat(run, terminal._tw.fullwidth, marks)  # noqa: SLF001  # as above
-            for line in (*worst, *heat, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001
-                terminal.write_line(line)
+            worst = worst_ops(run, lines.width, "█" if lines.can_write("█") else "#")
+            heat = _heat(run, lines.width, BLOCKS if lines.can_write(BLOCKS) else LETTERS)
+            for line in (*worst, *heat, *_top(run, config, lines.width), *_order(run)):
+                lines.write(line)
         for line in attention(run, gated=base_options(config).gate_estimates):
-            terminal.write_line(line, yellow=True)
+            lines.write(line, yellow=True)
         for line in _costs(run, controller):
-            terminal.write_line(line)
+            lines.write(line)
         if _to_accept(run) and run.path not in controller.written:
-            terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
-    _end(terminal, controller)
+            lines.write(f"accept with: {accept_command(config.invocation_params.args)}", whole=True, bold=True)
+    _end(lines, controller)
 
 
 def _config(run: Run, config: Payload) -> str:
@@ -69,13 +70,13 @@ def _config(run: Run, config: Payload) -> str:
     return f"config: {config['about']['path']} ({config['about']['format']}): {listed}"
 
 
-def _end(terminal: pytest.TerminalReporter, controller: Controller) -> None:
+def _end(lines: Lines, controller: Controller) -> None:
     for warning in controller.warnings:
-        terminal.write_line(f"qsens: {warning}", yellow=True)
+        lines.write(f"qsens: {warning}", yellow=True)
     for path, news in controller.written.items():
-        terminal.write_line(f"qsens: wrote {path}{news}")
+        lines.write(f"qsens: wrote {path}{news}", whole=True)
     for problem in controller.problems:
-        terminal.write_line(f"qsens: {problem}", red=True)
+        lines.write(f"qsens: {problem}", red=True)
 
 
 def _counts(run: Run) -> str:
@@ -410,16 +411,3 @@ def cost(run: Run, wall_seconds: float) -> str:
 def _to_accept(run: Run) -> bool:
     worse = any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
     return worse or any(verdict.state == "failed" for verdict in run.ranks)
-
-
-def _bar_character(terminal: pytest.TerminalReporter) -> str:
-    return "█" if _can_write(terminal, "█") else "#"
-
-
-def _can_write(terminal: pytest.TerminalReporter, text: str) -> bool:
-    encoding = getattr(terminal._tw._file, "encoding", None) or "ascii"  # noqa: SLF001  # where lines go
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +15,7 @@ from tests.workflows import ACCEPT, parsed, run, step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SNAPSHOTS = "qsens_snapshots"
 SNAPSHOT = {"schema": 1, "model": "m", "scheme": "w8a8", "environment": {}, "ops": {}}

@@ -34,7 +34,7 @@ def measure(pytester: pytest.Pytester, **given: str) -> tuple[subprocess.Complet
 
 
 def test_measure(pytester: pytest.Pytester) -> None:
-    """It passes on what it was given, keeps the results, and ends as pytest does; the summary has the user's command."""
+    """It passes on what it was given, keeps the results, and ends as pytest does; the summary has its command."""
     write_model(pytester)
     given = {"model": MODEL, "workers": "0", "snapshot-dir": "my snapshots", "args": "-k 'head or embed'\n--tb=no"}
     found, outputs = measure(pytester, **given)
