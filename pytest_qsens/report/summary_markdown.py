@@ -12,7 +12,7 @@ from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.findings import FAILING, counts, findings
 from pytest_qsens.report.markdown import code, escaped, table
 from pytest_qsens.report.places import relative
-from pytest_qsens.report.terminal import WORST, cost, notes
+from pytest_qsens.report.terminal import WORST, config_line, cost, notes
 from pytest_qsens.results import MODES
 from pytest_qsens.time_budget import NOT_MEASURED
 
@@ -37,6 +37,7 @@ _COUNTED = {
     "lost": "lost their scores",
     "new": "are new",
 }
+_OTHERS = {"estimated": "estimated", "unexercised": "not exercised"}
 _ONE = {"lost": "lost its score", "new": "is new"}
 
 
@@ -62,10 +63,10 @@ def headline(controller: Controller, found: list[Finding]) -> str:
     kinds = [finding.kind for finding in found if finding.op != TOTAL]
     parts = [_said(kind, kinds.count(kind)) for kind in FAILING if kind in kinds]
     parts += [f"the whole model {_ONE.get(f.kind, _COUNTED[f.kind])}" for f in found if f.op == TOTAL]
-    parts += ["see below"] if controller.problems and not parts else []
+    parts += [escaped(_short(controller.problems[0]))] if controller.problems and not parts else []
     verdict = ", ".join(parts)
     results = [result for run in controller.runs.values() for op, result in run.results.items() if op != TOTAL]
-    ops = sum(result.status == "measured" for result in results)
+    ops = _with(results, "measured")
     if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
         how = "interrupted" if status == pytest.ExitCode.INTERRUPTED else "ended by an internal error"
         return f"⚠️ qsens: {how} after {_count(ops)}, exit code {status}{f': {verdict}' * bool(verdict)}"
@@ -73,10 +74,14 @@ def headline(controller: Controller, found: list[Finding]) -> str:
         return f"❌ qsens: {verdict}"
     if not results and not any(run.total for run in controller.runs.values()):
         return f"⚠️ qsens: nothing was measured, exit code {status}"
-    estimated = sum(result.status == "estimated" for result in results)
-    what = f"{_count(ops)} measured{f', {estimated} estimated' * bool(estimated)}"
-    others = "" if status == 0 else f"; pytest ended with exit code {status} for other reasons"
-    return f"✅ qsens: nothing got worse, {what}{others}"
+    others = [f"{number} {said}" for status_, said in _OTHERS.items() if (number := _with(results, status_))]
+    also = "" if status == 0 else f"; pytest ended with exit code {status} for other reasons"
+    what = "nothing that was measured" if others else "nothing"
+    return f"✅ qsens: {what} got worse, {', '.join([f'{_count(ops)} measured', *others])}{also}"
+
+
+def _with(results: list[OpResult], status: str) -> int:
+    return sum(result.status == status for result in results)
 
 
 def _said(kind: str, number: int) -> str:
@@ -91,6 +96,9 @@ def _section(controller: Controller, run: Run, found: list[Finding]) -> Iterator
     groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
     what = "scheme" if run.config is None else "config"
     yield f"### {escaped(run.model)}, {what} {escaped(run.scheme)}{groups}, engine {'+'.join(run.engines) or 'none'}"
+    if run.config is not None:
+        yield ""
+        yield escaped(config_line(run, run.config))
     yield ""
     yield from table(list(counts(run, found)), [list(map(str, counts(run, found).values()))], numbers=7)
     failing = [finding for finding in found if finding.kind in FAILING]

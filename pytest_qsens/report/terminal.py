@@ -46,7 +46,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         lines.title(f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
         lines.write(_counts(run))
         if run.config is not None and config.option.verbose >= 0:
-            lines.write(_config(run, run.config))
+            lines.write(config_line(run, run.config))
         if run.cached:
             lines.write(_sources(run))
         if config.option.verbose >= 0:
@@ -63,7 +63,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     _end(lines, controller)
 
 
-def _config(run: Run, config: Payload) -> str:
+def config_line(run: Run, config: Payload) -> str:
     """Say what is measured: which file, and how many ops or groups have which scheme."""
     schemes = Counter(run.schemes[unit.name] for unit in run.ops)
     listed = ", ".join(f"{number} {name}" for name, number in schemes.most_common())

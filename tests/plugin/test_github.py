@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pytest_qsens.ci import LIMIT, append
+from pytest_qsens.controller import Run
+from pytest_qsens.ops import Op
+from pytest_qsens.report.findings import counts, findings
 from pytest_qsens.report.github import command
+from pytest_qsens.results import OpResult
+from pytest_qsens.snapshot import Entry, Snapshot, dumps
+from pytest_qsens.thresholds import Comparison, Verdict
 from pytest_qsens.time_budget import NOT_MEASURED
 from tests.plugin.harness import LABEL, MODEL, OPS, op_id, snapshot_file, snapshot_ops, write_model
+from tests.plugin.test_config import write_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +89,7 @@ def test_the_life_of_a_summary(pytester: pytest.Pytester, summary: Path, workers
 
     assert pytester.runpytest_inprocess(*run, "--snapshot-update").ret == 0
     text = taken(summary)
-    assert text.startswith("## ✅ qsens: nothing got worse, 8 ops measured\n")
+    assert text.startswith("## ✅ qsens: nothing that was measured got worse, 8 ops measured, 1 not exercised\n")
     assert f"9 scores were accepted into qsens\\_snapshots/{LABEL}/w8a8.json." in text
     assert "```" not in text
 
@@ -323,3 +330,54 @@ def test_commands_are_read_as_they_were_meant(message: str, title: str, file: st
     line = command("error", message, title=title, file=file, line=3)
     assert len(line.splitlines()) <= 1 or not re.search(r"[\r\n]", line)
     assert parsed(line) == ("error", {"file": file, "line": "3", "title": title}, message)
+
+
+def test_an_order_that_changed(pytester: pytest.Pytester, summary: Path, annotated: None) -> None:
+    """What fails though every test passes is the verdict, and an annotation of its own."""
+    del annotated
+    write_model(pytester)
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
+    (pytester.path / "worse").write_text("30")
+    result = pytester.runpytest_inprocess("--qsens-model", MODEL, "--qsens-fail", "nmse:1e9,kendall:0.99")
+    result.assert_outcomes(passed=len(OPS) + 1)
+    assert result.ret == 1
+    assert summary.read_text().split("\n## ")[-1].startswith("❌ qsens: the order of the ops of net.spec: kendall")
+    ((level, properties, message),) = [found for found in commands(result) if found[0] == "error"]
+    assert (level, properties) == ("error", {"title": "qsens"})
+    assert message.startswith("the order of the ops of net.spec: kendall")
+
+
+def test_a_config(pytester: pytest.Pytester, summary: Path) -> None:
+    """Which file, how many ops have which scheme, and the scheme of every op in the tables."""
+    write_model(pytester)
+    write_config(pytester, {"head": "unquantized", "*.up": "w8a8_dynamic", "embed": "w8a16_asym", "*": "w8a8"})
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--qsens-config", "quant.json", "--qsens-mode", "both")
+    text = summary.read_text()
+    assert f"### {LABEL}, config quant, engine delta" in text
+    assert re.search(
+        r"^config: .*quant\.json \(qsens\): 3 w8a8\\_dynamic, 3 w8a8, 1 w8a16\\_asym, 1 unquantized$",
+        text,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^\| blocks\.1\.up \| new \| w8a8\\_dynamic \| fallback nmse \| none \| \S+ \|  \|$", text, re.MULTILINE
+    )
+    assert re.search(r"^\| blocks\.1\.up \| w8a8\\_dynamic \| \S+ \| [\d.]+ \|$", text, re.MULTILINE)
+
+
+def test_thousands_of_ops(tmp_path: Path) -> None:
+    """A table stays readable, and the place of every op is found once, not by going through the file for each."""
+    path = tmp_path / "snapshot.json"
+    names = [f"model.layers.{number:04}.proj" for number in range(5000)]
+    run = Run("m", "w8a8", path, tuple(Op(name, "linear") for name in names))
+    entries = {name: Entry("linear", isolated={"nmse": 1.0}) for name in names}
+    path.write_text(dumps(Snapshot("m", "w8a8", {}, entries)))
+    for place, name in enumerate(names):
+        run.results[name] = OpResult(name, "linear", "", "measured", isolated={"nmse": 2.0 + place})
+        compared = (Comparison("isolated", "nmse", 1.0, 2.0 + place, 1.05, "regressed"),)
+        run.verdicts[name] = Verdict("regressed", ("worse",), compared=compared)
+    found = findings(run)
+    assert [finding.op for finding in found] == names[::-1]
+    lines = path.read_text().split("\n")
+    assert all(f'"{finding.op}"' in lines[(finding.line or 0) - 1] for finding in found)
+    assert counts(run, found)["regressed"] == 5000
