@@ -164,7 +164,7 @@ def _score(
             model=model.label,
             scheme=options.label,
             granularity=options.granularity,
-            accept=accept_command(request.config.invocation_params.args),
+            accept=accept_command(request.config.invocation_params.args, options),
             evaluation=model.evaluation,
             estimated=estimated,
         )

@@ -72,7 +72,8 @@ def _property(text: str) -> str:
 def _error(controller: Controller, run: Run, finding: Finding) -> str:
     lines = [finding.op, *finding.lines]
     if finding.kind in _NEXT:
-        lines.append(f"accept with: {accept_command(controller.config.invocation_params.args)}")
+        arguments = controller.config.invocation_params.args
+        lines.append(f"accept with: {accept_command(arguments, base_options(controller.config))}")
     return command(
         "error",
         "\n".join(lines),

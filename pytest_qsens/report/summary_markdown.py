@@ -209,7 +209,7 @@ def _next(controller: Controller, run: Run, failing: list[Finding]) -> Iterator[
         yield ""
         yield "If that is meant, accept it and commit the snapshot:"
         yield ""
-        yield from code(accept_command(arguments), "sh")
+        yield from code(accept_command(arguments, base_options(controller.config)), "sh")
 
 
 def _repeat(controller: Controller, run: Run, wanted: set[str]) -> str:

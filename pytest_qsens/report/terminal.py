@@ -59,7 +59,11 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         for line in _costs(run, controller):
             lines.write(line)
         if _to_accept(run) and run.path not in controller.written:
-            lines.write(f"accept with: {accept_command(config.invocation_params.args)}", whole=True, bold=True)
+            lines.write(
+                f"accept with: {accept_command(config.invocation_params.args, base_options(config))}",
+                whole=True,
+                bold=True,
+            )
     _end(lines, controller)
 
 

@@ -171,3 +171,15 @@ def test_the_accepting_command_is_the_same_run(pytester: pytest.Pytester) -> Non
     assert f"accept with: {accept}" in result.outlines
     result = pytester.runpytest_inprocess(*args, "--snapshot-update-new-only")
     assert "accept with" not in result.stdout.str()
+
+
+def test_accepting_what_was_estimated(pytester: pytest.Pytester) -> None:
+    """A run that estimates records nothing: the command is that of one that measures, and it works."""
+    write_model(pytester)
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
+    (pytester.path / "worse").write_text("30")
+    for args in (["--qsens-engine", "probe"], ["--qsens-engine=probe", "--qsens-gate-estimates"]):
+        result = pytester.runpytest_inprocess(*args, "--qsens-model", MODEL, "--qsens-mode", "both")
+        command = f"pytest --qsens-model {MODEL} --qsens-mode both --qsens-engine=auto --snapshot-update"
+        assert f"accept with: {command}" in result.outlines
+    assert pytester.runpytest_inprocess(*command.split()[1:]).ret == pytest.ExitCode.OK
