@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from pytest_qsens.collect import (
     wants_total,
 )
 from pytest_qsens.errors import QsensError
+from pytest_qsens.files import write_atomically
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
@@ -90,6 +92,8 @@ class Run:
     """What a config says: see `pytest_qsens.collect.plan`."""
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Op → its scheme in the snapshot and now, where they differ."""
+    pruned: bool = False
+    """Whether lines are removed of ops that have no score any more."""
 
     @property
     def engines(self) -> list[str]:
@@ -202,7 +206,7 @@ class Run:
         """Take one result; the same op may be reported by several tests."""
         from pytest_qsens.results import from_payload
         from pytest_qsens.snapshot import Entry, union
-        from pytest_qsens.thresholds import Verdict, combine
+        from pytest_qsens.thresholds import Comparison, Verdict, combine
 
         result = from_payload(payload["result"])
         if result.op in self.lost:
@@ -211,7 +215,8 @@ class Run:
         if payload["spent"] is not None:
             self.spent[result.op] = self.spent.get(result.op, 0.0) + payload["spent"]
         if payload["verdict"]:
-            verdict = Verdict(payload["verdict"], tuple(payload["lines"]), tuple(payload["within_noise"]))
+            compared = tuple(Comparison(*comparison) for comparison in payload["compared"])
+            verdict = Verdict(payload["verdict"], tuple(payload["lines"]), tuple(payload["within_noise"]), compared)
             known = self.verdicts.get(result.op)
             self.verdicts[result.op] = combine([known, verdict]) if known else verdict
         if payload["entry"] and passed:
@@ -294,6 +299,7 @@ class Controller:
         """What was told about the cache, each once."""
         self.wall_seconds = 0.0
         self._abort: str | None = None
+        self._refusal: str | None = None
         self._unusable = self._not_measured = False
         self._cases: dict[str, Case] = {}
         self._reported: Run | None = None
@@ -310,7 +316,32 @@ class Controller:
         try:
             self._check()
         except QsensError as error:
-            raise pytest.UsageError(f"qsens: {error}") from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: QsensError) -> pytest.UsageError:
+        self._refusal = str(error)
+        return pytest.UsageError(f"qsens: {error}")
+
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing counts that was measured, if that is so."""
+        unusable = "a test asks for what cannot be, see the errors of its collection" if self._unusable else None
+        return self._refusal or self._abort or unusable
+
+    @property
+    def started(self) -> bool:
+        """Whether it has come as far as to check what is asked for; not with ``--help``."""
+        return self._session is not None
+
+    @property
+    def exit_status(self) -> int:
+        """Exit code of the run, when it is over."""
+        return int(pytest.ExitCode.USAGE_ERROR if self._session is None else self._session.exitstatus)
+
+    @property
+    def cases(self) -> Mapping[str, Case]:
+        """Node id → what the test measures."""
+        return self._cases
 
     def _check(self) -> None:
         options = base_options(self.config)
@@ -332,6 +363,10 @@ class Controller:
             from pytest_qsens.results import check_overwritable
 
             check_overwritable(options.json)
+        if options.gitlab is not None and not self.config.option.collectonly:
+            from pytest_qsens.report.gitlab import check_report
+
+            check_report(options.gitlab)
         model = catalogue(self.config).model(options)
         check_selection(self.config, model, options)
         check_shard(model, options)
@@ -349,7 +384,7 @@ class Controller:
             try:
                 self._prepare(planned)
             except QsensError as error:
-                raise pytest.UsageError(f"qsens: {error}") from error
+                raise self._refused(error) from error
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: WorkerController) -> None:
@@ -560,6 +595,8 @@ class Controller:
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
             self._guarded(partial(self._write_results, self._reported))
+        if active:
+            self._guarded(partial(self._write_gitlab, active))
         if active and not any(
             result.status in ("measured", "estimated") for run in active for result in run.results.values()
         ):
@@ -670,7 +707,8 @@ class Controller:
 
     def _kept(self, run: Run) -> set[str] | None:
         """Ops to keep when pruning; ``None`` if nothing may be removed."""
-        if not base_options(self.config).snapshot_prune:
+        run.pruned = base_options(self.config).snapshot_prune
+        if not run.pruned:
             return None
         wanted = [op.name for op in run.ops if op.name not in run.unquantized]
         missing = [name for name in wanted if name not in run.results or run.results[name].status == "failed"]
@@ -719,6 +757,15 @@ class Controller:
             config=run.config["about"] if run.config else None,
         )
         write(path, RunResult(info, run.listed(reason), total))
+        self.written[path] = ""
+
+    def _write_gitlab(self, active: list[Run]) -> None:
+        path = base_options(self.config).gitlab
+        if path is None:
+            return
+        from pytest_qsens.report.gitlab import code_quality
+
+        write_atomically(path, code_quality(active, Path(os.environ.get("CI_PROJECT_DIR") or self.config.rootpath)))
         self.written[path] = ""
 
     def _model(self, options: Options) -> Model:

@@ -11,6 +11,7 @@ from pytest_qsens.collect import SPEC, Model, catalogue, planned
 from pytest_qsens.errors import QsensError
 from pytest_qsens.measure import BudgetTooShort, RunAborted, accept_command, bench
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.properties import of_result, of_verdict
 from pytest_qsens.results import to_payload
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 from pytest_qsens.workers import place
@@ -53,6 +54,10 @@ class _Record:
             "verdict": verdict.kind if verdict else None,
             "lines": list(verdict.lines) if verdict else [],
             "within_noise": list(verdict.within_noise) if verdict else [],
+            "compared": [
+                [value if value is None or isinstance(value, str) else float(value) for value in comparison]
+                for comparison in (verdict.compared if verdict else ())
+            ],
             "entry": entry.to_payload() if entry else None,
         }
 
@@ -131,9 +136,7 @@ def _score(
     result = record.result
     node: pytest.Item = request.node
     node.stash.setdefault(_RECORDS, []).append(record)
-    node.user_properties.append(("status", result.status))
-    for scores in list(result.modes.values())[:1]:
-        node.user_properties += [(metric, scores[metric]) for metric in ("nmse", "sqnr_db") if metric in scores]
+    node.user_properties += of_result(model.label, options.label, options.mode, result)
     estimated = tuple(result.intervals)
     if estimated:
         gated = options.gate_estimates and any(threshold.metric == "nmse" for threshold in thresholds)
@@ -161,7 +164,7 @@ def _score(
             model=model.label,
             scheme=options.label,
             granularity=options.granularity,
-            accept=accept_command(request.config.invocation_params.args),
+            accept=accept_command(request.config.invocation_params.args, options),
             evaluation=model.evaluation,
             estimated=estimated,
         )
@@ -225,6 +228,10 @@ def annotate(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.Test
         return
     decisive = call.when == "call" or (call.when == "setup" and not report.passed)
     records = item.stash.get(_RECORDS, []) if decisive else []
+    for record in records:
+        if record.score is not None and record.score.verdict is not None:
+            item.user_properties += of_verdict(record.score.verdict, record.result)
+    report.user_properties = list(item.user_properties)
     described = [bench(item.config).describe(record.options, record.model) for record in records]
     profiles, warnings = bench(item.config).profiles(), bench(item.config).warnings()
     if not records and not profiles and not warnings:

@@ -439,9 +439,31 @@ def _calibrate(
     )
 
 
-def accept_command(arguments: Sequence[str]) -> str:
-    """Build the command that accepts what a run measured: the same one, with ``--snapshot-update``."""
+def accept_command(arguments: Sequence[str], options: Options) -> str:
+    """Build the command that accepts what a run measured: the same one, with ``--snapshot-update``.
+
+    Of a run that estimates, and is not allowed to record, it is the one that measures instead.
+    """
+    if options.recording:
+        return same_command(arguments, ["--snapshot-update"])
+    kept: list[str] = []
+    values = 0
+    for argument in arguments:
+        if argument in _ESTIMATING:  # its value comes next
+            values = 1
+        elif values:
+            values = 0
+        elif argument.partition("=")[0] not in (*_ESTIMATING, "--qsens-gate-estimates"):
+            kept.append(argument)
+    return same_command(kept, ["--qsens-engine=auto", "--snapshot-update"])
+
+
+_ESTIMATING = ("--qsens-engine", "--qsens-representatives")
+
+
+def same_command(arguments: Sequence[str], added: Sequence[str]) -> str:
+    """Build the command of a run without updating, and with more arguments."""
     import shlex
 
     kept = [argument for argument in arguments if not argument.startswith("--snapshot-update")]
-    return shlex.join(["pytest", *kept, "--snapshot-update"])
+    return shlex.join(["pytest", *kept, *added])

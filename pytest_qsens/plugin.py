@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qsens import collect, options, time_budget, workers
+from pytest_qsens.ci import CiOutput
 from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
 
@@ -32,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", options.MARKER_HELP)
     collect.take_selection(config)
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Controller(config), "qsens-controller")
+        controller = Controller(config)
+        config.pluginmanager.register(controller, "qsens-controller")
+        config.pluginmanager.register(CiOutput(controller), "qsens-ci")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

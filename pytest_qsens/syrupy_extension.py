@@ -146,7 +146,8 @@ class Score:
         thresholds = [threshold for threshold in self.thresholds if threshold.metric in scores]
         label = f"{mode}, estimated to be at least:"
         found = judge(self._old.get(mode), scores, thresholds, label, other_data=other_data)
-        return found if found.kind == "regressed" else Verdict("ok")
+        compared = tuple(comparison._replace(mode=mode) for comparison in found.compared)
+        return replace(found if found.kind == "regressed" else Verdict("ok"), compared=compared)
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:
         verdict = self.judge()

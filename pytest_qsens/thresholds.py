@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -225,17 +225,34 @@ class Overrides:
         return next((thresholds for glob, thresholds in self.rules if decides(glob)), default)
 
 
+class Comparison(NamedTuple):
+    """What a gate looked at: a metric in a mode, in the snapshot and now, and the worst value that passes.
+
+    Of a metric that the snapshot does not have, ``kind`` is ``new``, without ``old`` and ``limit``; one that was not
+    measured has neither ``new`` nor ``limit``. Where there is a limit, a value of ``None`` is an infinite SQNR.
+    """
+
+    mode: str
+    metric: str
+    old: float | None
+    new: float | None
+    limit: float | None
+    kind: Kind
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What comparing new scores with old ones gave.
 
     ``lines`` explain the kind, one for each metric that decided it; there are none for ``ok``. ``within_noise`` has a
     line for each metric that is past its threshold, and counts as equal all the same: chance alone does as much.
+    ``compared`` has all that was compared, whatever came of it.
     """
 
     kind: Kind
     lines: tuple[str, ...] = ()
     within_noise: tuple[str, ...] = ()
+    compared: tuple[Comparison, ...] = field(default=(), compare=False)
 
 
 def applied(thresholds: Sequence[Threshold], mode: str) -> Sequence[Threshold]:
@@ -269,9 +286,11 @@ def judge(
         name = threshold.metric
         if old is None or name not in old:
             if name in new:
-                found.append(Verdict("new", (f"{mode} {name} {_text(new[name])}",)))
+                seen = Comparison(mode, name, None, new[name], None, "new")
+                found.append(Verdict("new", (f"{mode} {name} {_text(new[name])}",), compared=(seen,)))
         elif name not in new:
-            found.append(Verdict("regressed", (f"{mode} {name} {_text(old[name])} → not measured",)))
+            lost = Comparison(mode, name, old[name], None, None, "regressed")
+            found.append(Verdict("regressed", (f"{mode} {name} {_text(old[name])} → not measured",), compared=(lost,)))
         else:
             chance = 0.0 if threshold.strict else allowance(name, old[name], new, other_data=other_data)
             found.append(_compared(threshold, old[name], new[name], mode, chance))
@@ -282,10 +301,12 @@ def judge(
 
 def _compared(threshold: Threshold, old: float | None, new: float | None, mode: str, chance: float) -> Verdict:
     asked, kind = threshold.compare(old, new), threshold.compare(old, new, chance)
+    limit = threshold.limit(_comparable(METRICS[threshold.metric], old), 1, chance)
+    compared = (Comparison(mode, threshold.metric, old, new, limit, kind),)
     if kind == "ok":
         line = f"{mode} {_change(threshold, asked, old, new, chance)}"
-        return Verdict("ok", within_noise=() if asked == "ok" else (line,))
-    return Verdict(kind, (f"{mode} {_change(threshold, kind, old, new, chance)}",))
+        return Verdict("ok", within_noise=() if asked == "ok" else (line,), compared=compared)
+    return Verdict(kind, (f"{mode} {_change(threshold, kind, old, new, chance)}",), compared=compared)
 
 
 def combine(verdicts: Iterable[Verdict]) -> Verdict:
@@ -299,6 +320,7 @@ def _gravest(verdicts: list[Verdict]) -> Verdict:
         kind,
         tuple(line for verdict in verdicts if verdict.kind == kind for line in verdict.lines),
         tuple(line for verdict in verdicts for line in verdict.within_noise),
+        tuple(comparison for verdict in verdicts for comparison in verdict.compared),
     )
 
 

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("tests", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("tests")
 
-OUTSIDE = {"CI", "NO_COLOR", "FORCE_COLOR"}
+OUTSIDE = {"CI", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "CI_PROJECT_DIR"}
 
 
 @pytest.fixture(autouse=True)

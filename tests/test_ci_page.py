@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from pytest_qsens.cli import main
 from pytest_qsens.options import Options
+from tests.workflows import ACTION, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE = Path(__file__).parent.parent / "docs" / "ci.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+RECIPES = [yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml"]
 INDENTED = "\n".join(line[4:] for line in PAGE.read_text().splitlines() if line.startswith("    "))
 _FILLED_IN = re.compile(r"\$\{\{.*?\}\}|\$\(\(.*?\)\)|\$\w+")
 
@@ -70,8 +74,36 @@ def test_our_script_is_understood(
 
 def test_indexes_of_jobs() -> None:
     """GitHub's matrix and Kubernetes' Job have as many members as their commands have parts."""
-    actions, job = (yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml")
+    actions, job = (block for block in RECIPES if "matrix" in str(block) or "completions" in str(block))
     matrix = actions["jobs"]["measure"]["strategy"]["matrix"]["shard"]
     assert matrix == list(range(1, len(matrix) + 1))
     assert any(f"--qsens-shard ${{{{ matrix.shard }}}}/{len(matrix)} " in text for text in texts(actions))
     assert any(f"--qsens-shard $shard/{job['spec']['completions']} " in text for text in texts(job))
+
+
+def kind_of(recipe: dict[str, Any]) -> str:
+    """Tell by its keys which tool a recipe is for."""
+    return "workflow" if "jobs" in recipe else "kubernetes" if "apiVersion" in recipe else "gitlab"
+
+
+@pytest.mark.parametrize("schema", ["github-workflows", "gitlab-ci"])
+def test_schemas(tmp_path: Path, schema: str) -> None:
+    """Recipes are what the schemas of GitHub and GitLab say."""
+    kind = "workflow" if schema == "github-workflows" else "gitlab"
+    texts = [text for language, text in BLOCKS if language == "yaml" and kind_of(yaml.safe_load(text)) == kind]
+    assert texts
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.yml").write_text(text)
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", f"vendor.{schema}"]
+    found = subprocess.run([*command, *tmp_path.iterdir()], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_inputs_of_the_action() -> None:
+    """The recipe gives the action inputs that it has."""
+    used = [step for job in RECIPES[0]["jobs"].values() for step in job["steps"] if "pytest-qsens@" in step["uses"]]
+    declared = parsed(ACTION)["inputs"]
+    assert used
+    for step in used:
+        assert step["with"].keys() <= declared.keys()
+        assert all(name in step["with"] for name, about in declared.items() if about.get("required"))

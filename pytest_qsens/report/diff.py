@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.compare import count
 from pytest_qsens.diff import KINDS
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.report.markdown import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,28 +39,20 @@ def text(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> I
 
 def markdown(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:
     """Lines of a Markdown document with one table."""
-    yield f"### {_cell(found.new.model)}, {_cell(found.new.scheme)}: {_counts(found)}"
+    yield f"### {escaped(found.new.model)}, {escaped(found.new.scheme)}: {_counts(found)}"
     yield ""
     yield (
-        f"{_cell(found.old.name)} → {_cell(found.new.name)}, by {_cell(_rules(thresholds))}, "
+        f"{escaped(found.old.name)} → {escaped(found.new.name)}, by {escaped(_rules(thresholds))}, "
         f"{' and '.join(found.modes)}. Higher is worse, but for sqnr_db and top1."
     )
-    yield from (f"- {_cell(note)}" for note in found.notes)
+    yield from (f"- {escaped(note)}" for note in found.notes)
     rows = _rows(found, everything=everything)
     if rows:
         yield ""
         yield "| block | change | op | scores |"
         yield "|---|---|---|---|"
     for block, change in rows:
-        yield f"| {_cell(block)} | {change.kind} | {_cell(change.op)} | {'<br>'.join(map(_cell, change.lines))} |"
-
-
-def _cell(value: str) -> str:
-    """Text that Markdown, and the HTML in it, take for text."""
-    found = escape(value, quote=False).replace("\n", " ")
-    for mark in "\\`*_[]|~":
-        found = found.replace(mark, f"\\{mark}")
-    return found
+        yield f"| {escaped(block)} | {change.kind} | {escaped(change.op)} | {'<br>'.join(map(escaped, change.lines))} |"
 
 
 def html(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:

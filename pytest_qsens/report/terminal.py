@@ -11,8 +11,10 @@ from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
+from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.report.interactions import side_by_side
+from pytest_qsens.report.lines import Lines
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ _INDEX = re.compile(r"\.\d+")
 def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     """Write a section for each (model, scheme) of the run; with ``-q`` only what needs attention."""
     config = controller.config
+    lines = Lines(terminal)
     for run in controller.runs.values():
         if not run.results:
             continue
@@ -40,41 +43,44 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
         groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
         what = "scheme" if run.config is None else "config"
-        terminal.write_sep("=", f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
-        terminal.write_line(_counts(run))
+        lines.title(f"qsens: model {run.model}, {what} {run.scheme}{groups}{engine}{shard}")
+        lines.write(_counts(run))
         if run.config is not None and config.option.verbose >= 0:
-            terminal.write_line(_config(run, run.config))
+            lines.write(config_line(run, run.config))
         if run.cached:
-            terminal.write_line(_sources(run))
+            lines.write(_sources(run))
         if config.option.verbose >= 0:
-            worst = worst_ops(run, terminal._tw.fullwidth, _bar_character(terminal))  # noqa: SLF001  # its width
-            marks = BLOCKS if _can_write(terminal, BLOCKS) else LETTERS
-            heat = _heat(run, terminal._tw.fullwidth, marks)  # noqa: SLF001  # as above
-            for line in (*worst, *heat, *_top(run, config, terminal._tw.fullwidth), *_order(run)):  # noqa: SLF001
-                terminal.write_line(line)
+            worst = worst_ops(run, lines.width, "█" if lines.can_write("█") else "#")
+            heat = _heat(run, lines.width, BLOCKS if lines.can_write(BLOCKS) else LETTERS)
+            for line in (*worst, *heat, *_top(run, config, lines.width), *_order(run)):
+                lines.write(line)
         for line in attention(run, gated=base_options(config).gate_estimates):
-            terminal.write_line(line, yellow=True)
+            lines.write(line, yellow=True)
         for line in _costs(run, controller):
-            terminal.write_line(line)
+            lines.write(line)
         if _to_accept(run) and run.path not in controller.written:
-            terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
-    _end(terminal, controller)
+            lines.write(
+                f"accept with: {accept_command(config.invocation_params.args, base_options(config))}",
+                whole=True,
+                bold=True,
+            )
+    _end(lines, controller)
 
 
-def _config(run: Run, config: Payload) -> str:
+def config_line(run: Run, config: Payload) -> str:
     """Say what is measured: which file, and how many ops or groups have which scheme."""
     schemes = Counter(run.schemes[unit.name] for unit in run.ops)
     listed = ", ".join(f"{number} {name}" for name, number in schemes.most_common())
     return f"config: {config['about']['path']} ({config['about']['format']}): {listed}"
 
 
-def _end(terminal: pytest.TerminalReporter, controller: Controller) -> None:
+def _end(lines: Lines, controller: Controller) -> None:
     for warning in controller.warnings:
-        terminal.write_line(f"qsens: {warning}", yellow=True)
+        lines.write(f"qsens: {warning}", yellow=True)
     for path, news in controller.written.items():
-        terminal.write_line(f"qsens: wrote {path}{news}")
+        lines.write(f"qsens: wrote {path}{news}", whole=True)
     for problem in controller.problems:
-        terminal.write_line(f"qsens: {problem}", red=True)
+        lines.write(f"qsens: {problem}", red=True)
 
 
 def _counts(run: Run) -> str:
@@ -262,6 +268,32 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         gated: Whether estimates gate as well.
 
     """
+    yield from _worse(run)
+    for result in run.results.values():
+        if result.status == "failed":
+            yield f"FAILED: {result.op}: {result.reason}"
+    yield from notes(run, gated=gated)
+
+
+def _worse(run: Run) -> Iterator[str]:
+    """Name the ops that got worse, and by how much: pytest's own list of failures is cut at the end of a line."""
+    worse = [finding for finding in findings(run) if finding.kind == "regressed"]
+    if worse:
+        yield f"WORSE: {len(worse)} of {len(run.verdicts)} scores are past their thresholds"
+    for finding in worse[:LISTED]:
+        yield from (f"  {finding.op}: {line}" for line in finding.lines)
+    if len(worse) > LISTED:
+        yield f"  and {len(worse) - LISTED} more"
+
+
+def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
+    """Lines about a run as a whole, that must not be missed.
+
+    Args:
+        run: The results.
+        gated: Whether estimates gate as well.
+
+    """
     yield from _about_config(run)
     unexercised = [result for result in run.results.values() if result.status == "unexercised"]
     if unexercised:
@@ -272,9 +304,6 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
             yield f"  {reason}"
-    for result in run.results.values():
-        if result.status == "failed":
-            yield f"FAILED: {result.op}: {result.reason}"
     yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
@@ -370,31 +399,19 @@ def _grouped(results: Iterable[OpResult]) -> str:
 
 def _costs(run: Run, controller: Controller) -> Iterator[str]:
     if controller.config.option.verbose >= 0 and run.reference_seconds is not None:
-        yield _cost(run, controller.wall_seconds)
+        yield cost(run, controller.wall_seconds)
     if run.profile is not None:
         yield from profile.table(run.profile)
 
 
-def _cost(run: Run, wall_seconds: float) -> str:
-    cost = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
+def cost(run: Run, wall_seconds: float) -> str:
+    """Say what a run took; only with a known time of a reference forward."""
+    told = f"cost: {wall_seconds:.1f} s in all; reference forward {run.reference_seconds:.3g} s"
     if run.estimated and run.forwards is not None:
-        return f"{cost}; {run.forwards:.1f} forwards for all ops"
-    return cost if run.forwards_per_op is None else f"{cost}; {run.forwards_per_op:.2f} forwards per op"
+        return f"{told}; {run.forwards:.1f} forwards for all ops"
+    return told if run.forwards_per_op is None else f"{told}; {run.forwards_per_op:.2f} forwards per op"
 
 
 def _to_accept(run: Run) -> bool:
     worse = any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
     return worse or any(verdict.state == "failed" for verdict in run.ranks)
-
-
-def _bar_character(terminal: pytest.TerminalReporter) -> str:
-    return "█" if _can_write(terminal, "█") else "#"
-
-
-def _can_write(terminal: pytest.TerminalReporter, text: str) -> bool:
-    encoding = getattr(terminal._tw._file, "encoding", None) or "ascii"  # noqa: SLF001  # where lines go
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from pytest_qsens.controller import Run
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.report.lines import Lines
 from pytest_qsens.report.terminal import attention, worst_ops
 from pytest_qsens.results import OpResult
 from tests.plugin.harness import MODEL, write_model
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 
 def table(values: dict[str, float], width: int = 80, bar: str = "#") -> list[str]:
@@ -96,6 +103,56 @@ def test_quiet(pytester: pytest.Pytester) -> None:
     assert f"accept with: pytest --qsens-model {MODEL} -q --snapshot-update" in text
 
 
+class Narrow(io.StringIO):
+    """A terminal."""
+
+    encoding = "ascii"  # type: ignore[assignment]  # a stream's own one cannot be set
+
+    def isatty(self) -> bool:
+        """Say that it is one."""
+        return True
+
+
+def narrow(width: int, *, terminal: bool = True) -> tuple[Lines, io.StringIO]:
+    """Make a terminal of some width, or a log."""
+    file = Narrow() if terminal else io.StringIO()
+    config = pytest.Config.fromdictargs({}, ["-p", "no:cacheprovider"])
+    reporter = TerminalReporter(config, cast("TextIO", file))
+    reporter._tw.fullwidth = width
+    return Lines(reporter), file
+
+
+def test_lines_on_a_narrow_terminal() -> None:
+    """They are broken between words; commands stay whole, and so does everything in a log."""
+    lines, file = narrow(40)
+    lines.title("qsens: model some_model, scheme w8a8, engine delta")
+    lines.write("  blocks.1.down: isolated nmse 5.2665e-06 → 0.000264392 (+4920.3 %)")
+    lines.write(f"accept with: pytest {'--option ' * 9}", whole=True)
+    shown = file.getvalue().splitlines()
+    assert shown[0].strip("= ") == "qsens"
+    assert shown[1:3] == ["model some_model, scheme w8a8, engine", "  delta"]
+    assert shown[3:5] == ["  blocks.1.down: isolated nmse", "    5.2665e-06 -> 0.000264392 (+4920.3"]
+    assert all(len(line) <= 40 for line in shown[:-1])
+    assert shown[-1].count("--option") == 9
+    lines, file = narrow(40, terminal=False)
+    lines.write("word " * 20)
+    assert file.getvalue() == f"{'word ' * 20}\n"
+
+
+def test_worse_ops_are_named_with_their_numbers(pytester: pytest.Pytester) -> None:
+    """The summary says by how much, the worst first; with ``-q``, too, and not of what was accepted."""
+    write_model(pytester)
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
+    (pytester.path / "worse").write_text("30")
+    result = pytester.runpytest_inprocess("--qsens-model", MODEL, "-q")
+    result.stdout.re_match_lines(
+        [r"WORSE: \d of 9 scores are past their thresholds", r"  blocks\.1\.\w+: isolated nmse \S+ → \S+ \(\+.*"],
+        consecutive=True,
+    )
+    accepted = pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
+    assert "WORSE" not in accepted.stdout.str()
+
+
 def test_colours_are_the_terminals_choice(pytester: pytest.Pytester) -> None:
     """Escape sequences appear when colour is forced, and not otherwise."""
     write_model(pytester, spare="unused")
@@ -114,3 +171,15 @@ def test_the_accepting_command_is_the_same_run(pytester: pytest.Pytester) -> Non
     assert f"accept with: {accept}" in result.outlines
     result = pytester.runpytest_inprocess(*args, "--snapshot-update-new-only")
     assert "accept with" not in result.stdout.str()
+
+
+def test_accepting_what_was_estimated(pytester: pytest.Pytester) -> None:
+    """A run that estimates records nothing: the command is that of one that measures, and it works."""
+    write_model(pytester)
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")
+    (pytester.path / "worse").write_text("30")
+    for args in (["--qsens-engine", "probe"], ["--qsens-engine=probe", "--qsens-gate-estimates"]):
+        result = pytester.runpytest_inprocess(*args, "--qsens-model", MODEL, "--qsens-mode", "both")
+        command = f"pytest --qsens-model {MODEL} --qsens-mode both --qsens-engine=auto --snapshot-update"
+        assert f"accept with: {command}" in result.outlines
+    assert pytester.runpytest_inprocess(*command.split()[1:]).ret == pytest.ExitCode.OK

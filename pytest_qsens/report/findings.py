@@ -1,0 +1,116 @@
+"""What a run found that somebody has to look at, the gravest first: for summaries, annotations and CI reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.report.places import SnapshotLines
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_qsens.controller import Run
+    from pytest_qsens.results import OpResult
+    from pytest_qsens.thresholds import Comparison
+
+Kind = Literal["regressed", "failed", "lost", "new", "unexercised"]
+"""``lost``: an op of the snapshot that has no score any more, which fails; ``unexercised``: one that never had one."""
+
+FAILING: tuple[Kind, ...] = ("regressed", "failed", "lost", "new")
+"""In the order in which they matter; what is left fails nothing."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One op, or the whole model, that somebody has to look at.
+
+    Attributes:
+        op: Its name.
+        kind: What is the matter.
+        lines: Explanations, one for each metric, or the reason why there is no score.
+        compared: What the gate compared.
+        scheme: Name of its scheme, where a config is measured.
+        line: Where it is, or would be, in the snapshot file, counted from 1; ``None`` without a file.
+
+    """
+
+    op: str
+    kind: Kind
+    lines: tuple[str, ...]
+    compared: tuple[Comparison, ...]
+    scheme: str | None
+    line: int | None
+
+
+def findings(run: Run) -> list[Finding]:
+    """List what fails in a run, and what could not be measured; nothing that was accepted."""
+    places = SnapshotLines.of(run.path)
+    found: list[tuple[tuple[int, float, int], Finding]] = []
+    for place, (op, result) in enumerate(run.results.items()):
+        kind = _kind(run, op, result, places.known)
+        if kind is None:
+            continue
+        verdict = run.verdicts.get(op)
+        lines = verdict.lines if verdict is not None and kind in ("regressed", "new") else (result.reason or "",)
+        compared = () if verdict is None else verdict.compared
+        finding = Finding(op, kind, lines, compared, run.schemes.get(op), places.at(op))
+        weight = -_growth(compared) if kind == "regressed" else -_error(result)
+        found.append(((_rank(kind), weight, place), finding))
+    return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
+
+
+def _kind(run: Run, op: str, result: OpResult, recorded: Mapping[str, int]) -> Kind | None:
+    verdict = run.verdicts.get(op)
+    if result.status == "failed":
+        return "failed"
+    if result.status in ("unexercised", "unquantizable"):
+        if op in recorded and not run.pruned:
+            return "lost"
+        return "unexercised" if result.status == "unexercised" else None
+    if verdict is not None and verdict.kind in ("regressed", "new") and op not in run.entries:
+        return verdict.kind
+    return None
+
+
+def _rank(kind: Kind) -> int:
+    return FAILING.index(kind) if kind in FAILING else len(FAILING)
+
+
+def _growth(compared: tuple[Comparison, ...]) -> float:
+    """How many times the error has grown; of SQNR, a ratio of its own, and of what was not measured any more."""
+    ratios = [0.0]
+    for found in compared:
+        if found.kind != "regressed":
+            continue
+        if found.new is None or found.old is None:
+            ratios.append(math.inf)
+        elif found.metric == "sqnr_db":
+            ratios.append(10 ** ((found.old - found.new) / 10))
+        elif found.metric == "top1":
+            ratios.append(1 + found.old - found.new)
+        else:
+            ratios.append(found.new / found.old if found.old > 0 else math.inf)
+    return max(ratios)
+
+
+def _error(result: OpResult) -> float:
+    return max(((scores.get("nmse") or 0.0) for scores in result.modes.values()), default=0.0)
+
+
+def counts(run: Run, found: list[Finding]) -> dict[str, int]:
+    """Count the ops, without the whole model, by what came of them; zeros are there, too."""
+    kinds = [finding.kind for finding in found if finding.op != TOTAL]
+    verdicts = [verdict.kind for op, verdict in run.verdicts.items() if op != TOTAL]
+    statuses = [result.status for op, result in run.results.items() if op != TOTAL]
+    return {
+        "regressed": kinds.count("regressed"),
+        "improved": verdicts.count("improved"),
+        "new": kinds.count("new"),
+        "unexercised": kinds.count("unexercised") + kinds.count("lost"),
+        "failed": kinds.count("failed"),
+        "estimated": statuses.count("estimated"),
+        "measured": statuses.count("measured"),
+    }

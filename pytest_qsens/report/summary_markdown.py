@@ -1,0 +1,224 @@
+"""A run in Markdown: the verdict, what got worse, the most sensitive ops, and what to do next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_qsens.collect import base_options
+from pytest_qsens.measure import accept_command, same_command
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.report.findings import FAILING, counts, findings
+from pytest_qsens.report.markdown import code, escaped, table
+from pytest_qsens.report.places import relative
+from pytest_qsens.report.terminal import WORST, config_line, cost, notes
+from pytest_qsens.results import MODES
+from pytest_qsens.time_budget import NOT_MEASURED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qsens.controller import Controller, Run
+    from pytest_qsens.report.findings import Finding
+    from pytest_qsens.results import Mode, OpResult
+    from pytest_qsens.thresholds import Comparison
+
+ROWS = 100
+"""Ops that fail in one table."""
+
+_REASON = 300
+"""Characters of an explanation."""
+
+_WORST_BY: dict[Mode, str] = {"isolated": "nmse", "fallback": "gain", "added": "loss"}
+_COUNTED = {
+    "regressed": "got worse",
+    "failed": "failed",
+    "lost": "lost their scores",
+    "new": "are new",
+}
+_OTHERS = {"estimated": "estimated", "unexercised": "not exercised"}
+_ONE = {"lost": "lost its score", "new": "is new"}
+
+
+def document(controller: Controller) -> list[str]:
+    """Lines of the document, the most important ones first, so that it can be cut at the end."""
+    runs = [run for run in controller.runs.values() if run.results]
+    found = {id(run): findings(run) for run in runs}
+    lines = [f"## {headline(controller, [finding for run in runs for finding in found[id(run)]])}"]
+    for run in [] if controller.stopped else runs:
+        lines += ["", *_section(controller, run, found[id(run)])]
+    tail = [*controller.problems, *(f"{warning}" for warning in controller.warnings)]
+    if tail:
+        lines += ["", *(f"- {escaped(line)}" for line in tail)]
+    return lines
+
+
+def headline(controller: Controller, found: list[Finding]) -> str:
+    """Say in one line how the run ended."""
+    status = controller.exit_status
+    if controller.stopped:
+        mark = "⌛" if status == NOT_MEASURED else "❌"
+        return f"{mark} qsens: not measured, exit code {status}: {escaped(_short(controller.stopped))}"
+    kinds = [finding.kind for finding in found if finding.op != TOTAL]
+    parts = [_said(kind, kinds.count(kind)) for kind in FAILING if kind in kinds]
+    parts += [f"the whole model {_ONE.get(f.kind, _COUNTED[f.kind])}" for f in found if f.op == TOTAL]
+    parts += [escaped(_short(controller.problems[0]))] if controller.problems and not parts else []
+    verdict = ", ".join(parts)
+    results = [result for run in controller.runs.values() for op, result in run.results.items() if op != TOTAL]
+    ops = _with(results, "measured")
+    if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+        how = "interrupted" if status == pytest.ExitCode.INTERRUPTED else "ended by an internal error"
+        return f"⚠️ qsens: {how} after {_count(ops)}, exit code {status}{f': {verdict}' * bool(verdict)}"
+    if verdict:
+        return f"❌ qsens: {verdict}"
+    if not results and not any(run.total for run in controller.runs.values()):
+        return f"⚠️ qsens: nothing was measured, exit code {status}"
+    others = [f"{number} {said}" for status_, said in _OTHERS.items() if (number := _with(results, status_))]
+    also = "" if status == 0 else f"; pytest ended with exit code {status} for other reasons"
+    what = "nothing that was measured" if others else "nothing"
+    return f"✅ qsens: {what} got worse, {', '.join([f'{_count(ops)} measured', *others])}{also}"
+
+
+def _with(results: list[OpResult], status: str) -> int:
+    return sum(result.status == status for result in results)
+
+
+def _said(kind: str, number: int) -> str:
+    return f"{_count(number)} {_ONE.get(kind, _COUNTED[kind]) if number == 1 else _COUNTED[kind]}"
+
+
+def _count(number: int) -> str:
+    return f"{number} op{'s' * (number != 1)}"
+
+
+def _section(controller: Controller, run: Run, found: list[Finding]) -> Iterator[str]:
+    groups = "" if run.granularity == "op" else f", granularity {run.granularity}"
+    what = "scheme" if run.config is None else "config"
+    yield f"### {escaped(run.model)}, {what} {escaped(run.scheme)}{groups}, engine {'+'.join(run.engines) or 'none'}"
+    if run.config is not None:
+        yield ""
+        yield escaped(config_line(run, run.config))
+    yield ""
+    yield from table(list(counts(run, found)), [list(map(str, counts(run, found).values()))], numbers=7)
+    failing = [finding for finding in found if finding.kind in FAILING]
+    accepted = [op for op, verdict in run.verdicts.items() if verdict.kind != "ok" and op in run.entries]
+    if accepted:
+        yield ""
+        path = relative(run.path, controller.config.rootpath) or str(run.path)
+        yield f"{len(accepted)} scores were accepted into {escaped(path)}."
+    if failing:
+        yield ""
+        yield from _failing(run, failing)
+    worst = list(_worst(run))
+    if worst:
+        yield ""
+        yield from worst
+    yield ""
+    yield from _notes(controller, run)
+    yield from _next(controller, run, failing)
+
+
+def _failing(run: Run, failing: list[Finding]) -> Iterator[str]:
+    head = ["op", "what", *(["scheme"] if run.config is not None else []), "metric", "snapshot", "now", "limit"]
+    rows = []
+    for finding in failing[:ROWS]:
+        first = [finding.op, finding.kind, *([finding.scheme or ""] if run.config is not None else [])]
+        rows += [first + rest for rest in _compared(finding)]
+    yield from table(head, rows, numbers=3)
+    if len(failing) > ROWS:
+        yield ""
+        yield f"and {len(failing) - ROWS} more"
+
+
+def _compared(finding: Finding) -> Iterator[list[str]]:
+    """Cells of an op: one row for every metric that decided, or one with the reason why there is no score."""
+    decided = [found for found in finding.compared if found.kind == finding.kind]
+    if finding.kind in ("failed", "lost") or not decided:
+        yield [_short("; ".join(finding.lines)), "", "", ""]
+    for found in decided:
+        yield [f"{found.mode} {found.metric}", *_values(found)]
+
+
+def _values(found: Comparison) -> list[str]:
+    if found.kind == "new":
+        return ["none", _number(found.new), ""]
+    if found.limit is None:
+        return [_number(found.old), "not measured", ""]
+    change = ""
+    if found.new is not None and found.old:
+        percent = (found.new - found.old) / abs(found.old) * 100
+        digits = 1 if abs(percent) < 100 else 0
+        change = f" ({found.new - found.old:+.3g} dB)" if found.metric == "sqnr_db" else f" ({percent:+.{digits}f} %)"
+    return [_number(found.old), f"{_number(found.new)}{change}", _number(found.limit)]
+
+
+def _number(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"
+
+
+def _worst(run: Run) -> Iterator[str]:
+    """Table of the ops that hurt most in the first mode, and what the whole model comes to."""
+    known = [result for result in (*run.measured, *run.estimated) if result.modes]
+    mode = next((mode for mode in MODES if any(mode in result.modes for result in known)), None)
+    if mode is not None:
+        metric = _WORST_BY[mode]
+        having = [result for result in known if mode in result.modes]
+        ranked = sorted(having, key=lambda result: (-(result.modes[mode].get(metric) or 0.0), result.op))[:WORST]
+        schemes = ["scheme"] if run.config is not None else []
+        yield f"Most sensitive, {mode} (higher {metric} is worse):"
+        yield ""
+        rows = [[result.op, *([result.scheme or ""] * bool(schemes)), *_scores(result, mode)] for result in ranked]
+        yield from table(["op", *schemes, metric, "SQNR in dB"], rows, numbers=2)
+    total = run.total
+    if total is not None and total.isolated is not None:
+        yield ""
+        yield f"Everything quantized: nmse {_number(total.isolated['nmse'])}, SQNR {_decibels(total.isolated)} dB."
+
+
+def _scores(result: OpResult, mode: Mode) -> list[str]:
+    value = _number(result.modes[mode].get(_WORST_BY[mode]) or 0.0)
+    if mode in result.intervals:
+        low, high = result.intervals[mode]
+        value += f" (estimated, {low:.3g} to {high:.3g})"
+    return [value, _decibels(result.modes[mode])]
+
+
+def _decibels(scores: dict[str, float | None]) -> str:
+    value = scores.get("sqnr_db")
+    return "infinite" if value is None else f"{value:.1f}"
+
+
+def _notes(controller: Controller, run: Run) -> Iterator[str]:
+    for line in notes(run, gated=base_options(controller.config).gate_estimates):
+        yield f"{'  ' * line.startswith('  ')}- {escaped(_short(line.strip()))}"
+    if run.reference_seconds is not None:
+        yield f"- {escaped(cost(run, controller.wall_seconds))}"
+
+
+def _next(controller: Controller, run: Run, failing: list[Finding]) -> Iterator[str]:
+    """Give the commands that repeat what failed, and that accept what is worse or new."""
+    arguments = controller.config.invocation_params.args
+    wanted = {finding.op for finding in failing if finding.kind in ("failed", "lost")}
+    if wanted:
+        yield ""
+        yield "Repeat what failed:"
+        yield ""
+        yield from code(_repeat(controller, run, wanted), "sh")
+    if any(finding.kind in ("regressed", "new") for finding in failing):
+        yield ""
+        yield "If that is meant, accept it and commit the snapshot:"
+        yield ""
+        yield from code(accept_command(arguments, base_options(controller.config)), "sh")
+
+
+def _repeat(controller: Controller, run: Run, wanted: set[str]) -> str:
+    subject = run.model, run.scheme, run.granularity
+    tests = [nodeid for nodeid, case in controller.cases.items() if case.subject == subject and case.op in wanted]
+    config = controller.config
+    chosen = config.args_source is config.ArgsSource.ARGS or len(tests) > 5
+    return same_command(config.invocation_params.args, () if chosen else tests)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _REASON else f"{text[:_REASON]} ..."
