@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+STATES = ("k", "v")
+"""Types of ops that are no layers: keys and values of attention, as a cache stores them (`pytest_qsens.graph.attention`)."""
+
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
 
@@ -18,8 +21,8 @@ class Op:
     """One quantizable call site, or a group of some that are measured as one.
 
     ``name`` is the fully qualified name of the module that owns it; functional ops append their kind
-    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding`` or the
-    kind of a functional op.
+    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, ``k`` or
+    ``v`` (`STATES`), or the kind of a functional op.
     """
 
     name: str

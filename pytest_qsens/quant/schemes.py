@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme, parse
 
 _EXACT = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "static", "tensor", symmetric=False), output=True)
 PER_TOKEN = ActivationScheme("int8", "dynamic", "token")
 """What torch has a primitive for."""
+
+_WITH_HEADS = 4
+"""Dimensions of keys and values that are held apart by heads."""
 
 HELD_IN_BF16 = ("fp8_e4m3", "mxfp8")
 """Formats of weights whose numbers are held in bf16; those of others are held as int8."""
@@ -45,7 +49,7 @@ class Scheme:
     @property
     def needs_ranges(self) -> bool:
         """Whether scales come from the calibration data."""
-        return self.parts.activation is not None and self.parts.activation.kind != "dynamic"
+        return any(part is not None and part.kind != "dynamic" for part in (self.parts.activation, self.parts.cache))
 
     @property
     def bytes_kept(self) -> int:
@@ -60,12 +64,19 @@ class Scheme:
             return True
         return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
+    def means(self, op_type: str) -> bool:
+        """Whether this is said of ops of a type at all: of layers, or of keys and values."""
+        return (self.parts.cache is not None) == (op_type in STATES)
+
     def refusal(self, op_type: str, features: int | None = None) -> str | None:
         """Why an op of this type, with so many input features, cannot be quantized; ``None`` if it can be.
 
         Where the features are not known, nothing is in their way.
         """
         weight = self.parts.weight
+        if not self.means(op_type):
+            other = "layers" if self.parts.cache is not None else "keys and values of attention"
+            return f"{self.name} leaves {other} as they are"
         if op_type == "embedding":
             integers = weight is not None and weight.dtype == "int8"
             return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
@@ -94,6 +105,21 @@ class Scheme:
         return None
 
 
+    def refusal_of_state(self, shape: Sequence[int]) -> str | None:
+        """Why keys or values of this shape cannot be quantized, or ``None`` if they can: ``(N, heads, tokens, dim)``."""
+        cache = self.parts.cache
+        if cache is None:
+            return None
+        if cache.granularity in ("head", "channel") and len(shape) != _WITH_HEADS:
+            return f"{self.name} has a scale per {cache.granularity}, and a tensor of shape {tuple(shape)} has no heads"
+        if cache.size and shape[-1] % cache.size[-1]:
+            return (
+                f"{self.name} has a scale per {cache.size[-1]} features of a head, and {shape[-1]} of them cannot be "
+                f"divided by {cache.size[-1]}"
+            )
+        return None
+
+
 def simulated(parts: OpScheme) -> Scheme | None:
     """Make what simulates a scheme; ``None`` if nothing does, `obstacles` says why."""
     return None if obstacles(parts) else Scheme(parts)
@@ -119,7 +145,16 @@ SCHEMES: dict[str, Scheme] = {
         *("nvfp4_local", "nvfp4_dynamic", "wnvfp4a16"),
     )
 }
-"""The usual ones by name; `scheme_named` knows all."""
+"""The usual ones of layers by name; `scheme_named` knows all."""
+
+CACHE_SCHEMES: dict[str, Scheme] = {
+    name: _usual(name)
+    for name in (
+        *("kv_fp8", "kv_fp8_head", "kv_fp8_dynamic", "kv_int8", "kv_int8_head", "kv_int8_channel", "kv_int8_dynamic"),
+        *("kv_int4_dynamic_g32_asym", "kv_nvfp4_local"),
+    )
+}
+"""The usual ones of keys and values."""
 
 
 def scheme_named(name: str, where: str) -> Scheme:
@@ -133,13 +168,14 @@ def scheme_named(name: str, where: str) -> Scheme:
         QsensError: If there is none, or it cannot be simulated; what is in the way is named.
 
     """
-    if name in SCHEMES:
-        return SCHEMES[name]
+    every = SCHEMES | CACHE_SCHEMES
+    if name in every:
+        return every[name]
     parts = parse(name)
-    usual = ", ".join(SCHEMES)
+    usual = ", ".join(every)
     if parts is None:
-        longer = [known for known in SCHEMES if known.startswith(f"{name}_")]
-        near = longer or difflib.get_close_matches(name, SCHEMES, n=1)
+        longer = [known for known in every if known.startswith(f"{name}_")]
+        near = longer or difflib.get_close_matches(name, every, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise QsensError(f"no {where} {name!r}{hint}. Known: {usual}, and others by the names of docs/configs.md")
     found = simulated(parts)

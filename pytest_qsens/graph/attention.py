@@ -1,0 +1,186 @@
+"""Keys and values of attention, where a cache would store them: found in the module tree, caught while a model runs.
+
+A module of transformers hands them to the library's attention interface, after rotary embeddings and before the heads
+of grouped-query attention are repeated: that is what its cache returns. A module that attends by itself hands them to
+torch's ``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Self
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pytest_qsens.ops import STATES, Op
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from pytest_qsens.graph.scopes import ModuleScopes
+
+Mark = Callable[[str, str, Tensor], Tensor] if TYPE_CHECKING else None
+"""Gets the op's name, ``k`` or ``v``, and the tensor; returns the tensor to use."""
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_PRODUCT = "scaled_dot_product_attention"
+_CACHE = ("past_key_values", "past_key_value")
+"""Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
+
+_library: Any = torch.library.Library("qsens", "FRAGMENT")  # type: ignore[no-untyped-call] # torch's
+_library.define("key(Tensor(a) state) -> Tensor(a)")
+_library.define("value(Tensor(a) state) -> Tensor(a)")
+for _name in ("key", "value"):
+    _library.impl(_name, torch.ops.aten.alias.default, "CompositeImplicitAutograd")
+
+MARKS: dict[str, Any] = {"k": torch.ops.qsens.key.default, "v": torch.ops.qsens.value.default}
+"""Type of op → operator that marks its tensor in a graph, and gives it as it is."""
+
+
+def list_states(model: nn.Module) -> tuple[Op, ...]:
+    """Keys and values of a model's attention modules in registration order; works on the meta device.
+
+    Attention modules are told by their methods: they refer to transformers' attention interface, or to torch's
+    ``scaled_dot_product_attention``. A module of transformers whose forward takes no cache, as in vision towers, has
+    nothing to store in one, and `torch.nn.MultiheadAttention` takes none.
+    """
+    return tuple(
+        Op(f"{name}:{kind}", kind, elements=0)
+        for name, module in model.named_modules()
+        if _may_cache(type(module))
+        for kind in STATES
+    )
+
+
+@cache
+def _may_cache(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class attend, to what may come from a cache."""
+    origin = cls.__module__.partition(".")[0]
+    used = _names_used(cls)
+    if origin == "torch" or not ({_INTERFACE, _PRODUCT} & used):
+        return False
+    takes = any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
+    return takes or origin != "transformers"
+
+
+def _names_used(cls: type[nn.Module]) -> frozenset[str]:
+    """Names that the methods of a class refer to, but for those of torch and of transformers' models as a whole."""
+    shared = {nn.Module, object}
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None:
+        shared |= set(modeling.PreTrainedModel.__mro__)
+    found: dict[str, object] = {}
+    for base in reversed(cls.__mro__):
+        if base not in shared:
+            found |= vars(base)
+    methods = (inspect.unwrap(method) for method in found.values() if isinstance(method, FunctionType))
+    return frozenset(name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names)
+
+
+class StateHooks:
+    """While entered, the wanted keys and values of a model go through ``mark``.
+
+    Args:
+        model: The model.
+        states: Names of the wanted ops.
+        scopes: Tells which module is running.
+        mark: Takes and gives a tensor.
+
+    """
+
+    def __init__(self, model: nn.Module, states: Collection[str], scopes: ModuleScopes, mark: Mark) -> None:
+        self._states = frozenset(states)
+        owners = {name.rpartition(":")[0] for name in self._states}
+        self._names = {id(module): name for name, module in model.named_modules() if name in owners}
+        self._scopes = scopes
+        self._mark = mark
+        self._inside = False
+        self._entered = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self._states:
+            return self
+        modeling = sys.modules.get("transformers.modeling_utils")
+        if modeling is not None:
+            interface = modeling.AttentionInterface
+            # the former since transformers 5.1; earlier, and where a module asks for a function by name, the latter
+            for method in ("get_interface", "__getitem__"):
+                if hasattr(interface, method):
+                    self._entered.enter_context(patch.object(interface, method, self._giving(getattr(interface, method))))
+        self._entered.enter_context(_Products(self._product))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+    def _giving(self, find: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method that finds an attention function."""
+
+        @wraps(find)
+        def found(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers'
+            return self._attending(find(*args, **kwargs))
+
+        return found
+
+    def _attending(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers'
+            if self._inside:  # an interface that was found by another one
+                return function(module, query, key, value, *args, **kwargs)
+            name = self._names.get(id(module))
+            if name is not None:
+                key, value = self._marked(name, key, value)
+            with self._attended():
+                return function(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    @contextmanager
+    def _attended(self) -> Iterator[None]:
+        """See that the products inside of an attention function are not taken for a module's own."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def _product(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (key, value) if self._inside else self._marked(self._scopes.current, key, value)
+
+    def _marked(self, module: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        names = [f"{module}:{kind}" for kind in STATES]
+        key, value = (
+            self._mark(name, kind, state) if name in self._states else state
+            for name, kind, state in zip(names, STATES, (key, value), strict=True)
+        )
+        return key, value
+
+
+class _Products(TorchFunctionMode):
+    """While entered, the keys and values of every ``scaled_dot_product_attention`` go through a function."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever func returns
+        """Route one torch function call; the protocol of ``torch.overrides``."""
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+        given["key"], given["value"] = self._change(given["key"], given["value"])
+        return func(given.pop("query"), given.pop("key"), given.pop("value"), *args[3:], **given)
