@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 STATES = ("k", "v")
-"""Types of ops that are no layers: keys and values of attention, as a cache stores them (`pytest_qsens.graph.attention`)."""
+"""Types of ops that are no layers: keys and values of attention, see `pytest_qsens.graph.attention`."""
 
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
@@ -82,6 +85,11 @@ class Op:
 
     def __str__(self) -> str:
         return self.name
+
+
+def layers(ops: Iterable[Op]) -> tuple[Op, ...]:
+    """Return those that are no keys and values."""
+    return tuple(op for op in ops if op.type not in STATES)
 
 
 def numbered_block(name: str) -> str | None:

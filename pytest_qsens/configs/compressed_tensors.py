@@ -14,6 +14,7 @@ from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 
 if TYPE_CHECKING:
@@ -89,19 +90,48 @@ def read(document: Document) -> Config:
         where = f"{where}, '{key}'"
     fields = ConfigFields(inside, where, problems)
     fields.skip("quant_method", "format", "quantization_status", "global_compression_ratio", "version", "producer")
-    note_kv_cache(fields, "kv_cache_scheme")
+    cached = read_cache(fields, "kv_cache_scheme")
     for key in ("sparsity_config", "moe_sparsity_config", "transform_config"):
         fields.changes_numbers(key, "weights or activations are changed beside being rounded", {})
     groups = [read_group(name, entry, place, problems) for name, entry, place in fields.table("config_groups")]
     ignore = fields.texts_of("ignore")
     fields.finish()
     about = "quantization_config of compressed-tensors"
-    return Config(str(document.path), NAME, about, tuple(ordered(groups, ignore, problems)), tuple(problems))
+    rules = (*cached, *ordered(groups, ignore, problems))
+    return Config(str(document.path), NAME, about, rules, tuple(problems))
 
 
-def note_kv_cache(fields: ConfigFields, key: str) -> None:
-    """Note that keys and values are quantized, which no scheme here does."""
-    fields.changes_numbers(key, "keys and values of attention are quantized, which is not measured", "NONE", "none")
+def read_cache(fields: ConfigFields, key: str) -> list[Rule]:
+    """Read how keys and values of all attention modules are quantized; no rule if they are not."""
+    if fields.peek(key) in (None, "NONE", "none"):
+        fields.take(key)
+        return []
+    inside = fields.inner(key)
+    return [] if inside is None else [cache_rule(_cache(inside), key, inside.where)]
+
+
+def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
+    """Return the rule of a scheme of all keys and values."""
+    return Rule(Pattern("any", "", types=STATES), scheme, label, where)
+
+
+def _cache(fields: ConfigFields) -> OpScheme | Unknown:
+    dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    fields.changes_numbers("actorder", "keys and values have none", False)
+    fields.finish()
+    if strategy == "tensor_group" and dtype != "nvfp4":
+        return Unknown(f"{dtype} tensor_group", f"keys and values are {dtype} with scales of groups and of the tensor")
+    if strategy == "token":
+        return Unknown(f"{dtype} token", "keys and values have a scale for each head of each sample, not of each token")
+    granularity: Granularity = "tensor"
+    if strategy in ("group", "tensor_group"):
+        granularity = "group"
+    elif strategy == "attn_head":
+        granularity = "head"
+    elif strategy != "tensor":
+        raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
+    kind: Literal["static", "dynamic", "local"] = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric))
 
 
 Group = tuple[list[tuple[str, str]], "OpScheme | Unknown | None", str]

@@ -9,6 +9,7 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
@@ -18,6 +19,7 @@ from pytest_qsens.quant.op_scheme import (
     named,
     parse,
     usual_activation,
+    usual_cache,
     usual_weight,
 )
 
@@ -72,12 +74,18 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
     rules = []
     for glob, where in globs:
         label = f"rule {number}: {glob}"
-        if is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
+        if scheme is None:
+            rules.append(Rule(Pattern("glob", glob, types=types or (*CLASS_OF, *STATES)), scheme, label, where))
+        elif scheme.cache is not None:
+            meant = tuple(name for name in STATES if not types or name in types)
+            rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), scheme, label, where))
+        elif is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
-            types_left = tuple(name for name in types or (*CLASS_OF,) if name != "embedding")
+            types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
             rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
         else:
-            rules.append(Rule(Pattern("glob", glob, types=types), scheme, label, where))
+            layers = tuple(name for name in types if name not in STATES)
+            rules.append(Rule(Pattern("glob", glob, types=layers or (("",) if types else ())), scheme, label, where))
     return rules
 
 
@@ -90,8 +98,8 @@ def _types(entry: ConfigFields) -> tuple[str, ...]:
         raise QsensError(f"{entry.at('types')}: there is no type in the list. Leave it out, or give one.")
     found = entry.texts_of("types")
     for name, where in found:
-        if name not in CLASS_OF:
-            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join(CLASS_OF)}.")
+        if name not in (*CLASS_OF, *STATES):
+            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join((*CLASS_OF, *STATES))}.")
     return tuple(name for name, _ in found)
 
 
@@ -108,6 +116,13 @@ def _of_rule(entry: ConfigFields, schemes: dict[str, OpScheme]) -> OpScheme | No
 
 
 def _scheme(fields: ConfigFields) -> OpScheme:
+    cache = fields.inner("cache")
+    if cache is not None:
+        found = OpScheme(None, cache=_cache(cache))
+        if others := [key for key in ("weight", "activation", "requantize_output") if fields.peek(key) is not None]:
+            raise QsensError(f"{fields.where}: {' and '.join(others)} are of layers, and cache of keys and values.")
+        fields.finish()
+        return found
     weight = fields.inner("weight")
     activation = fields.inner("activation")
     scheme = OpScheme(
@@ -118,7 +133,7 @@ def _scheme(fields: ConfigFields) -> OpScheme:
     fields.finish()
     if scheme == OpScheme(None):
         raise QsensError(
-            f"{fields.where}: nothing is quantized. Give a weight or an activation, or write {UNQUANTIZED}."
+            f"{fields.where}: nothing is quantized. Give a weight, an activation or a cache, or write {UNQUANTIZED}."
         )
     return scheme
 
@@ -139,6 +154,16 @@ def _activation(fields: ConfigFields) -> ActivationScheme:
         "Any", _extent(fields, ("tensor", "channel", "token", "group", "block"), granularity, size)
     )
     scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=symmetric))
+    fields.finish()
+    return scheme
+
+
+def _cache(fields: ConfigFields) -> ActivationScheme:
+    dtype = _dtype(fields)
+    kind = fields.choice("kind", ("static", "dynamic", "local"))
+    known = ("tensor", "head", "channel", "token", "group")
+    granularity, size = cast("Any", _extent(fields, known, *usual_cache(dtype, kind)))
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=True))
     fields.finish()
     return scheme
 

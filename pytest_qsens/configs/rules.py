@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import matches
+from pytest_qsens.ops import STATES, matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ class Pattern:
     ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on; ``class``,
     of the module or one above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
-    ``types`` are meant, if there are any.
+    ``types`` are meant; if there are none, all but keys and values of attention.
     """
 
     kind: Literal["name", "glob", "wildcard", "regex", "regex_start", "class", "class_regex", "any"]
@@ -64,7 +64,7 @@ class Pattern:
 
     def matches(self, op: Op) -> bool:
         """Whether this op is meant."""
-        if self.types and op.type not in self.types:
+        if op.type not in self.types if self.types else op.type in STATES:
             return False
         is_class = self.kind.startswith("class")
         names = [CLASS_OF.get(op.type, "")] if is_class else [op.name + suffix for suffix in self.suffixes]

@@ -29,7 +29,7 @@ def simulated_as(scheme: OpScheme | Unknown, op: Op) -> tuple[str | None, str]:
     """
     if isinstance(scheme, Unknown):
         return None, scheme.reason
-    if op.type == "embedding":
+    if op.type == "embedding" and scheme.cache is None:
         if scheme == EMBEDDING:
             return next(iter(SCHEMES)), ""
         return None, f"rows of embeddings are simulated as {EMBEDDING.name}, not as {scheme.name}"

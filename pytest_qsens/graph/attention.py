@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
 from unittest.mock import patch
@@ -23,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from pytest_qsens.ops import STATES, Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from pytest_qsens.graph.scopes import ModuleScopes
 
-Mark = Callable[[str, str, Tensor], Tensor] if TYPE_CHECKING else None
+Mark = Callable[[str, str, Tensor], Tensor]
 """Gets the op's name, ``k`` or ``v``, and the tensor; returns the tensor to use."""
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -52,15 +53,16 @@ def list_states(model: nn.Module) -> tuple[Op, ...]:
     ``scaled_dot_product_attention``. A module of transformers whose forward takes no cache, as in vision towers, has
     nothing to store in one, and `torch.nn.MultiheadAttention` takes none.
     """
+    modules = dict(model.named_modules())
+    caching = {cls for cls in set(map(type, modules.values())) if _may_cache(cls)}
     return tuple(
         Op(f"{name}:{kind}", kind, elements=0)
-        for name, module in model.named_modules()
-        if _may_cache(type(module))
+        for name, module in modules.items()
+        if type(module) in caching
         for kind in STATES
     )
 
 
-@cache
 def _may_cache(cls: type[nn.Module]) -> bool:
     """Whether modules of a class attend, to what may come from a cache."""
     origin = cls.__module__.partition(".")[0]
@@ -82,7 +84,9 @@ def _names_used(cls: type[nn.Module]) -> frozenset[str]:
         if base not in shared:
             found |= vars(base)
     methods = (inspect.unwrap(method) for method in found.values() if isinstance(method, FunctionType))
-    return frozenset(name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names)
+    return frozenset(
+        name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names
+    )
 
 
 class StateHooks:
@@ -114,7 +118,9 @@ class StateHooks:
             # the former since transformers 5.1; earlier, and where a module asks for a function by name, the latter
             for method in ("get_interface", "__getitem__"):
                 if hasattr(interface, method):
-                    self._entered.enter_context(patch.object(interface, method, self._giving(getattr(interface, method))))
+                    self._entered.enter_context(
+                        patch.object(interface, method, self._giving(getattr(interface, method)))
+                    )
         self._entered.enter_context(_Products(self._product))
         return self
 

@@ -125,8 +125,8 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
     """Whether each independent part of an op's input or output is finite; ``None`` if all are.
 
     Returns:
-        Booleans: ``(*,)`` for a linear's ``(*, in)`` and for keys and values, ``(N,)`` for a convolution's ``(N, C, *spatial)``, ``()`` for one
-        without the batch dimension.
+        Booleans: ``(*,)`` for a linear's ``(*, in)`` and for keys and values, ``(N,)`` for a convolution's
+        ``(N, C, *spatial)``, ``()`` for one without the batch dimension.
 
     """
     if not values.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist())):  # one pass

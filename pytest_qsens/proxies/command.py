@@ -12,6 +12,7 @@ from pytest_qsens.calibrated import calibrate
 from pytest_qsens.errors import told
 from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.manifest import load_manifest
+from pytest_qsens.ops import layers
 from pytest_qsens.preparation import References, observe, placed
 from pytest_qsens.proxies.agreement import agreement, best_first
 from pytest_qsens.proxies.exact import Exact, ranked, read_exact
@@ -82,7 +83,7 @@ def compare_proxies(
 
     """
     source.check()
-    ops = load_manifest(source, None)
+    ops = layers(load_manifest(source, None))  # proxies are of weights
     exact = None if result is None else read_exact(result, source, scheme, ops)
     reproducible_sums()
     spec = source.load()

@@ -104,9 +104,8 @@ class Scheme:
                 )
         return None
 
-
     def refusal_of_state(self, shape: Sequence[int]) -> str | None:
-        """Why keys or values of this shape cannot be quantized, or ``None`` if they can: ``(N, heads, tokens, dim)``."""
+        """Why keys or values of this shape, ``(N, heads, tokens, dim)``, cannot be quantized; ``None`` if they can."""
         cache = self.parts.cache
         if cache is None:
             return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
 from pytest_qsens.configs.rules import CLASS_OF
-from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names
+from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names, of_all, split
 from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
 
@@ -25,6 +25,7 @@ _SIZES = {"mxfp8": (32,), "mxfp6": (32,), "mxfp4": (32,), "nvfp4": (16,)}
 _OF_WEIGHTS = ("tensor", "channel", "group", "block")
 _DYNAMIC = ("token", "tensor", "group")
 _STATIC = ("tensor", "group")
+_STRATEGIES = {"head": "attn_head"}
 
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -38,7 +39,11 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
 
 
 def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
-    """Make ``config_groups`` and ``ignore``, which llm-compressor has, too."""
+    """Make ``config_groups``, ``kv_cache_scheme`` and ``ignore``, which llm-compressor has, too."""
+    assigned, states = split(assigned)
+    cache = of_all(states)
+    if cache is not None and (why := _obstacle_of_cache(cache)) is not None:
+        raise Inexpressible(states[0], why)
     default = most_common([one for one in assigned if one.op.type == "linear"])
     named: list[tuple[OpScheme, list[str]]] = []
     for scheme, ops in by_scheme(assigned).items():
@@ -51,7 +56,8 @@ def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
     config_groups = {
         f"group_{number}": {"targets": targets, **_scheme(scheme)} for number, (scheme, targets) in enumerate(named)
     }
-    return {"config_groups": config_groups, "ignore": names(ignored)}
+    cached = {} if cache is None else {"kv_cache_scheme": Row(_arguments(cache))}
+    return {"config_groups": config_groups, **cached, "ignore": names(ignored)}
 
 
 def _check(ops: Sequence[Assigned], scheme: OpScheme) -> None:
@@ -84,6 +90,18 @@ def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
     return None if part.granularity in known else f"{part.kind} activations have no scale per {part.granularity}"
 
 
+def _obstacle_of_cache(cache: ActivationScheme) -> str | None:
+    """Why ``kv_cache_scheme`` cannot say this."""
+    known = ("tensor", "head") if cache.kind == "static" else ("tensor",)
+    if cache.dtype == "nvfp4":
+        return _obstacle(cache)
+    if cache.dtype not in (*INTEGERS, "fp8_e4m3"):
+        return f"keys and values of {cache.dtype} are none of what it has for a cache"
+    if cache.granularity not in known:
+        return f"{cache.kind} keys and values have no scale per {cache.granularity}"
+    return None
+
+
 def _scheme(scheme: OpScheme) -> dict[str, object]:
     parts = {"weights": scheme.weight, "input_activations": scheme.activation}
     parts |= {"output_activations": scheme.activation} if scheme.output else {}
@@ -96,7 +114,7 @@ def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
         "num_bits": int(part.dtype.removeprefix("int")) if is_integer else _FLOATS[part.dtype],
         "type": "int" if is_integer else "float",
         "symmetric": part.symmetric,
-        "strategy": "tensor_group" if part.dtype == "nvfp4" else part.granularity,
+        "strategy": "tensor_group" if part.dtype == "nvfp4" else _STRATEGIES.get(part.granularity, part.granularity),
     }
     if part.granularity == "group":
         found["group_size"] = part.size[0]
