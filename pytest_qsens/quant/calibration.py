@@ -162,7 +162,9 @@ class Calibration:
         if scheme is None:
             return
         refusal = scheme.refusal_of_features(call.weight.shape[-1]) if call.kind == "linear" else None
-        if call.kind in STATES:
+        if not scheme.means(call.kind):
+            refusal = scheme.refusal(call.kind)
+        elif call.kind in STATES:
             refusal = scheme.refusal_of_state(call.x.shape)
         if refusal is not None:
             self.refused[op] = refusal
