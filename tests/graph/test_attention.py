@@ -86,9 +86,9 @@ def test_what_is_caught_is_what_the_cache_is_given(
     caught: dict[str, Tensor] = {}
     update = transformers.DynamicLayer.update
 
-    def remembered(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def remembered(layer: transformers.DynamicLayer, keys: Tensor, values: Tensor, *rest: object) -> object:
         stored.extend((keys.clone(), values.clone()))
-        return update(self, keys, values, *args, **kwargs)
+        return update(layer, keys, values, *rest)
 
     def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
         if call.kind in MARKS:
