@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.decisions import decide, scheme_name, told
 from pytest_qsens.configs.read import read_config
-from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.configs.simulated import simulating
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES
 from pytest_qsens.quant.assignment import Assigned, Assignment
@@ -112,9 +112,9 @@ def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
                 schemes[op.name] = lower
                 added.add(op.name)
             continue
-        simulated, obstacle = simulated_as(decision.scheme, op)
+        simulated, obstacle = simulating(decision.scheme, op)
         if simulated is None:
             left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
         else:
-            schemes[op.name] = scheme_named(simulated, "scheme")
+            schemes[op.name] = simulated
     return Assignment("the config", schemes, names, left_out, frozenset(added))

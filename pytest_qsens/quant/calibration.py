@@ -161,7 +161,8 @@ class Calibration:
         scheme = scheme_of(self._schemes, op)
         if scheme is None:
             return
-        refusal = scheme.refusal_of_features(call.weight.shape[-1]) if call.kind == "linear" else None
+        in_groups = call.kind == "linear" or scheme.rows
+        refusal = scheme.refusal_of_features(call.weight.shape[-1]) if in_groups else None
         if not scheme.means(call.kind):
             refusal = scheme.refusal(call.kind)
         elif call.kind in STATES:

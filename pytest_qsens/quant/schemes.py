@@ -28,10 +28,12 @@ class Scheme:
 
     Attributes:
         parts: What is rounded, and how.
+        rows: Whether it is of an embedding, whose rows are rounded as those of weights. Others round these to uint8.
 
     """
 
     parts: OpScheme
+    rows: bool = False
 
     @property
     def name(self) -> str:
@@ -77,10 +79,10 @@ class Scheme:
         if not self.means(op_type):
             other = "layers" if self.parts.cache is not None else "keys and values of attention"
             return f"{self.name} leaves {other} as they are"
-        if op_type == "embedding":
+        if op_type == "embedding" and not self.rows:
             integers = weight is not None and weight.dtype == "int8"
             return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
-        if op_type == "linear" and features is not None:
+        if op_type in ("linear", "embedding") and features is not None:
             return self.refusal_of_features(features)
         return self._refusal_of_convolution(op_type) if op_type.startswith("conv") else None
 
@@ -95,12 +97,12 @@ class Scheme:
         return None
 
     def refusal_of_features(self, features: int) -> str | None:
-        """Why a linear layer with so many input features cannot be quantized, or ``None`` if it can."""
+        """Why a linear layer of so many input features, or rows of so many, cannot be quantized; ``None`` if it can."""
         for what, part in (("weights", self.parts.weight), ("activations", self.parts.activation)):
             if part is not None and part.size and features % part.size[-1]:
                 return (
-                    f"{self.name} gives {what} a scale per {part.size[-1]} input features, and {features} of them "
-                    f"cannot be divided by {part.size[-1]}"
+                    f"{self.name} gives {what} a scale per {part.size[-1]} {'' if self.rows else 'input '}features, "
+                    f"and {features} of them cannot be divided by {part.size[-1]}"
                 )
         return None
 

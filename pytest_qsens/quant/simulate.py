@@ -76,7 +76,7 @@ class Simulator:
         if call.kind in STATES:
             return self._state(op, call)
         if call.kind == "embedding":
-            return quantized_embedding(functional.embedding(call.x, call.weight).float())
+            return self._rows(op, functional.embedding(call.x, call.weight).float())
         weight, finite = self._weight(op, call), finite_rows(call.x, call.kind)
         if call.kind == "linear":
             output = self._linear(op, self._linear_input(op, call.x, finite), weight, call.bias)
@@ -103,6 +103,14 @@ class Simulator:
         else:
             found = round_input(x, cache)
         return _without_infinities(found, finite)
+
+    def _rows(self, op: str, rows: Tensor) -> Tensor:
+        """Round looked-up rows of an embedding: each has scales of its own, so that the others need not be known."""
+        scheme = self._scheme_of(op)
+        if not scheme.rows:
+            return quantized_embedding(rows)
+        assert scheme.parts.weight is not None  # noqa: S101 - no other is of rows
+        return round_weight(rows.reshape(-1, rows.shape[-1]), scheme.parts.weight).real().view(rows.shape)
 
     @profile.phase("local quantization")
     def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
@@ -177,7 +185,7 @@ class Simulator:
         roundeds = [None] * len(parts) if whole is None else whole.split(rows)
         for start, part, rounded in zip(range(0, len(call.weight), rows), parts, roundeds, strict=True):
             exact = part.float()
-            real = quantized_embedding(exact) if rounded is None else rounded.real().view(part.shape)
+            real = self._rows(op, exact) if rounded is None else rounded.real().view(part.shape)
             yield start, real - exact
 
     def _quantized_weight(self, op: str, weight: Tensor) -> QuantizedWeight | RoundedWeight:
