@@ -1,0 +1,313 @@
+"""What configs say of the keys and values of attention: read, measured, written back, and nothing said of layers."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pytest_qsens
+from pytest_qsens.configs.command import explain
+from pytest_qsens.configs.documents import parse_document
+from pytest_qsens.configs.gate import ConfigRequest, assign
+from pytest_qsens.configs.read import config_of, read_config
+from pytest_qsens.configs.write import TARGETS, write_config
+from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import STATES, Op
+from pytest_qsens.quant.op_scheme import OpScheme, named
+from tests.configs.ops import LLAMA, complaints, says, write
+from tests.quant.test_cache_schemes import cache_schemes
+
+KV = tuple(Op(f"model.layers.{layer}.self_attn:{kind}", kind, elements=0) for layer in range(2) for kind in STATES)
+OPS = (*LLAMA, *KV)
+LINEARS = [op.name for op in LLAMA if op.type == "linear"]
+_SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}
+
+
+def of_states(path: Path, name: str | None = None) -> list[str]:
+    """Return what a file says of the keys and values, in order."""
+    found = says(path, OPS, name)
+    return [found[op.name] for op in KV]
+
+
+def follows_schema(content: dict[str, Any]) -> bool:
+    """Whether the JSON schema for editors takes a file of our own format."""
+    fastjsonschema = pytest.importorskip("fastjsonschema")
+    schema = json.loads((Path(pytest_qsens.__file__).parent / "configs" / "schema.json").read_text())
+    try:
+        fastjsonschema.validate(schema, content)
+    except fastjsonschema.JsonSchemaValueException:
+        return False
+    return True
+
+
+def rules(path: Path, *listed: dict[str, Any], **rest: object) -> Path:
+    """Write a file of our own format."""
+    return write(path, {"schema": 1, "rules": listed, **rest})
+
+
+def test_rules_mean_layers_or_keys_and_values(tmp_path: Path) -> None:
+    """A scheme is of either; a glob for everything quantizes what its scheme is of; the first that matches holds."""
+    path = rules(
+        tmp_path / "a.json",
+        {"ops": "*.0.self_attn:v", "scheme": "unquantized"},
+        {"ops": "*", "scheme": "kv_fp8"},
+        {"ops": "*", "scheme": "w8a8"},
+    )
+    assert of_states(path) == ["kv_fp8", "unquantized", "kv_fp8", "kv_fp8"]
+    found = says(path, OPS)
+    assert {found[name] for name in LINEARS} == {"w8a8"}
+    assert complaints(path, OPS) == []
+
+
+def test_types_and_schemes_of_ones_own(tmp_path: Path) -> None:
+    """``types`` knows ``k`` and ``v``; a scheme can be an object, as the JSON schema says."""
+    content = {
+        "schema": 1,
+        "schemes": {"mine": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}}},
+        "rules": [
+            {"ops": "*", "types": ["k"], "scheme": "mine"},
+            {"ops": "*:v", "scheme": {"cache": {"dtype": "fp8_e4m3", "kind": "static", "granularity": "head"}}},
+        ],
+    }
+    assert follows_schema(content)
+    path = write(tmp_path / "a.json", content)
+    assert of_states(path) == ["kv_int4_dynamic_g32", "kv_fp8_head"] * 2
+    assert complaints(path, OPS) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"ops": "*:k", "scheme": "w8a8"}, "'rule 1: *:k' matches no op"),
+        ({"ops": "*", "types": ["linear"], "scheme": "kv_fp8"}, "'rule 1: *' matches no op"),
+        ({"ops": "*", "types": ["k"], "scheme": "w4a16_g32"}, "'rule 1: *' matches no op"),
+        ({"ops": "*", "scheme": "kv_nvfp4"}, "4 ops (model.layers.0.self_attn:k, ...) are quantized as 'kv_nvfp4'"),
+    ],
+)
+def test_a_rule_for_the_other_kind_matches_nothing(tmp_path: Path, rule: dict[str, Any], message: str) -> None:
+    """It is told, as any other rule that does nothing, or nothing that can be simulated."""
+    assert any(message in complaint for complaint in complaints(rules(tmp_path / "a.json", rule), OPS))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"cache": {"dtype": "int8", "kind": "static"}, "weight": {"dtype": "int8"}}, "weight are of layers"),
+        ({"cache": {"dtype": "int8", "kind": "static", "granularity": "block", "block": [1, 1]}}, "not one of tensor"),
+        ({"cache": {"dtype": "int8"}}, "kind"),
+        ({"cache": {}}, "dtype"),
+        ("kv_int9x", "is no scheme"),
+    ],
+)
+def test_bad_schemes(tmp_path: Path, scheme: object, message: str) -> None:
+    """The place is named; the JSON schema refuses the objects, too."""
+    content = {"schema": 1, "rules": [{"ops": "*", "scheme": scheme}]}
+    if isinstance(scheme, dict):
+        assert not follows_schema(content)
+    with pytest.raises(QsensError, match="entry 1, 'scheme'") as error:
+        read_config(write(tmp_path / "a.json", content))
+    assert message in str(error.value)
+
+
+def compressed(**arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - values of a file
+    """Return a ``quantization_config`` with a scheme of the cache."""
+    return {"quant_method": "compressed-tensors", "config_groups": GROUPS, "kv_cache_scheme": FP8 | arguments}
+
+
+@pytest.mark.parametrize(
+    ("content", "scheme"),
+    [
+        (compressed(), "kv_fp8"),
+        (compressed(type="int"), "kv_int8"),
+        (compressed(strategy="attn_head"), "kv_fp8_head"),
+        (compressed(type="int", symmetric=False), "kv_int8_asym"),
+        (compressed(dynamic=True), "kv_fp8_dynamic_tensor"),
+        (compressed(dynamic=True, strategy="token"), "fp8_e4m3 token"),
+        ({**compressed(), "kv_cache_scheme": None}, "unquantized"),
+        ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}, "kv_fp8"),
+        ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}}, "kv_int8"),
+        ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}, "kv_nvfp4_local"),
+        ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4_AFFINE"}}, "NVFP4_AFFINE"),
+        ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "NONE"}}, "unquantized"),
+        ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}, "unquantized"),
+        ({"quantization_config": {"quant_algo": "FP8", "kv_cache_scheme": FP8}}, "kv_fp8"),
+        (
+            {"stage": 1, "q_stage": {"q_modifiers": {"QuantizationModifier": {"kv_cache_scheme": FP8}}}},
+            "kv_fp8",
+        ),
+        (
+            {"q_stage": {"q_modifiers": {"QuantizationModifier": {"scheme": "W8A8", "kv_cache_scheme": FP8}}}},
+            "kv_fp8",
+        ),
+    ],
+)
+def test_what_other_tools_say(tmp_path: Path, content: dict[str, Any], scheme: str) -> None:
+    """All keys and values are quantized alike, whatever is said of layers."""
+    assert of_states(write(tmp_path / "a.json", content)) == [scheme] * len(KV)
+
+
+QUANTIZER = {"num_bits": [4, 3], "axis": None}
+NVFP4 = {"num_bits": [2, 1], "block_sizes": {"-1": 16, "type": "dynamic", "scale_bits": [4, 3]}}
+OFF = {"quantizer_name": "*", "enable": False}
+
+
+@pytest.mark.parametrize(
+    ("entries", "schemes"),
+    [
+        ([OFF, {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": QUANTIZER}], ["kv_fp8", "kv_fp8"]),
+        ([OFF, {"quantizer_name": "*k_bmm_quantizer", "cfg": {"num_bits": 8}}], ["kv_int8", "unquantized"]),
+        ([{"quantizer_name": "*_bmm_quantizer", "cfg": NVFP4}], ["kv_nvfp4_local"] * 2),
+        ([{"quantizer_name": "*weight_quantizer", "cfg": QUANTIZER}], ["unquantized"] * 2),
+        (
+            [
+                {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": QUANTIZER},
+                {"quantizer_name": "*v_bmm_quantizer", "enable": False},
+            ],
+            ["kv_fp8", "unquantized"],
+        ),
+        ([{"quantizer_name": "*", "cfg": QUANTIZER, "parent_class": "nn.Linear"}], ["unquantized"] * 2),
+    ],
+)
+def test_quantizers_of_modelopt(tmp_path: Path, entries: list[dict[str, Any]], schemes: list[str]) -> None:
+    """The last entry that matches ``k_bmm_quantizer`` or ``v_bmm_quantizer`` holds."""
+    assert of_states(write(tmp_path / "a.json", {"quant_cfg": entries, "algorithm": "max"})) == schemes * 2
+
+
+def test_an_unknown_algorithm_is_refused(tmp_path: Path) -> None:
+    """The message names those that there are."""
+    path = write(tmp_path / "a.json", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP7"}})
+    with pytest.raises(QsensError, match=r"'FP7' is no algorithm of ModelOpt for a cache\. Known: FP8, INT8"):
+        read_config(path)
+
+
+def test_models_without_any_are_told(tmp_path: Path) -> None:
+    """A scheme of the cache that nothing is quantized with is a rule that matches no op."""
+    path = write(tmp_path / "a.json", compressed())
+    (complaint,) = complaints(path, LLAMA)
+    assert complaint.endswith("'kv_cache_scheme' matches no op of the model. Correct it, or take it out.")
+    assert complaints(path, OPS) == []
+
+
+@st.composite
+def assignments(draw: st.DrawFn) -> dict[str, OpScheme | None]:
+    """Give layers and states schemes, all states alike or not."""
+    layer = draw(st.sampled_from([None, "w8a8_dynamic", "fp8_static_tensor", "w8a8_static_act_sym"]))
+    usual = st.sampled_from([None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_nvfp4_local"))])
+    one = draw(st.one_of(usual, cache_schemes()))
+    found = {op.name: named(layer, "test") if layer and op.type == "linear" else None for op in LLAMA}
+    for op in KV:
+        found[op.name] = one if draw(st.integers(0, 9)) else draw(usual)
+    return found
+
+
+@pytest.mark.parametrize(("target", "syntax"), [(t, s) for t, kind in TARGETS.items() for s in kind.syntaxes])
+@_SETTINGS
+@given(assignment=assignments())
+def test_what_is_written_is_read_back(
+    target: str,
+    syntax: Any,  # noqa: ANN401 - a literal
+    assignment: dict[str, OpScheme | None],
+    tmp_path: Path,
+) -> None:
+    """A file says of each layer, and of each key and value, what it was written from, or is not written."""
+    cached = [assignment[op.name] for op in KV]
+    try:
+        text = write_config(assignment, OPS, target, syntax)
+    except QsensError as error:
+        assert "cannot say" in str(error)  # noqa: PT017 - one of two ways
+        return
+    assert TARGETS[target].states or cached == [None] * len(KV)
+    if TARGETS[target].exclusions:
+        return
+    config = config_of(parse_document(text, tmp_path / "a", syntax))
+    assert {op.name: config.decide(op).scheme for op in OPS} == assignment
+
+
+def test_what_no_tool_can_say() -> None:
+    """A target that quantizes layers alone, or all caches alike, refuses the op by name and tells who can say it."""
+    one: dict[str, OpScheme | None] = dict.fromkeys([op.name for op in OPS], None) | {
+        KV[1].name: named("kv_fp8", "test")
+    }
+    with pytest.raises(
+        QsensError, match=r"self_attn:v \(v\): torchao cannot say 'kv_fp8': it quantizes layers"
+    ) as error:
+        write_config(one, OPS, "torchao")
+    assert "qsens, modelopt-quant-cfg can say all" in str(error.value)
+    with pytest.raises(QsensError, match=r"compressed-tensors cannot say .*one thing of the keys and values of all"):
+        write_config(one, OPS, "compressed-tensors")
+
+
+def all_alike(layer: str, cache: str) -> dict[str, OpScheme | None]:
+    """Quantize linear layers, keys and values."""
+    found = {op.name: named(layer, "test") if op.type == "linear" else None for op in LLAMA}
+    return found | {op.name: named(cache, "test") for op in KV}
+
+
+@pytest.mark.parametrize("cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_dynamic_tensor"])
+def test_compressed_tensors_takes_what_is_written(cache: str) -> None:
+    """It parses the file, and puts quantizers before the caches of a model's attention modules."""
+    text = json.loads(write_config(all_alike("w8a8_dynamic", cache), OPS, "compressed-tensors"))
+    config = QuantizationConfig.model_validate(text["quantization_config"])
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=64, vocab_size=64))
+    apply_quantization_config(model, config, show_progress=False)
+    for op in KV:
+        module = model.get_submodule(op.name.partition(":")[0])
+        args = module.quantization_scheme.input_activations
+        assert args.num_bits == 8
+        assert args.type == ("float" if "fp8" in cache else "int")
+        if not args.dynamic:
+            assert getattr(module, f"{op.type}_scale").numel() == (2 if cache.endswith("_head") else 1)
+
+
+def test_without_a_word_of_them_they_are_no_ops(tmp_path: Path) -> None:
+    """A config of layers has the ops, names and total that it had; one that quantizes some of them has these, too."""
+    plain = assign(ConfigRequest(str(rules(tmp_path / "a.json", {"ops": "*", "scheme": "w8a8"}))), OPS).assignment
+    assert set(plain.names) == {op.name for op in LLAMA}
+    assert plain == assign(ConfigRequest(str(tmp_path / "a.json")), LLAMA).assignment
+    path = rules(tmp_path / "b.json", {"ops": "*:k", "scheme": "kv_fp8"}, {"ops": "*", "scheme": "w8a8"})
+    some = assign(ConfigRequest(str(path)), OPS).assignment
+    assert set(some.names) - set(plain.names) == {op.name for op in KV if op.type == "k"}
+    down = assign(ConfigRequest(str(tmp_path / "a.json"), down="kv_int8"), OPS).assignment
+    assert down.added == {op.name for op in KV}
+    assert {down.schemes[op.name].name for op in KV} == {"kv_int8"}
+
+
+def test_the_command_lists_them(tmp_path: Path) -> None:
+    """``qsens config`` shows those that the file says something of, and writes them for other tools."""
+    path = rules(
+        tmp_path / "a.json",
+        {"ops": "*", "scheme": "kv_fp8"},
+        {"ops": "*", "types": "linear", "scheme": "fp8_static_tensor"},
+    )
+    given = Namespace(
+        file=path,
+        format=None,
+        model="tiny_qwen2_5_vl",
+        checkpoint=None,
+        ops_from=None,
+        strict=False,
+        to="modelopt",
+        out=tmp_path / "hf_quant_config.json",
+    )
+    _, decisions, problems = explain(given)
+    listed = [str(decision.op) for decision in decisions if decision.op.type in STATES]
+    assert listed == [f"model.language_model.layers.{i}.self_attn:{kind}" for i in range(2) for kind in STATES]
+    assert problems == []
+    written = json.loads(given.out.read_text())["quantization"]
+    assert (written["quant_algo"], written["kv_cache_quant_algo"]) == ("FP8", "FP8")
+    order = [decision.op.name for decision in decisions]
+    assert order.index(listed[0]) == 1 + order.index("model.language_model.layers.0.self_attn.o_proj")
