@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-STATES = ("k", "v")
-"""Types of ops that are no layers: keys and values of attention, see `pytest_qsens.graph.attention`."""
+STATES = ("q", "k", "v")
+"""Types of ops that are no layers: queries, keys and values of attention, see `pytest_qsens.graph.attention`."""
+
+CACHED = ("k", "v")
+"""Those of them that a cache stores."""
 
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
@@ -24,8 +27,8 @@ class Op:
     """One quantizable call site, or a group of some that are measured as one.
 
     ``name`` is the fully qualified name of the module that owns it; functional ops append their kind
-    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, ``k`` or
-    ``v`` (`STATES`), or the kind of a functional op.
+    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, one of
+    `STATES`, or the kind of a functional op.
     """
 
     name: str
@@ -88,7 +91,7 @@ class Op:
 
 
 def layers(ops: Iterable[Op]) -> tuple[Op, ...]:
-    """Return those that are no keys and values."""
+    """Return those that are layers, and not of `STATES`."""
     return tuple(op for op in ops if op.type not in STATES)
 
 

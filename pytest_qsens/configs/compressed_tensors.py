@@ -14,7 +14,7 @@ from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def read_cache(fields: ConfigFields, key: str) -> list[Rule]:
 
 def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
     """Return the rule of a scheme of all keys and values."""
-    return Rule(Pattern("any", "", types=STATES), scheme, label, where)
+    return Rule(Pattern("any", "", types=CACHED), scheme, label, where)
 
 
 def _cache(fields: ConfigFields) -> OpScheme | Unknown:

@@ -15,7 +15,7 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class QuantCfg(Config):
         return Decision(op, scheme, rule, tuple(matching))
 
     def _decide_state(self, op: Op) -> Decision:
-        """Keys and values have one quantizer, which is of no use until an entry switches it on."""
+        """Ask for the one quantizer of queries, keys or values, which does nothing until an entry switches it on."""
         module, _, kind = op.name.rpartition(":")
         name = f"{module}.{kind}_bmm_quantizer" if module else f"{kind}_bmm_quantizer"
         matching = [
@@ -84,7 +84,8 @@ class QuantCfg(Config):
             return Decision(op, None, None)
         attributes = next((entry.attributes for entry in reversed(matching) if entry.attributes), _DEFAULT)
         cached = attributes.activation
-        scheme = cached if isinstance(cached, Unknown) else OpScheme(None, cache=cached)
+        queries = op.type not in CACHED
+        scheme = cached if isinstance(cached, Unknown) else OpScheme(None, cache=cached, queries=queries)
         rules = tuple(dict.fromkeys(entry.rule for entry in reversed(matching)))
         return Decision(op, scheme if matching[-1].enable else None, rules[0], rules)
 

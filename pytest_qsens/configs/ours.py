@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_qsens.configs.documents import as_text
@@ -9,7 +10,7 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
@@ -30,6 +31,7 @@ NAME = "qsens"
 TITLE = "pytest-qsens (YAML, TOML or JSON: 'schema', 'rules')"
 SCHEMA = 1
 UNQUANTIZED = "unquantized"
+_OF_LAYERS = ("weight", "activation", "requantize_output")
 
 
 def detect(document: Document) -> bool:
@@ -77,8 +79,11 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
         if scheme is None:
             rules.append(Rule(Pattern("glob", glob, types=types or (*CLASS_OF, *STATES)), scheme, label, where))
         elif scheme.cache is not None:
-            meant = tuple(name for name in STATES if not types or name in types)
-            rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), scheme, label, where))
+            meant = tuple(name for name in CACHED if not types or name in types)
+            cached = replace(scheme, queries=False)
+            rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), cached, label, where))
+            if scheme.queries:
+                rules.append(Rule(Pattern("glob", glob, types=_only(types, "q")), scheme, label, where))
         elif is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
             types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
@@ -116,13 +121,14 @@ def _of_rule(entry: ConfigFields, schemes: dict[str, OpScheme]) -> OpScheme | No
 
 
 def _scheme(fields: ConfigFields) -> OpScheme:
-    cache = fields.inner("cache")
-    if cache is not None:
-        found = OpScheme(None, cache=_cache(cache))
-        if others := [key for key in ("weight", "activation", "requantize_output") if fields.peek(key) is not None]:
-            raise QsensError(f"{fields.where}: {' and '.join(others)} are of layers, and cache of keys and values.")
-        fields.finish()
-        return found
+    for key in ("cache", "attention"):
+        inside = fields.inner(key)
+        if inside is not None:
+            others = [name for name in ("attention", *_OF_LAYERS) if fields.peek(name) is not None]
+            if others:
+                raise QsensError(f"{fields.where}: {key} goes with nothing else, but there is {' and '.join(others)}.")
+            fields.finish()
+            return OpScheme(None, cache=_cache(inside), queries=key == "attention")
     weight = fields.inner("weight")
     activation = fields.inner("activation")
     scheme = OpScheme(
@@ -133,7 +139,8 @@ def _scheme(fields: ConfigFields) -> OpScheme:
     fields.finish()
     if scheme == OpScheme(None):
         raise QsensError(
-            f"{fields.where}: nothing is quantized. Give a weight, an activation or a cache, or write {UNQUANTIZED}."
+            f"{fields.where}: nothing is quantized. Give a weight, an activation, a cache or attention, or write "
+            f"{UNQUANTIZED}."
         )
     return scheme
 

@@ -1,4 +1,4 @@
-"""Keys and values of attention, where a cache would store them: found in the module tree, caught while a model runs.
+"""Queries, keys and values of attention, where a cache would store them: found in a model, caught while it runs.
 
 A module of transformers hands them to the library's attention interface, after rotary embeddings and before the heads
 of grouped-query attention are repeated: that is what its cache returns. A module that attends by itself hands them to
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_qsens.graph.scopes import ModuleScopes
 
 Mark = Callable[[str, str, Tensor], Tensor]
-"""Gets the op's name, ``k`` or ``v``, and the tensor; returns the tensor to use."""
+"""Gets the op's name, its type, and the tensor; returns the tensor to use."""
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PRODUCT = "scaled_dot_product_attention"
@@ -37,17 +37,22 @@ _CACHE = ("past_key_values", "past_key_value")
 """Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
 
 _library: Any = torch.library.Library("qsens", "FRAGMENT")  # type: ignore[no-untyped-call] # torch's
+_library.define("query(Tensor(a) state) -> Tensor(a)")
 _library.define("key(Tensor(a) state) -> Tensor(a)")
 _library.define("value(Tensor(a) state) -> Tensor(a)")
-for _name in ("key", "value"):
+for _name in ("query", "key", "value"):
     _library.impl(_name, torch.ops.aten.alias.default, "CompositeImplicitAutograd")
 
-MARKS: dict[str, Any] = {"k": torch.ops.qsens.key.default, "v": torch.ops.qsens.value.default}
+MARKS: dict[str, Any] = {
+    "q": torch.ops.qsens.query.default,
+    "k": torch.ops.qsens.key.default,
+    "v": torch.ops.qsens.value.default,
+}
 """Type of op → operator that marks its tensor in a graph, and gives it as it is."""
 
 
 def list_states(model: nn.Module) -> tuple[Op, ...]:
-    """Keys and values of a model's attention modules in registration order; works on the meta device.
+    """List queries, keys and values of attention modules in registration order; works on the meta device.
 
     Attention modules are told by their methods: they refer to transformers' attention interface, or to torch's
     ``scaled_dot_product_attention``. A module of transformers whose forward takes no cache, as in vision towers, has
@@ -90,7 +95,7 @@ def _names_used(cls: type[nn.Module]) -> frozenset[str]:
 
 
 class StateHooks:
-    """While entered, the wanted keys and values of a model go through ``mark``.
+    """While entered, the wanted queries, keys and values of a model go through ``mark``.
 
     Args:
         model: The model.
@@ -143,7 +148,7 @@ class StateHooks:
                 return function(module, query, key, value, *args, **kwargs)
             name = self._names.get(id(module))
             if name is not None:
-                key, value = self._marked(name, key, value)
+                query, key, value = self._marked(name, query, key, value)
             with self._attended():
                 return function(module, query, key, value, *args, **kwargs)
 
@@ -158,22 +163,21 @@ class StateHooks:
         finally:
             self._inside = False
 
-    def _product(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return (key, value) if self._inside else self._marked(self._scopes.current, key, value)
+    def _product(self, *states: Tensor) -> list[Tensor]:
+        return [*states] if self._inside else self._marked(self._scopes.current, *states)
 
-    def _marked(self, module: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _marked(self, module: str, *states: Tensor) -> list[Tensor]:
         names = [f"{module}:{kind}" for kind in STATES]
-        key, value = (
+        return [
             self._mark(name, kind, state) if name in self._states else state
-            for name, kind, state in zip(names, STATES, (key, value), strict=True)
-        )
-        return key, value
+            for name, kind, state in zip(names, STATES, states, strict=True)
+        ]
 
 
 class _Products(TorchFunctionMode):
-    """While entered, the keys and values of every ``scaled_dot_product_attention`` go through a function."""
+    """While entered, what every ``scaled_dot_product_attention`` multiplies goes through a function."""
 
-    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, change: Callable[..., list[Tensor]]) -> None:
         super().__init__()
         self._change = change
 
@@ -188,5 +192,5 @@ class _Products(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
-        given["key"], given["value"] = self._change(given["key"], given["value"])
-        return func(given.pop("query"), given.pop("key"), given.pop("value"), *args[3:], **given)
+        states = self._change(given.pop("query"), given.pop("key"), given.pop("value"))
+        return func(*states, *args[3:], **given)

@@ -63,14 +63,16 @@ class ActivationScheme:
 class OpScheme:
     """How one op is quantized; ``None`` is what is not rounded, and not all of it is.
 
-    ``output``: the output is requantized, too, with scales of its own from calibration. ``cache``: how keys or values
-    are rounded before they are stored in a cache; a scheme that has it has nothing else.
+    ``output``: the output is requantized, too, with scales of its own from calibration. ``cache``: how keys and values
+    of attention are rounded, as they are stored in a cache; ``queries``: these are rounded alike, too, so that
+    attention multiplies what is of low precision. A scheme that has it has nothing else.
     """
 
     weight: WeightScheme | None
     activation: ActivationScheme | None = None
     output: bool = False
     cache: ActivationScheme | None = None
+    queries: bool = False
 
     @property
     def name(self) -> str:
@@ -82,7 +84,7 @@ class OpScheme:
         'fp8_dynamic'
         """
         if self.cache is not None:
-            return _cache_name(self.cache)
+            return f"{_ATTENTION if self.queries else _CACHE}{_cache_name(self.cache)}"
         weight, activation = self.weight, self.activation
         parts = [_base(weight, activation)]
         named_by_base = _is_torchs(weight, activation) and self.output
@@ -112,7 +114,7 @@ def parse(name: str) -> OpScheme | None:
     >>> parse("w4a16_g128").weight
     WeightScheme(dtype='int4', granularity='group', size=(128,), symmetric=True)
     """
-    if name.startswith(_CACHE):
+    if name.startswith((_CACHE, _ATTENTION)):
         return _parse_cache(name)
     match = _NAME.fullmatch(name)
     if match is None:
@@ -228,11 +230,11 @@ def _unusual(activation: ActivationScheme) -> list[str]:
     return ["act", *found] if found else []
 
 
-_CACHE = "kv_"
+_CACHE, _ATTENTION = "kv_", "attn_"
 _CACHED = {dtype if dtype in INTEGERS else _SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
 _CACHE_NAME = re.compile(
-    rf"{_CACHE}(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})(?:_(?P<kind>dynamic|local))?"
-    rf"(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?",
+    rf"(?:{_CACHE}|{_ATTENTION})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
+    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?",
     re.ASCII,
 )
 
@@ -247,15 +249,15 @@ def usual_cache(dtype: str, kind: str) -> tuple[Granularity, tuple[int, ...]]:
 def _cache_name(cache: ActivationScheme) -> str:
     """Name how keys and values are rounded.
 
-    >>> OpScheme(None, cache=ActivationScheme("fp8_e4m3", "static", "head")).name
-    'kv_fp8_head'
+    >>> _cache_name(ActivationScheme("fp8_e4m3", "static", "head"))
+    'fp8_head'
     """
     parts = [next(short for short, dtype in _CACHED.items() if dtype == cache.dtype)]
     parts += [] if cache.kind == "static" else [cache.kind]
     if (cache.granularity, cache.size) != usual_cache(cache.dtype, cache.kind):
         parts.append(_extent(cache.granularity, cache.size))
     parts += [] if cache.symmetric else ["asym"]
-    return _CACHE + "_".join(parts)
+    return "_".join(parts)
 
 
 def _parse_cache(name: str) -> OpScheme | None:
@@ -264,5 +266,6 @@ def _parse_cache(name: str) -> OpScheme | None:
         return None
     dtype, kind = _CACHED[match["dtype"]], cast("Kind", match["kind"] or "static")
     granularity, size = _parse_extent(match["extent"]) or usual_cache(dtype, kind)
-    found = OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, match["asym"] is None))
+    cache = ActivationScheme(dtype, kind, granularity, size, match["asym"] is None)
+    found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
     return found if found.name == name else None

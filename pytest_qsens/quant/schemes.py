@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme, parse
 
@@ -67,8 +67,10 @@ class Scheme:
         return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
     def means(self, op_type: str) -> bool:
-        """Whether this is said of ops of a type at all: of layers, or of keys and values."""
-        return (self.parts.cache is not None) == (op_type in STATES)
+        """Whether this is said of ops of a type at all: of layers, of keys and values, or of these and queries."""
+        if self.parts.cache is None:
+            return op_type not in STATES
+        return op_type in (STATES if self.parts.queries else CACHED)
 
     def refusal(self, op_type: str, features: int | None = None) -> str | None:
         """Why an op of this type, with so many input features, cannot be quantized; ``None`` if it can be.
@@ -77,7 +79,8 @@ class Scheme:
         """
         weight = self.parts.weight
         if not self.means(op_type):
-            other = "layers" if self.parts.cache is not None else "keys and values of attention"
+            layers = "layers" if self.parts.queries else "layers and queries"
+            other = "queries, keys and values of attention" if self.parts.cache is None else layers
             return f"{self.name} leaves {other} as they are"
         if op_type == "embedding" and not self.rows:
             integers = weight is not None and weight.dtype == "int8"
@@ -152,10 +155,10 @@ CACHE_SCHEMES: dict[str, Scheme] = {
     name: _usual(name)
     for name in (
         *("kv_fp8", "kv_fp8_head", "kv_fp8_dynamic", "kv_int8", "kv_int8_head", "kv_int8_channel", "kv_int8_dynamic"),
-        *("kv_int4_dynamic_g32_asym", "kv_nvfp4_local"),
+        *("kv_int4_dynamic_g32_asym", "kv_nvfp4_local", "attn_fp8", "attn_fp8_head", "attn_int8_dynamic"),
     )
 }
-"""The usual ones of keys and values."""
+"""The usual ones of keys and values, and of these and queries."""
 
 
 def scheme_named(name: str, where: str) -> Scheme:

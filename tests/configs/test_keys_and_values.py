@@ -21,13 +21,14 @@ from pytest_qsens.configs.gate import ConfigRequest, assign
 from pytest_qsens.configs.read import config_of, read_config
 from pytest_qsens.configs.write import TARGETS, write_config
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES, Op
+from pytest_qsens.ops import CACHED, STATES, Op
 from pytest_qsens.quant.op_scheme import OpScheme, named
 from tests.configs.ops import LLAMA, complaints, says, write
 from tests.quant.test_cache_schemes import cache_schemes
 
-KV = tuple(Op(f"model.layers.{layer}.self_attn:{kind}", kind, elements=0) for layer in range(2) for kind in STATES)
-OPS = (*LLAMA, *KV)
+KV = tuple(Op(f"model.layers.{layer}.self_attn:{kind}", kind, elements=0) for layer in range(2) for kind in CACHED)
+QUERIES = tuple(Op(f"model.layers.{layer}.self_attn:q", "q", elements=0) for layer in range(2))
+OPS = (*LLAMA, *KV, *QUERIES)
 LINEARS = [op.name for op in LLAMA if op.type == "linear"]
 _SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -305,7 +306,7 @@ def test_the_command_lists_them(tmp_path: Path) -> None:
     )
     _, decisions, problems = explain(given)
     listed = [str(decision.op) for decision in decisions if decision.op.type in STATES]
-    assert listed == [f"model.language_model.layers.{i}.self_attn:{kind}" for i in range(2) for kind in STATES]
+    assert listed == [f"model.language_model.layers.{i}.self_attn:{kind}" for i in range(2) for kind in CACHED]
     assert problems == []
     written = json.loads(given.out.read_text())["quantization"]
     assert (written["quant_algo"], written["kv_cache_quant_algo"]) == ("FP8", "FP8")

@@ -22,10 +22,11 @@ from pytest_qsens import calibrated as calibrated_module
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.engines.delta import tolerance
-from pytest_qsens.graph.attention import list_states
+from pytest_qsens.graph import attention
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.ops import Op
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from tests.architectures import ARCHITECTURES
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 
     from pytest_qsens.results import Mode, OpResult
 
+
+def list_states(model: nn.Module, scheme: str = "kv_fp8") -> list[Op]:
+    """List what a scheme of keys and values, or of attention, quantizes."""
+    return [op for op in attention.list_states(model) if scheme_named(scheme, "scheme").means(op.type)]
+
+
 ENGINES = ("replay", "delta", "eager")
 MODES: tuple[Mode, ...] = ("isolated", "fallback")
 
@@ -45,12 +52,12 @@ MODES: tuple[Mode, ...] = ("isolated", "fallback")
 def calibrated(name: str, scheme: str, engine: str, **options: Any) -> CalibratedModel:  # noqa: ANN401 - those of `calibrate`
     """Calibrate an architecture for its keys and values."""
     spec = ARCHITECTURES[name].spec()
-    return calibrate(spec, list_states(ARCHITECTURES[name].build()), scheme, engine=engine, **options)
+    return calibrate(spec, list_states(ARCHITECTURES[name].build(), scheme), scheme, engine=engine, **options)
 
 
-def scores(model: CalibratedModel, name: str) -> list[OpResult]:
-    """Measure all keys and values in both modes."""
-    return [model.score(op, MODES) for op in list_states(ARCHITECTURES[name].build())]
+def scores(model: CalibratedModel, name: str, scheme: str = "kv_fp8") -> list[OpResult]:
+    """Measure all keys and values, or those and queries, in both modes."""
+    return [model.score(op, MODES) for op in list_states(ARCHITECTURES[name].build(), scheme)]
 
 
 def nmse(result: OpResult, mode: str) -> float:
@@ -60,11 +67,11 @@ def nmse(result: OpResult, mode: str) -> float:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llama", "bert", "whisper"])
-@pytest.mark.parametrize("scheme", ["kv_fp8", "kv_int8_channel", "kv_int4_dynamic_g8_asym"])
+@pytest.mark.parametrize("scheme", ["kv_fp8", "kv_int8_channel", "kv_int4_dynamic_g8_asym", "attn_fp8_head"])
 def test_engines_agree(name: str, scheme: str) -> None:
     """Replays have the bits of whole forwards, differences are as near as they are for layers, in both modes."""
     models = {engine: calibrated(name, scheme, engine) for engine in ENGINES}
-    found = {engine: scores(model, name) for engine, model in models.items()}
+    found = {engine: scores(model, name, scheme) for engine, model in models.items()}
     totals = {engine: model.total().isolated for engine, model in models.items()}
     assert models["delta"].engine == "delta"
     assert totals["replay"] == totals["eager"] == totals["delta"]
@@ -271,7 +278,7 @@ class Headless(Attention):
         (Headless, "kv_fp8_head", "unquantizable", "has no heads"),
         (Headless, "kv_int4_dynamic_g3", "unquantizable", "cannot be divided by 3"),
         (Deaf, "kv_fp8", "unquantizable", "attention interface"),
-        (Attention, "w8a8", "unquantizable", "w8a8 leaves keys and values of attention as they are"),
+        (Attention, "w8a8", "unquantizable", "w8a8 leaves queries, keys and values of attention"),
     ],
 )
 def test_what_cannot_be_quantized_says_why(

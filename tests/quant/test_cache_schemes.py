@@ -14,7 +14,7 @@ from torch import Tensor
 from pytest_qsens import QsensError
 from pytest_qsens.configs.simulated import simulated_as
 from pytest_qsens.graph.calls import of_state
-from pytest_qsens.ops import STATES, Op
+from pytest_qsens.ops import CACHED, Op
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import FLOATS, INTEGERS, ActivationScheme, OpScheme, named, parse
@@ -41,7 +41,8 @@ def cache_schemes(draw: st.DrawFn) -> OpScheme:
     granularity = draw(st.sampled_from(["tensor", "head", "channel", "token", "group"]))
     size = (draw(st.sampled_from([8, 16, 32, 64])),) if granularity == "group" else ()
     dtype, kind = draw(st.sampled_from([*INTEGERS, *FLOATS])), draw(st.sampled_from(["static", "dynamic", "local"]))
-    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, draw(st.booleans())))
+    cache = ActivationScheme(dtype, kind, granularity, size, draw(st.booleans()))
+    return OpScheme(None, cache=cache, queries=draw(st.booleans()))
 
 
 def rounded(seen: Tensor, x: Tensor, name: str) -> Tensor:
@@ -64,6 +65,7 @@ def test_one_name_for_each_scheme(scheme: OpScheme) -> None:
     assert parse(scheme.name) == scheme
     reasons = obstacles(scheme)
     name, reason = simulated_as(scheme, Op("a:k", "k"))
+    assert (simulated_as(scheme, Op("a:q", "q"))[0] == name) == (scheme.queries or bool(reasons))
     assert (name, reason) == ((scheme.name, "") if not reasons else (None, "; ".join(reasons)))
     for op_type in ("linear", "embedding", "conv2d"):
         assert simulated_as(scheme, Op("a", op_type))[0] is None
@@ -89,7 +91,8 @@ def test_layers_and_caches_are_apart() -> None:
     """Every usual scheme means either; the other kind of op is left as it is, and that is said."""
     for name, scheme in {**SCHEMES, **CACHE_SCHEMES}.items():
         assert scheme.name == name
-        assert {scheme.means(kind) for kind in STATES} == {name in CACHE_SCHEMES}
+        assert {scheme.means(kind) for kind in CACHED} == {name in CACHE_SCHEMES}
+        assert scheme.means("q") == name.startswith("attn_")
         assert scheme.means("linear") == scheme.means("embedding") == (name in SCHEMES)
         other = "linear" if name in CACHE_SCHEMES else "k"
         assert f"{name} leaves" in str(scheme.refusal(other))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED, STATES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -54,10 +54,13 @@ def of_all(states: Sequence[Assigned]) -> ActivationScheme | None:
     """How keys and values are quantized, in a file that says it of all attention modules at once.
 
     Raises:
-        Inexpressible: If not all of them are quantized alike.
+        Inexpressible: If not all of them are quantized alike, or queries are, too.
 
     """
-    schemes = by_scheme(states)
+    queries = [one for one in states if one.op.type not in CACHED and one.scheme is not None]
+    if queries:
+        raise Inexpressible(queries[0], "it says nothing of queries beside keys and values")
+    schemes = by_scheme(one for one in states if one.op.type in CACHED)
     if len(schemes) > 1:
         _, different = list(schemes.values())[:2]
         raise Inexpressible(different[0], "it says one thing of the keys and values of all attention modules")
