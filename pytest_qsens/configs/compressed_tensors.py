@@ -8,6 +8,7 @@ linear layers and embeddings are quantized.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_qsens.configs.documents import as_text
@@ -93,11 +94,12 @@ def read(document: Document) -> Config:
     cached = read_cache(fields, "kv_cache_scheme")
     for key in ("sparsity_config", "moe_sparsity_config", "transform_config"):
         fields.changes_numbers(key, "weights or activations are changed beside being rounded", {})
-    groups = [read_group(name, entry, place, problems) for name, entry, place in fields.table("config_groups")]
+    entries = fields.table("config_groups")
+    groups = [read_group(*entry, problems) for entry in entries]
     ignore = fields.texts_of("ignore")
     fields.finish()
     about = "quantization_config of compressed-tensors"
-    rules = (*cached, *ordered(groups, ignore, problems))
+    rules = (*attention_rules(entries), *cached, *ordered(groups, ignore, problems))
     return Config(str(document.path), NAME, about, rules, tuple(problems))
 
 
@@ -149,6 +151,31 @@ def read_group(name: str, value: object, where: str, problems: list[Problem]) ->
     scheme = read_scheme(fields)
     fields.finish()
     return targets, scheme, name
+
+
+def attention_rules(entries: Iterable[tuple[str, object, str]]) -> list[Rule]:
+    """Read which entries of ``config_groups`` mean attention modules, and quantize queries, keys and values.
+
+    They go before the scheme of the cache. A class is that of attention modules if its name says so.
+    """
+    rules = []
+    for name, value, where in entries:
+        inputs = value.get("input_activations") if isinstance(value, dict) and not value.get("weights") else None
+        if not isinstance(inputs, dict):
+            continue
+        fields = ConfigFields(value, where, [])  # what is wrong with it is told when it is read for layers
+        scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), []))
+        of_queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
+        for text, place in fields.texts_of("targets"):
+            kind: Literal["module", "module_regex", "any"] = "module"
+            if text.startswith(_REGEX):
+                kind = "module_regex"
+            elif "attention" in text.lower() and text.isidentifier():
+                kind = "any"
+            pattern = Pattern(kind, text.removeprefix(_REGEX), types=CACHED)
+            rules.append(Rule(pattern, scheme, f"{name}: {text}", place))
+            rules.append(Rule(replace(pattern, types=("q",)), of_queries, f"{name}: {text}", place))
+    return rules
 
 
 def preset(name: str, where: str) -> OpScheme | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.compressed_tensors import Group, ordered, preset, read_cache, read_group
+from pytest_qsens.configs.compressed_tensors import Group, attention_rules, ordered, preset, read_cache, read_group
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
@@ -156,14 +156,15 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
         fields.changes_numbers(key, "the observer finds scales in its own way", "minmax", "memoryless_minmax")
     targets = fields.texts_of("targets") or [("Linear", f"{fields.where}, default targets")]
     ignore = fields.texts_of("ignore")
-    groups = [read_group(*entry, fields.problems) for entry in fields.table("config_groups")]
+    entries = fields.table("config_groups")
+    groups = [read_group(*entry, fields.problems) for entry in entries]
     if groups and fields.peek("scheme") is not None:
         raise QsensError(f"{fields.where}: there are both 'scheme' and 'config_groups'. Keep one of the two.")
     groups += _schemes(fields, targets)
     fields.finish()
     if not groups and not cached:
         raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
-    return [*cached, *ordered(groups, ignore, fields.problems)]
+    return [*attention_rules(entries), *cached, *ordered(groups, ignore, fields.problems)]
 
 
 def _schemes(fields: ConfigFields, targets: list[tuple[str, str]]) -> list[Group]:

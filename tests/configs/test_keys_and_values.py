@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ def test_a_rule_for_the_other_kind_matches_nothing(tmp_path: Path, rule: dict[st
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"cache": {"dtype": "int8", "kind": "static"}, "weight": {"dtype": "int8"}}, "weight are of layers"),
+        (
+            {"cache": {"dtype": "int8", "kind": "static"}, "weight": {"dtype": "int8"}},
+            "cache goes with nothing else, but there is weight",
+        ),
         ({"cache": {"dtype": "int8", "kind": "static", "granularity": "block", "block": [1, 1]}}, "not one of tensor"),
         ({"cache": {"dtype": "int8"}}, "kind"),
         ({"cache": {}}, "dtype"),
@@ -186,6 +190,37 @@ def test_quantizers_of_modelopt(tmp_path: Path, entries: list[dict[str, Any]], s
     assert of_states(write(tmp_path / "a.json", {"quant_cfg": entries, "algorithm": "max"})) == schemes * 2
 
 
+@pytest.mark.parametrize(
+    ("target", "schemes"),
+    [
+        ("re:.*self_attn$", ["attn_fp8", "kv_fp8", "kv_fp8"] * 2),
+        ("LlamaAttention", ["attn_fp8", "kv_fp8", "kv_fp8"] * 2),
+        ("model.layers.1.self_attn", ["unquantized", "kv_int8", "kv_int8", "attn_fp8", "kv_fp8", "kv_fp8"]),
+        ("re:.*self_attn", ["unquantized", "kv_int8", "kv_int8"] * 2),  # its children, too: not the module
+    ],
+)
+def test_attention_as_a_target(tmp_path: Path, target: str, schemes: list[str]) -> None:
+    """A group without weights quantizes queries, keys and values of the modules that it means, before the cache's."""
+    group = {"targets": [target], "input_activations": FP8}
+    content = compressed(type="int") | {"config_groups": {**GROUPS, "attention": group}}
+    found = says(write(tmp_path / "a.json", content), OPS)
+    assert [found[f"model.layers.{layer}.self_attn:{kind}"] for layer in range(2) for kind in STATES] == schemes
+
+
+def test_rules_for_queries(tmp_path: Path) -> None:
+    """A scheme of attention is one of queries, and for keys and values the same as that of a cache."""
+    path = rules(
+        tmp_path / "a.json",
+        {"ops": "*.0.*", "scheme": "attn_fp8"},
+        {"ops": "*", "types": ["q", "v"], "scheme": {"attention": {"dtype": "int8", "kind": "dynamic"}}},
+    )
+    found = says(path, OPS)
+    schemes = [found[f"model.layers.{layer}.self_attn:{kind}"] for layer in range(2) for kind in STATES]
+    assert schemes == ["attn_fp8", "kv_fp8", "kv_fp8", "attn_int8_dynamic", "unquantized", "kv_int8_dynamic"]
+    assert complaints(path, OPS) == []
+    assert follows_schema(json.loads(path.read_text()))
+
+
 def test_an_unknown_algorithm_is_refused(tmp_path: Path) -> None:
     """The message names those that there are."""
     path = write(tmp_path / "a.json", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP7"}})
@@ -203,13 +238,17 @@ def test_models_without_any_are_told(tmp_path: Path) -> None:
 
 @st.composite
 def assignments(draw: st.DrawFn) -> dict[str, OpScheme | None]:
-    """Give layers and states schemes, all states alike or not."""
+    """Give layers and states schemes: all states alike or not, queries with the others of their module or not."""
     layer = draw(st.sampled_from([None, "w8a8_dynamic", "fp8_static_tensor", "w8a8_static_act_sym"]))
     usual = st.sampled_from([None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_nvfp4_local"))])
     one = draw(st.one_of(usual, cache_schemes()))
+    one = None if one is None else replace(one, queries=False)
     found = {op.name: named(layer, "test") if layer and op.type == "linear" else None for op in LLAMA}
     for op in KV:
         found[op.name] = one if draw(st.integers(0, 9)) else draw(usual)
+    for op in QUERIES:
+        queries = draw(st.sampled_from([None, None, found[op.name.replace(":q", ":k")]]))
+        found[op.name] = None if queries is None else replace(queries, queries=True)
     return found
 
 
@@ -223,13 +262,13 @@ def test_what_is_written_is_read_back(
     tmp_path: Path,
 ) -> None:
     """A file says of each layer, and of each key and value, what it was written from, or is not written."""
-    cached = [assignment[op.name] for op in KV]
+    cached = [assignment[op.name] for op in (*KV, *QUERIES)]
     try:
         text = write_config(assignment, OPS, target, syntax)
     except QsensError as error:
         assert "cannot say" in str(error)  # noqa: PT017 - one of two ways
         return
-    assert TARGETS[target].states or cached == [None] * len(KV)
+    assert TARGETS[target].states or not any(cached)
     if TARGETS[target].exclusions:
         return
     config = config_of(parse_document(text, tmp_path / "a", syntax))
@@ -250,10 +289,33 @@ def test_what_no_tool_can_say() -> None:
         write_config(one, OPS, "compressed-tensors")
 
 
+def test_compressed_tensors_takes_attention() -> None:
+    """Modules with queries are targets by name; it quantizes those, and the caches of the others by their scheme."""
+    assignment = all_alike("w8a8_dynamic", "kv_int8")
+    for op in (*KV[:2], QUERIES[0]):
+        assignment[op.name] = named("attn_fp8" if op.type == "q" else "kv_fp8", "test")
+    text = json.loads(write_config(assignment, OPS, "compressed-tensors"))
+    model = small_llama()
+    config = QuantizationConfig.model_validate(text["quantization_config"])
+    apply_quantization_config(model, config, show_progress=False)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert hasattr(first, "q_scale")
+    assert not hasattr(second, "q_scale")
+    kinds = [str(module.quantization_scheme.input_activations.type) for module in (first, second)]
+    assert [kind.rpartition(".")[2].lower() for kind in kinds] == ["float", "int"]
+
+
+def small_llama() -> transformers.LlamaForCausalLM:
+    """Build a model whose ops are `OPS`."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=64, vocab_size=64))
+
+
 def all_alike(layer: str, cache: str) -> dict[str, OpScheme | None]:
     """Quantize linear layers, keys and values."""
     found = {op.name: named(layer, "test") if op.type == "linear" else None for op in LLAMA}
-    return found | {op.name: named(cache, "test") for op in KV}
+    return found | {op.name: named(cache, "test") for op in KV} | {op.name: None for op in QUERIES}
 
 
 @pytest.mark.parametrize("cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_dynamic_tensor"])
@@ -261,9 +323,7 @@ def test_compressed_tensors_takes_what_is_written(cache: str) -> None:
     """It parses the file, and puts quantizers before the caches of a model's attention modules."""
     text = json.loads(write_config(all_alike("w8a8_dynamic", cache), OPS, "compressed-tensors"))
     config = QuantizationConfig.model_validate(text["quantization_config"])
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=64, vocab_size=64))
+    model = small_llama()
     apply_quantization_config(model, config, show_progress=False)
     for op in KV:
         module = model.get_submodule(op.name.partition(":")[0])

@@ -10,6 +10,7 @@ import transformers
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
+    QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
 )
@@ -23,10 +24,11 @@ from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.engines.delta import tolerance
 from pytest_qsens.graph import attention
+from pytest_qsens.graph.intercept import OpInterceptor
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ModelSpec
-from pytest_qsens.ops import Op
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from tests.architectures import ARCHITECTURES
@@ -34,9 +36,11 @@ from tests.graph.test_attention import Attention, Deaf
 from tests.test_artifact import artifact, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from pytest_qsens.graph.calls import Call
+    from pytest_qsens.ops import Op
     from pytest_qsens.results import Mode, OpResult
 
 
@@ -66,8 +70,16 @@ def nmse(result: OpResult, mode: str) -> float:
     return found
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llama", "bert", "whisper"])
-@pytest.mark.parametrize("scheme", ["kv_fp8", "kv_int8_channel", "kv_int4_dynamic_g8_asym", "attn_fp8_head"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("qwen2_5_vl", "kv_fp8"),
+        ("llama", "kv_int4_dynamic_g8_asym"),
+        ("bert", "kv_int8_channel"),
+        ("whisper", "attn_fp8_head"),
+        ("gemma3", "kv_nvfp4_local"),
+    ],
+)
 def test_engines_agree(name: str, scheme: str) -> None:
     """Replays have the bits of whole forwards, differences are as near as they are for layers, in both modes."""
     models = {engine: calibrated(name, scheme, engine) for engine in ENGINES}
@@ -164,26 +176,37 @@ def test_a_score_is_the_error_of_the_model_with_such_a_cache(name: str, scheme: 
         ("kv_fp8_head", "float", "attn_head"),
         ("kv_int8", "int", "tensor"),
         ("kv_int8_head", "int", "attn_head"),
+        ("attn_fp8", "float", "tensor"),
+        ("attn_fp8_head", "float", "attn_head"),
     ],
 )
 def test_the_total_is_that_of_compressed_tensors(scheme: str, kind: str, strategy: str) -> None:
-    """A model to which it applies ``kv_cache_scheme`` has the error that is measured, with the same ranges."""
-    spec, states = ARCHITECTURES["llama"].spec(), list_states(ARCHITECTURES["llama"].build())
+    """A model with its quantizers before the cache, or before attention, has the error that is measured."""
+    spec, states = ARCHITECTURES["llama"].spec(), list_states(ARCHITECTURES["llama"].build(), scheme)
     measured = calibrated("llama", scheme, "delta")
     args = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy=strategy, dynamic=False)
-    config = QuantizationConfig(config_groups={}, kv_cache_scheme=args, quantization_status=QuantizationStatus.FROZEN)
+    attention_group = QuantizationScheme(targets=["re:.*self_attn$"], input_activations=args)
+    config = QuantizationConfig(
+        config_groups={"attention": attention_group} if scheme.startswith("attn") else {},
+        kv_cache_scheme=None if scheme.startswith("attn") else args,
+        quantization_status=QuantizationStatus.FROZEN,
+    )
+    seen: dict[str, Tensor] = {}
+
+    def watch(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
+        if call.kind in STATES:
+            seen[op] = call.x.clone()
+        return run()
+
     with torch.no_grad():
         reference = spec.model(**spec.evaluation[0]).logits
-        cache = transformers.DynamicCache()
-        spec.model(**dict(spec.calibration[0]) | {"use_cache": True, "past_key_values": cache})
+        with OpInterceptor(spec.model, watch, [op.name for op in states]):
+            spec.model(**spec.calibration[0])
         apply_quantization_config(spec.model, config, show_progress=False)
         for op in states:
-            name, _, letter = op.name.partition(":")
-            layer = cache.layers[int(name.split(".")[2])]
-            seen = layer.keys if letter == "k" else layer.values
             dims = (0, 2, 3) if strategy == "attn_head" else (0, 1, 2, 3)
-            scale = getattr(spec.model.get_submodule(name), f"{letter}_scale")
-            found, _ = calculate_qparams(seen.amin(dims), seen.amax(dims), args)
+            scale = getattr(spec.model.get_submodule(op.name.partition(":")[0]), f"{op.type}_scale")
+            found, _ = calculate_qparams(seen[op.name].amin(dims), seen[op.name].amax(dims), args)
             scale.data = found.view(scale.shape)
         quantized = spec.model(**spec.evaluation[0]).logits
     score = Score(logits=False)

@@ -12,6 +12,7 @@ from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names, of_all, split
 from pytest_qsens.configs.writers.dump import Row
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
 def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
     """Make ``config_groups``, ``kv_cache_scheme`` and ``ignore``, which llm-compressor has, too."""
     assigned, states = split(assigned)
+    attention, states = _attention(states)
     cache = of_all(states)
     if cache is not None and (why := _obstacle_of_cache(cache)) is not None:
         raise Inexpressible(states[0], why)
@@ -53,11 +55,33 @@ def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
             _check(ops, scheme)
     named += [(default, [CLASS_OF["linear"]])] if default is not None else []
     ignored = [one for one in assigned if one.scheme is None and one.op.type in QUANTIZED]
-    config_groups = {
-        f"group_{number}": {"targets": targets, **_scheme(scheme)} for number, (scheme, targets) in enumerate(named)
-    }
+    listed = [{"targets": targets, **_scheme(scheme)} for scheme, targets in named]
+    listed += [{"targets": modules, "input_activations": Row(_arguments(part))} for part, modules in attention.items()]
+    config_groups = {f"group_{number}": group for number, group in enumerate(listed)}
     cached = {} if cache is None else {"kv_cache_scheme": Row(_arguments(cache))}
     return {"config_groups": config_groups, **cached, "ignore": names(ignored)}
+
+
+def _attention(states: Sequence[Assigned]) -> tuple[dict[ActivationScheme, list[str]], list[Assigned]]:
+    """Find the attention modules whose queries are quantized, and as these their keys and values; and all others'."""
+    modules: dict[str, list[Assigned]] = {}
+    for one in states:
+        modules.setdefault(one.op.name.rpartition(":")[0], []).append(one)
+    found: dict[ActivationScheme, list[str]] = {}
+    others: list[Assigned] = []
+    for module, members in modules.items():
+        queries = next((one for one in members if one.op.type not in CACHED and one.scheme is not None), None)
+        if queries is None:
+            others += members
+            continue
+        caches = {None if one.scheme is None else one.scheme.cache for one in members}
+        part = caches.pop()
+        if caches or part is None or len(members) < len(STATES):
+            raise Inexpressible(queries, "it quantizes queries, keys and values of a module alike, or no queries")
+        if (why := _obstacle_of_cache(part)) is not None:
+            raise Inexpressible(queries, why)
+        found.setdefault(part, []).append(module)
+    return found, others
 
 
 def _check(ops: Sequence[Assigned], scheme: OpScheme) -> None:
