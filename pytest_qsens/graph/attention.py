@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ Mark = Callable[[str, str, Tensor], Tensor]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PRODUCT = "scaled_dot_product_attention"
+_EAGER = "eager_attention_forward"
+"""Name of the function with which modules of transformers attend if no other is chosen."""
+
 _CACHE = ("past_key_values", "past_key_value")
 """Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
 
@@ -108,7 +110,10 @@ class StateHooks:
     def __init__(self, model: nn.Module, states: Collection[str], scopes: ModuleScopes, mark: Mark) -> None:
         self._states = frozenset(states)
         owners = {name.rpartition(":")[0] for name in self._states}
-        self._names = {id(module): name for name, module in model.named_modules() if name in owners}
+        wanted = {name: module for name, module in model.named_modules() if name in owners}
+        self._names = {id(module): name for name, module in wanted.items()}
+        scopes_of_forwards = (inspect.unwrap(type(module).forward).__globals__ for module in wanted.values())
+        self._scopes_of_forwards = list({id(scope): scope for scope in scopes_of_forwards}.values())
         self._scopes = scopes
         self._mark = mark
         self._inside = False
@@ -119,13 +124,15 @@ class StateHooks:
             return self
         modeling = sys.modules.get("transformers.modeling_utils")
         if modeling is not None:
-            interface = modeling.AttentionInterface
-            # the former since transformers 5.1; earlier, and where a module asks for a function by name, the latter
+            # the former since transformers 5.1; earlier a module asks for a function by name, or takes its own
             for method in ("get_interface", "__getitem__"):
-                if hasattr(interface, method):
+                if (find := getattr(modeling.AttentionInterface, method, None)) is not None:
                     self._entered.enter_context(
-                        patch.object(interface, method, self._giving(getattr(interface, method)))
+                        _with_attribute(modeling.AttentionInterface, method, self._giving(find))
                     )
+        for scope in self._scopes_of_forwards:
+            if _EAGER in scope:
+                self._entered.enter_context(_with_entry(scope, _EAGER, self._attending(scope[_EAGER])))
         self._entered.enter_context(_Products(self._product))
         return self
 
@@ -172,6 +179,31 @@ class StateHooks:
             self._mark(name, kind, state) if name in self._states else state
             for name, kind, state in zip(names, STATES, states, strict=True)
         ]
+
+
+@contextmanager
+def _with_attribute(cls: type, name: str, value: object) -> Iterator[None]:
+    """Give a class another attribute for a while; one that it inherits is inherited again."""
+    own = vars(cls).get(name)
+    setattr(cls, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, own)
+
+
+@contextmanager
+def _with_entry(scope: dict[str, Any], name: str, value: object) -> Iterator[None]:
+    """Give a module's scope another value for a while."""
+    own = scope[name]
+    scope[name] = value
+    try:
+        yield
+    finally:
+        scope[name] = own
 
 
 class _Products(TorchFunctionMode):

@@ -179,3 +179,20 @@ def test_those_that_cannot_be_caught_say_so() -> None:
     assert graph.out_of_reach == interceptor.out_of_reach()
     assert set(graph.out_of_reach) == set(states)
     assert "attention interface" in graph.out_of_reach[":k"]
+
+
+def test_nothing_is_left_behind() -> None:
+    """Afterwards, also of a run that fails, transformers has its own functions again."""
+    interface = transformers.AttentionInterface
+    modeling = transformers.models.llama.modeling_llama
+    before = {**vars(interface)}, modeling.eager_attention_forward, interface.__getitem__
+    model = ARCHITECTURES["llama"].build()
+
+    def fails(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
+        if call.kind in MARKS:
+            raise ValueError(op)
+        return run()
+
+    with pytest.raises(ValueError, match=r"layers.0.self_attn:q"), OpInterceptor(model, fails, states_of("llama")):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+    assert ({**vars(interface)}, modeling.eager_attention_forward, interface.__getitem__) == before
