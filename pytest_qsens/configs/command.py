@@ -47,12 +47,11 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
         problems = list(config.problems)
     else:
         decisions, problems = decide(config, _ops(given))
-        decisions = told(decisions)
     if given.strict and problems:
         raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
     if given.to is not None:
         _convert(config, decisions, given.to, given.out)
-    return config, decisions, problems
+    return config, told(decisions), problems
 
 
 def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:

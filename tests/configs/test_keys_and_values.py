@@ -347,6 +347,19 @@ def test_without_a_word_of_them_they_are_no_ops(tmp_path: Path) -> None:
     assert {down.schemes[op.name].name for op in KV} == {"kv_int8"}
 
 
+def test_what_is_left_alone_stays_so_in_another_format(tmp_path: Path) -> None:
+    """A key that no rule means is no op to be shown, and is not quantized by what is written either."""
+    path = rules(
+        tmp_path / "a.json", {"ops": "*.0.self_attn:k", "scheme": "unquantized"}, {"ops": "*", "scheme": "kv_fp8"}
+    )
+    arguments = {"format": None, "model": "tiny_qwen2_5_vl", "checkpoint": None, "ops_from": None, "strict": False}
+    given = Namespace(file=path, to="qsens", out=tmp_path / "b.yaml", **arguments)
+    _, decisions, _ = explain(given)
+    assert len([decision for decision in decisions if decision.op.type in STATES]) == 3
+    _, again, _ = explain(Namespace(**vars(given) | {"file": given.out, "out": None, "to": None}))
+    assert {str(one.op): one.scheme for one in again} == {str(one.op): one.scheme for one in decisions}
+
+
 def test_the_command_lists_them(tmp_path: Path) -> None:
     """``qsens config`` shows those that the file says something of, and writes them for other tools."""
     path = rules(

@@ -53,9 +53,8 @@ FULL: dict[str, Any] = {
     },
     "rules": [
         {"ops": "x", "scheme": "a"},
-        {"ops": ["y", "z"], "types": ["linear", "embedding"], "scheme": "unquantized"},
+        {"ops": ["y", "z"], "types": ["linear", "embedding", "k"], "scheme": "unquantized"},
         {"ops": "*", "types": "linear", "scheme": {"requantize_output": True}},
-        {"ops": "*", "types": ["k", "v"], "scheme": "d"},
     ],
 }
 
