@@ -23,7 +23,7 @@ from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import STATES, TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
@@ -503,6 +503,7 @@ class _Setup:
         self._model = model
         self._spec = spec
         self._ops = ops
+        self._states = [op.name for op in ops if op.type in STATES]
         self._expected = expected
         self._batches = [placed(batch, device) for batch in spec.evaluation]
         self._calibrating = [placed(batch, device) for batch in spec.calibration]
@@ -516,7 +517,7 @@ class _Setup:
             self._spec,
             self._batches,
             self._calibrating,
-            Calibration(self._assignment.schemes, ranges=self._engine not in KERNEL_ENGINES),
+            Calibration(self._assignment.schemes, ranges=self._engine not in KERNEL_ENGINES, states=self._states),
             self._share if self.captures else None,
         )
 
@@ -594,7 +595,8 @@ class _Setup:
             )
         with profile.phase("capture"):
             batches, output = self._batches, self._spec.output
-            return EagerEngine(self._model, batches, output, simulator, quantizable, self._assignment.added)
+            added = self._assignment.added
+            return EagerEngine(self._model, batches, output, simulator, quantizable, added, self._states)
 
     def _replaying(
         self,

@@ -24,7 +24,7 @@ from pytest_qsens.shards import predicted_costs, split
 from pytest_qsens.workers import SNAPSHOTS, cores, fitting, place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from types import ModuleType
 
     import pluggy
@@ -111,12 +111,46 @@ class UnusableTest(pytest.Collector.CollectError):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model as collection knows it."""
+    """A model as collection knows it, to be quantized in one way.
+
+    Attributes:
+        source: Where it comes from.
+        ops: Its layers; its keys and values, where something is said of these; where only of these, they alone.
+        assigned: How each op is quantized.
+
+    """
 
     source: ModelSource
     ops: tuple[Op, ...]
+    assigned: Assigned
     _units: dict[tuple[str, tuple[Fused, ...]], tuple[Op, ...]] = field(default_factory=dict)
-    _assigned: dict[str | ConfigRequest, Assigned] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: ModelSource, ops: Sequence[Op], spec: RunSpec) -> Model:
+        """Tell how the ops of a model are quantized; a config is read once.
+
+        Args:
+            source: The model.
+            ops: Of its manifest.
+            spec: With the scheme or the config.
+
+        Raises:
+            QsensError: If the config cannot be used, or the scheme is of keys and values and the model has none.
+
+        """
+        if spec.config is not None:
+            from pytest_qsens.configs.gate import assign
+
+            assigned = assign(spec.config, ops)
+            return cls(source, tuple(op for op in ops if op.name in assigned.assignment.names), assigned)
+        scheme = scheme_named(spec.scheme, "scheme")
+        meant = tuple(op for op in ops if scheme.means(op.type))
+        if not meant:
+            raise QsensError(
+                f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
+                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
+            )
+        return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
 
     def units(self, options: Options) -> tuple[Op, ...]:
         """List what is measured as one: the ops, or groups of them.
@@ -130,26 +164,9 @@ class Model:
             self._units[key] = grouped(self.ops, *key)
         return self._units[key]
 
-    def assigned(self, spec: RunSpec) -> Assigned:
-        """Tell how each op is quantized; a config is read once.
-
-        Raises:
-            QsensError: If the config cannot be used.
-
-        """
-        key = spec.config or spec.scheme
-        if key not in self._assigned:
-            if spec.config is None:
-                self._assigned[key] = Assigned(Assignment.uniform(scheme_named(spec.scheme, "scheme"), self.ops))
-            else:
-                from pytest_qsens.configs.gate import assign
-
-                self._assigned[key] = assign(spec.config, self.ops)
-        return self._assigned[key]
-
     def measurable(self, options: Options) -> tuple[Op, ...]:
         """List what is measured as one, but for what a config leaves unquantized."""
-        assignment = self.assigned(options.run_spec).assignment
+        assignment = self.assigned.assignment
         return tuple(unit for unit in self.units(options) if assignment.measures(unit))
 
     @property
@@ -159,9 +176,9 @@ class Model:
 
     @property
     def config_hashes(self) -> dict[str, str]:
-        """Name of every config that was read → hash of the file."""
-        found = [assigned.about for assigned in self._assigned.values()]
-        return {Path(about["path"]).name: about["sha256"] for about in found if about is not None}
+        """Name of the config that was read, if one was → hash of the file."""
+        about = self.assigned.about
+        return {} if about is None else {Path(about["path"]).name: about["sha256"]}
 
     @cached_property
     def evaluation(self) -> str | None:
@@ -184,7 +201,8 @@ class Catalogue:
         self._thorough = thorough
         self._updating = updating
         self._apart = apart
-        self._models: dict[ModelRequest, Model] = {}
+        self._listed: dict[ModelRequest, tuple[ModelSource, tuple[Op, ...]]] = {}
+        self._models: dict[tuple[ModelRequest, str | ConfigRequest], Model] = {}
         self._snapshots: dict[tuple[Path, str, str], Snapshot] = {}
         self._measured: dict[Path, RunSpec] = {}
         self._configs: dict[tuple[str, str], ConfigRequest | None] = {}
@@ -197,8 +215,8 @@ class Catalogue:
 
         """
         check_engine(options.engine, options.label, options.device)
-        model = self._models.get(options.request) or self._look_up(options)
-        check_added(options.run_spec.engine, model.assigned(options.run_spec).assignment.added)
+        model = self._look_up(options)
+        check_added(options.run_spec.engine, model.assigned.assignment.added)
         for unit in select(model, options):
             check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)
@@ -220,12 +238,12 @@ class Catalogue:
 
     @property
     def models(self) -> Iterable[Model]:
-        """Every model that was looked up."""
+        """Every model that was looked up, for each way in which it is quantized."""
         return self._models.values()
 
-    def known(self, request: ModelRequest) -> Model:
+    def known(self, spec: RunSpec) -> Model:
         """Model that was looked up for a test before."""
-        return self._models[request]
+        return self._models[spec.request, spec.config or spec.scheme]
 
     def snapshot(self, options: Options, model: Model) -> Snapshot:
         """Snapshot that the tests of these options are compared with, as it was when first asked for."""
@@ -255,11 +273,16 @@ class Catalogue:
         from pytest_qsens.manifest import load_manifest
         from pytest_qsens.models.resolve import resolve
 
-        source = resolve(options.request)
-        if self._thorough:
-            source.check()
-        model = self._models[options.request] = Model(source, load_manifest(source, options.cache_dir()))
-        return model
+        request, spec = options.request, options.run_spec
+        key = request, spec.config or spec.scheme
+        if key not in self._models:
+            if request not in self._listed:
+                source = resolve(request)
+                if self._thorough:
+                    source.check()
+                self._listed[request] = source, load_manifest(source, options.cache_dir())
+            self._models[key] = Model.of(*self._listed[request], spec)
+        return self._models[key]
 
 
 def _differences(one: RunSpec, other: RunSpec) -> str:
@@ -494,11 +517,11 @@ def plan(session: pytest.Session) -> Payload | None:
             continue
         spec = cast("RunSpec", item.callspec.params[SPEC])
         op = cast("Op | None", item.callspec.params.get("qsens_op"))
-        model = catalogue(config).known(spec.request)
+        model = catalogue(config).known(spec)
         wanted = config.stash.setdefault(_WANTED, {}).setdefault((model.label, spec.scheme), Wanted())
         wanted.model = wanted.model or "qsens_model" in names
         if op is not None and "qsens_score" in names:
-            modes = model.assigned(spec).assignment.modes_of(op, _modes(item))
+            modes = model.assigned.assignment.modes_of(op, _modes(item))
             wanted.parts.setdefault(op, set()).update(modes)
         if "qsens_total" in names:
             wanted.parts.setdefault(Op(TOTAL, TOTAL), set()).add("total")
@@ -534,7 +557,7 @@ def _config_facts(model: Model, options: Options) -> Payload | None:
     ``about`` itself; ``schemes``, of ops or groups and of `TOTAL`; ``unquantized``, of these; ``unsimulated``, ops that
     are quantized in a way that cannot be simulated; ``problems``, what is wrong.
     """
-    found = model.assigned(options.run_spec)
+    found = model.assigned
     if found.about is None:
         return None
     units = model.units(options)
@@ -739,7 +762,7 @@ def _case(item: pytest.Item) -> Case | None:
     if not isinstance(op, Op) and "qsens_total" not in item.fixturenames:
         return None
     options = item.config.stash[_PLANNED][_definition(item)]
-    model = catalogue(item.config).known(options.request)
+    model = catalogue(item.config).known(options.run_spec)
     name, members = (op.name, op.member_names) if isinstance(op, Op) else (TOTAL, ())
     return Case(model.label, options.label, name, options.granularity, members)
 

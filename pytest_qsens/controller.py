@@ -769,7 +769,7 @@ class Controller:
         self.written[path] = ""
 
     def _model(self, options: Options) -> Model:
-        return catalogue(self.config).known(options.request)
+        return catalogue(self.config).known(options.run_spec)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Tell what was found."""

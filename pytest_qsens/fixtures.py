@@ -72,7 +72,7 @@ def qsens_spec(request: pytest.FixtureRequest) -> RunSpec:
 def qsens_model(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> CalibratedModel:
     """Calibrated model that all ops share (`pytest_qsens.calibrated.CalibratedModel`)."""
     # The session-scoped request knows no test, and the catalogue has every model that was collected.
-    return bench(request.config).calibrated(_qsens_spec, catalogue(request.config).known(_qsens_spec.request))
+    return bench(request.config).calibrated(_qsens_spec, catalogue(request.config).known(_qsens_spec))
 
 
 @pytest.fixture

@@ -15,15 +15,16 @@ from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.result_cache import digest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pytest_qsens.models.source import ModelSource
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
-    """Return the ops of a model in registration order.
+    """Return the ops of a model in registration order: layers, and after those of each attention its keys and values.
 
     They are read from ``cache_dir`` if they were listed before, for the same model and the same versions of torch,
     transformers and this package; then torch is not imported. Without ``cache_dir``, or if the model cannot tell what
@@ -54,9 +55,11 @@ def _key(fingerprint: str) -> str:
 
 
 def _list(source: ModelSource) -> tuple[Op, ...]:
+    from pytest_qsens.graph.attention import list_states
     from pytest_qsens.graph.modules import list_ops
 
-    ops = list_ops(source.skeleton())
+    model = source.skeleton()
+    ops = list_ops(model)
     if not ops:
         raise QsensError(
             f"{source.label} has no op that could be quantized: no linear, convolution or embedding module."
@@ -65,7 +68,17 @@ def _list(source: ModelSource) -> tuple[Op, ...]:
         raise QsensError(
             f"{source.label} has a module called {TOTAL!r}, a name reserved for the whole model. Rename the module."
         )
-    return ops
+    return _in_order(ops, list_states(model))
+
+
+def _in_order(layers: Sequence[Op], states: Sequence[Op]) -> tuple[Op, ...]:
+    """Put keys and values after the last layer of their module, which computes them."""
+    after: dict[int, list[Op]] = {}
+    for state in states:
+        module = state.name.rpartition(":")[0]
+        places = [place for place, op in enumerate(layers) if not module or op.name.startswith(f"{module}.")]
+        after.setdefault(max(places, default=len(layers) - 1), []).append(state)
+    return tuple(op for place, layer in enumerate(layers) for op in (layer, *after.get(place, ())))
 
 
 def _read(path: Path) -> tuple[Op, ...] | None:

@@ -112,7 +112,7 @@ class Bench:
 
         Of an op that is added to a config, the score of mode ``fallback`` is that of mode ``added``.
         """
-        assignment = model.assigned(spec).assignment
+        assignment = model.assigned.assignment
         found = [self._part(spec, model, op, mode) for mode in assignment.modes_of(op, modes)]
         spent = [part.spent for part in found if part.spent is not None]
         result = joined([part.result for part in found])
@@ -125,7 +125,7 @@ class Bench:
         found = self._part(spec, model, Op(TOTAL, TOTAL), "total")
         if spec.config is None:
             return found
-        return replace(found, result=replace(found.result, scheme=model.assigned(spec).assignment.name))
+        return replace(found, result=replace(found.result, scheme=model.assigned.assignment.name))
 
     def _part(self, spec: RunSpec, model: Model, op: Op, part: Part) -> Measured:
         scores = self._known(spec, model)
@@ -223,7 +223,7 @@ class Bench:
         scores, calibrated = self._known(spec, model), self.calibrated(spec, model)
         wanted = expected(self._config, model.label, spec.scheme).parts
         others = (op for op in dict.fromkeys((*model.ops, *wanted)) if op.name != TOTAL)
-        assignment = model.assigned(spec).assignment
+        assignment = model.assigned.assignment
         for op in calibrated.measured_with(measured, mode, others):
             (its_mode,) = assignment.modes_of(op, ["isolated" if mode == "isolated" else "fallback"])
             if scores.get(op, its_mode) is None:
@@ -351,7 +351,7 @@ def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> Re
     facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
     if spec.interactions:  # scores that are kept without sketches are not all that is asked for
         facts["interactions"] = True
-    found = model.assigned(spec).assignment
+    found = model.assigned.assignment
     return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, found.own, found.base)
 
 
@@ -363,7 +363,7 @@ def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) 
     cache_dir = options.cache_dir()
     if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
         return None
-    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned(spec).assignment.own).joint}
+    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned.assignment.own).joint}
     return Artifact.of(cache_dir, model.label, facts)
 
 
@@ -426,7 +426,7 @@ def _calibrate(
     return calibrate(
         model.source.load(),
         model.ops,
-        model.assigned(spec).assignment,
+        model.assigned.assignment,
         engine=spec.engine,
         device=spec.device,
         divergence=spec.divergence,

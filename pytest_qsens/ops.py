@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+STATES = ("q", "k", "v")
+"""Types of ops that are no layers: queries, keys and values of attention, see `pytest_qsens.graph.attention`."""
+
+CACHED = ("k", "v")
+"""Those of them that a cache stores."""
 
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
@@ -18,8 +27,8 @@ class Op:
     """One quantizable call site, or a group of some that are measured as one.
 
     ``name`` is the fully qualified name of the module that owns it; functional ops append their kind
-    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding`` or the
-    kind of a functional op.
+    (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, one of
+    `STATES`, or the kind of a functional op.
     """
 
     name: str
@@ -79,6 +88,11 @@ class Op:
 
     def __str__(self) -> str:
         return self.name
+
+
+def layers(ops: Iterable[Op]) -> tuple[Op, ...]:
+    """Return those that are layers, and not of `STATES`."""
+    return tuple(op for op in ops if op.type not in STATES)
 
 
 def numbered_block(name: str) -> str | None:

@@ -93,7 +93,10 @@ def prepare(
             with profile.phase("capture"), unchanged_state(model):
                 # strict: it asks for a reference too many, which ends their checks
                 pairs = zip(batches, references, strict=True)
-                captured = [captured_run(model, batch, spec.output, reference, memory) for batch, reference in pairs]
+                captured = [
+                    captured_run(model, batch, spec.output, reference, memory, calibration.states)
+                    for batch, reference in pairs
+                ]
         except CaptureRefused as refused:
             refusal = f"capture refused: {refused}"
     if captured is None:
@@ -219,7 +222,7 @@ def observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calibr
         calibration.observe(op, call, output)
         return output
 
-    with unchanged_state(model), OpInterceptor(model, handler):
+    with unchanged_state(model), OpInterceptor(model, handler, calibration.states):
         _run(model, batch, spec, f"calibration batch {number}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.decisions import decide
+from pytest_qsens.configs.decisions import decide, told
 from pytest_qsens.configs.read import read_config
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.write import check_out, write_config
@@ -14,7 +14,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.ops import Op
+from pytest_qsens.ops import STATES, Op
 from pytest_qsens.quant.op_scheme import Unknown
 from pytest_qsens.results import load
 
@@ -51,7 +51,7 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
         raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
     if given.to is not None:
         _convert(config, decisions, given.to, given.out)
-    return config, decisions, problems
+    return config, told(decisions), problems
 
 
 def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:
@@ -82,7 +82,7 @@ def _ops(given: Namespace) -> Sequence[Op]:
                 "of ops. Give --model, or a result of single ops."
             )
         # products of two activations and recurrent layers are quantized by no format
-        ops = [Op(op.op, op.type) for op in result.ops if op.type in CLASS_OF]
+        ops = [Op(op.op, op.type) for op in result.ops if op.type in (*CLASS_OF, *STATES)]
         if not ops:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."

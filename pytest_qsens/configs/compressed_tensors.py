@@ -8,12 +8,14 @@ linear layers and embeddings are quantized.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import CACHED
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 
 if TYPE_CHECKING:
@@ -89,19 +91,49 @@ def read(document: Document) -> Config:
         where = f"{where}, '{key}'"
     fields = ConfigFields(inside, where, problems)
     fields.skip("quant_method", "format", "quantization_status", "global_compression_ratio", "version", "producer")
-    note_kv_cache(fields, "kv_cache_scheme")
+    cached = read_cache(fields, "kv_cache_scheme")
     for key in ("sparsity_config", "moe_sparsity_config", "transform_config"):
         fields.changes_numbers(key, "weights or activations are changed beside being rounded", {})
-    groups = [read_group(name, entry, place, problems) for name, entry, place in fields.table("config_groups")]
+    entries = fields.table("config_groups")
+    groups = [read_group(*entry, problems) for entry in entries]
     ignore = fields.texts_of("ignore")
     fields.finish()
     about = "quantization_config of compressed-tensors"
-    return Config(str(document.path), NAME, about, tuple(ordered(groups, ignore, problems)), tuple(problems))
+    rules = (*attention_rules(entries), *cached, *ordered(groups, ignore, problems))
+    return Config(str(document.path), NAME, about, rules, tuple(problems))
 
 
-def note_kv_cache(fields: ConfigFields, key: str) -> None:
-    """Note that keys and values are quantized, which no scheme here does."""
-    fields.changes_numbers(key, "keys and values of attention are quantized, which is not measured", "NONE", "none")
+def read_cache(fields: ConfigFields, key: str) -> list[Rule]:
+    """Read how keys and values of all attention modules are quantized; no rule if they are not."""
+    if fields.peek(key) in (None, "NONE", "none"):
+        fields.take(key)
+        return []
+    inside = fields.inner(key)
+    return [] if inside is None else [cache_rule(_cache(inside), key, inside.where)]
+
+
+def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
+    """Return the rule of a scheme of all keys and values."""
+    return Rule(Pattern("any", "", types=CACHED), scheme, label, where)
+
+
+def _cache(fields: ConfigFields) -> OpScheme | Unknown:
+    dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    fields.changes_numbers("actorder", "keys and values have none", False)
+    fields.finish()
+    if strategy == "tensor_group" and dtype != "nvfp4":
+        return Unknown(f"{dtype} tensor_group", f"keys and values are {dtype} with scales of groups and of the tensor")
+    if strategy == "token":
+        return Unknown(f"{dtype} token", "keys and values have a scale for each head of each sample, not of each token")
+    granularity: Granularity = "tensor"
+    if strategy in ("group", "tensor_group"):
+        granularity = "group"
+    elif strategy == "attn_head":
+        granularity = "head"
+    elif strategy != "tensor":
+        raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
+    kind: Literal["static", "dynamic", "local"] = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric))
 
 
 Group = tuple[list[tuple[str, str]], "OpScheme | Unknown | None", str]
@@ -119,6 +151,31 @@ def read_group(name: str, value: object, where: str, problems: list[Problem]) ->
     scheme = read_scheme(fields)
     fields.finish()
     return targets, scheme, name
+
+
+def attention_rules(entries: Iterable[tuple[str, object, str]]) -> list[Rule]:
+    """Read which entries of ``config_groups`` mean attention modules, and quantize queries, keys and values.
+
+    They go before the scheme of the cache. A class is that of attention modules if its name says so.
+    """
+    rules = []
+    for name, value, where in entries:
+        inputs = value.get("input_activations") if isinstance(value, dict) and not value.get("weights") else None
+        if not isinstance(inputs, dict):
+            continue
+        fields = ConfigFields(value, where, [])  # what is wrong with it is told when it is read for layers
+        scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), []))
+        of_queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
+        for text, place in fields.texts_of("targets"):
+            kind: Literal["module", "module_regex", "any"] = "module"
+            if text.startswith(_REGEX):
+                kind = "module_regex"
+            elif "attention" in text.lower() and text.isidentifier():
+                kind = "any"
+            pattern = Pattern(kind, text.removeprefix(_REGEX), types=CACHED)
+            rules.append(Rule(pattern, scheme, f"{name}: {text}", place))
+            rules.append(Rule(replace(pattern, types=("q",)), of_queries, f"{name}: {text}", place))
+    return rules
 
 
 def preset(name: str, where: str) -> OpScheme | None:

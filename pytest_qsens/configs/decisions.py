@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.rules import Problem
 from pytest_qsens.configs.simulated import simulated_as
 from pytest_qsens.op_names import match
+from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pytest_qsens.configs.rules import Config, Decision, Rule
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.op_scheme import OpScheme, Unknown
+    from pytest_qsens.quant.schemes import Scheme
 
 
 def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Problem]]:
@@ -32,6 +34,23 @@ def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Prob
     decisions = [config.decide(op) for op in ops]
     problems = [*config.problems, *_unmatched(config, decisions, ops), *_rivals(decisions), *_unsimulated(decisions)]
     return decisions, problems
+
+
+def told(decisions: Iterable[Decision], down: Scheme | None = None) -> list[Decision]:
+    """Leave out keys and values that a config says nothing of: without it they are no ops of the model.
+
+    Args:
+        decisions: Of a config.
+        down: Scheme of what it leaves unquantized.
+
+    """
+    return [
+        decision
+        for decision in decisions
+        if decision.op.type not in STATES
+        or decision.scheme is not None
+        or (down is not None and down.means(decision.op.type))
+    ]
 
 
 def scheme_name(scheme: OpScheme | Unknown | None) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.decisions import decide, scheme_name
+from pytest_qsens.configs.decisions import decide, scheme_name, told
 from pytest_qsens.configs.read import read_config
-from pytest_qsens.configs.simulated import simulated_as
+from pytest_qsens.configs.simulated import simulating
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES
 from pytest_qsens.quant.assignment import Assigned, Assignment
@@ -80,11 +80,11 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
     about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     about |= {} if request.down is None else {"down": request.down}
     decisions, problems = decide(config, ops)
-    told = tuple(map(str, problems))
-    if told and request.strict:
-        number = "something is" if len(told) == 1 else f"{len(told)} things are"
+    wrong = tuple(map(str, problems))
+    if wrong and request.strict:
+        number = "something is" if len(wrong) == 1 else f"{len(wrong)} things are"
         raise QsensError(
-            "\n  ".join([f"{number} wrong with the config {path}:", *told])
+            "\n  ".join([f"{number} wrong with the config {path}:", *wrong])
             + "\nCorrect the file, or measure it as far as that goes: --qsens-config-problems warn"
         )
     assignment = _assignment(decisions, request.down)
@@ -95,15 +95,16 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
             f"{path} quantizes none of the {len(ops)} ops of the model{why}, so there is nothing to measure. "
             "`qsens config FILE --model MODEL` tells what it says"
         )
-    return Assigned(assignment, about, told)
+    return Assigned(assignment, about, wrong)
 
 
 def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
-    names = {decision.op.name: scheme_name(decision.scheme) for decision in decisions}
+    lower = None if down is None else scheme_named(down, "scheme")
+    listed = told(decisions, lower)
+    names = {decision.op.name: scheme_name(decision.scheme) for decision in listed}
     schemes, left_out = {}, dict[str, tuple["Status", str]]()
     added = set()
-    lower = None if down is None else scheme_named(down, "scheme")
-    for decision in decisions:
+    for decision in listed:
         op = decision.op
         if decision.scheme is None:
             left_out[op.name] = "unquantized", UNQUANTIZED
@@ -111,9 +112,9 @@ def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:
                 schemes[op.name] = lower
                 added.add(op.name)
             continue
-        simulated, obstacle = simulated_as(decision.scheme, op)
+        simulated, obstacle = simulating(decision.scheme, op)
         if simulated is None:
             left_out[op.name] = "unquantizable", f"{names[op.name]} cannot be simulated: {obstacle}"
         else:
-            schemes[op.name] = scheme_named(simulated, "scheme")
+            schemes[op.name] = simulated
     return Assignment("the config", schemes, names, left_out, frozenset(added))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.compressed_tensors import Group, note_kv_cache, ordered, preset, read_group
+from pytest_qsens.configs.compressed_tensors import Group, attention_rules, ordered, preset, read_cache, read_group
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
@@ -151,19 +151,20 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
         fields.problems.append(Problem(fields.where, f"{_ROUNDING[name]}, which is not simulated"))
         fields.skip(*_OF_ROUNDING)
     fields.skip(*_NO_EFFECT)
-    note_kv_cache(fields, "kv_cache_scheme")
+    cached = read_cache(fields, "kv_cache_scheme")
     for key in _OBSERVERS:
         fields.changes_numbers(key, "the observer finds scales in its own way", "minmax", "memoryless_minmax")
     targets = fields.texts_of("targets") or [("Linear", f"{fields.where}, default targets")]
     ignore = fields.texts_of("ignore")
-    groups = [read_group(*entry, fields.problems) for entry in fields.table("config_groups")]
+    entries = fields.table("config_groups")
+    groups = [read_group(*entry, fields.problems) for entry in entries]
     if groups and fields.peek("scheme") is not None:
         raise QsensError(f"{fields.where}: there are both 'scheme' and 'config_groups'. Keep one of the two.")
     groups += _schemes(fields, targets)
     fields.finish()
-    if not groups:
+    if not groups and not cached:
         raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
-    return ordered(groups, ignore, fields.problems)
+    return [*attention_rules(entries), *cached, *ordered(groups, ignore, fields.problems)]
 
 
 def _schemes(fields: ConfigFields, targets: list[tuple[str, str]]) -> list[Group]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_qsens.configs.compressed_tensors import cache_rule, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.modelopt_quantizers import read_quant_cfg
@@ -44,6 +45,14 @@ ALGORITHMS: dict[str, str | None] = {
     "MXFP4": "mxfp4_dynamic",
 }
 """``quant_algo`` → canonical name, with the group size in it; ``None``: what `OpScheme` has no terms for."""
+
+CACHE_ALGORITHMS: dict[str, str | None] = {
+    "FP8": "kv_fp8",
+    "INT8": "kv_int8",
+    "NVFP4": "kv_nvfp4_local",
+    "NVFP4_AFFINE": None,
+}
+"""``kv_cache_quant_algo`` → canonical name; ``None``: what `OpScheme` has no terms for."""
 
 _GROUP_SIZES = {"W4A16_AWQ": 128, "W4A8_AWQ": 128, "MXFP8": 32, "MXFP4": 32, "W4A8_MXFP4_FP8": 32}
 _USUAL_GROUP = 16
@@ -117,11 +126,12 @@ def _exported(document: Document, inside: dict[str, Any], path: tuple[str, ...],
         outer.finish()
     # groups and a scheme of the cache repeat, in other words, what the algorithms say
     fields.skip("producer", "quant_method", "config_groups")
-    for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
-        fields.changes_numbers(key, "keys and values of attention are quantized, which is not measured", "NONE")
+    cached = _cache(fields) or read_cache(fields, "kv_cache_scheme")
+    fields.skip("kv_cache_scheme")  # the same in other words
     excluded = [*fields.texts_of("exclude_modules"), *fields.texts_of("ignore")]
     layers = fields.table("quantized_layers")
-    rules = [Rule(Pattern("wildcard", text), None, f"excluded: {text}", place) for text, place in excluded]
+    rules = [*cached]
+    rules += [Rule(Pattern("wildcard", text), None, f"excluded: {text}", place) for text, place in excluded]
     algorithm = fields.optional_text("quant_algo")
     if algorithm == _MIXED:
         for name, entry, place in layers:
@@ -138,6 +148,22 @@ def _exported(document: Document, inside: dict[str, Any], path: tuple[str, ...],
         )
     fields.finish()
     return Config(str(document.path), NAME, "exported checkpoint of ModelOpt", tuple(rules), tuple(problems))
+
+
+def _cache(fields: ConfigFields) -> list[Rule]:
+    """Read ``kv_cache_quant_algo``; no rule if it is not there, or ``NONE``."""
+    name = fields.optional_text("kv_cache_quant_algo")
+    if name is None or name.upper() == "NONE":
+        return []
+    where = fields.at("kv_cache_quant_algo")
+    if name.upper() not in CACHE_ALGORITHMS:
+        raise QsensError(
+            f"{where}: {name!r} is no algorithm of ModelOpt for a cache. Known: {', '.join(CACHE_ALGORITHMS)}, NONE."
+        )
+    own = CACHE_ALGORITHMS[name.upper()]
+    scheme = None if own is None else parse(own)
+    shifted = Unknown(name, "keys and values are shifted before they are rounded")
+    return [cache_rule(scheme or shifted, f"kv_cache_quant_algo {name}", where)]
 
 
 def _algorithm(fields: ConfigFields, name: str) -> OpScheme | Unknown | None:

@@ -7,6 +7,7 @@ last one that matches holds: one with ``cfg`` replaces all attributes, one with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.configs.documents import as_text
@@ -14,6 +15,7 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class QuantCfg(Config):
 
     def decide(self, op: Op) -> Decision:
         """Go through the entries for each of the op's three quantizers; the last one that matches holds."""
+        if op.type in STATES:
+            return self._decide_state(op)
         parts: list[_Attributes | None] = []
         matching: list[Rule] = []
         deciding: Rule | None = None
@@ -66,6 +70,24 @@ class QuantCfg(Config):
         scheme = _assembled(op, *parts)
         rule = deciding or (matching[0] if matching else None)
         return Decision(op, scheme, rule, tuple(matching))
+
+    def _decide_state(self, op: Op) -> Decision:
+        """Ask for the one quantizer of queries, keys or values, which does nothing until an entry switches it on."""
+        module, _, kind = op.name.rpartition(":")
+        name = f"{module}.{kind}_bmm_quantizer" if module else f"{kind}_bmm_quantizer"
+        matching = [
+            entry
+            for entry in self.entries
+            if not entry.rule.pattern.types and fnmatchcase(name, entry.rule.pattern.text)
+        ]
+        if not matching:
+            return Decision(op, None, None)
+        attributes = next((entry.attributes for entry in reversed(matching) if entry.attributes), _DEFAULT)
+        cached = attributes.activation
+        queries = op.type not in CACHED
+        scheme = cached if isinstance(cached, Unknown) else OpScheme(None, cache=cached, queries=queries)
+        rules = tuple(dict.fromkeys(entry.rule for entry in reversed(matching)))
+        return Decision(op, scheme if matching[-1].enable else None, rules[0], rules)
 
 
 def _assembled(

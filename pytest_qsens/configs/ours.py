@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_qsens.configs.documents import as_text
@@ -9,6 +10,7 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
@@ -18,6 +20,7 @@ from pytest_qsens.quant.op_scheme import (
     named,
     parse,
     usual_activation,
+    usual_cache,
     usual_weight,
 )
 
@@ -28,6 +31,7 @@ NAME = "qsens"
 TITLE = "pytest-qsens (YAML, TOML or JSON: 'schema', 'rules')"
 SCHEMA = 1
 UNQUANTIZED = "unquantized"
+_OF_LAYERS = ("weight", "activation", "requantize_output")
 
 
 def detect(document: Document) -> bool:
@@ -72,12 +76,21 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
     rules = []
     for glob, where in globs:
         label = f"rule {number}: {glob}"
-        if is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
+        if scheme is None:
+            rules.append(Rule(Pattern("glob", glob, types=types or (*CLASS_OF, *STATES)), scheme, label, where))
+        elif scheme.cache is not None:
+            meant = tuple(name for name in CACHED if not types or name in types)
+            cached = replace(scheme, queries=False)
+            rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), cached, label, where))
+            if scheme.queries:
+                rules.append(Rule(Pattern("glob", glob, types=_only(types, "q")), scheme, label, where))
+        elif is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
-            types_left = tuple(name for name in types or (*CLASS_OF,) if name != "embedding")
+            types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
             rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
         else:
-            rules.append(Rule(Pattern("glob", glob, types=types), scheme, label, where))
+            layers = tuple(name for name in types if name not in STATES)
+            rules.append(Rule(Pattern("glob", glob, types=layers or (("",) if types else ())), scheme, label, where))
     return rules
 
 
@@ -90,8 +103,8 @@ def _types(entry: ConfigFields) -> tuple[str, ...]:
         raise QsensError(f"{entry.at('types')}: there is no type in the list. Leave it out, or give one.")
     found = entry.texts_of("types")
     for name, where in found:
-        if name not in CLASS_OF:
-            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join(CLASS_OF)}.")
+        if name not in (*CLASS_OF, *STATES):
+            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join((*CLASS_OF, *STATES))}.")
     return tuple(name for name, _ in found)
 
 
@@ -108,6 +121,14 @@ def _of_rule(entry: ConfigFields, schemes: dict[str, OpScheme]) -> OpScheme | No
 
 
 def _scheme(fields: ConfigFields) -> OpScheme:
+    for key in ("cache", "attention"):
+        inside = fields.inner(key)
+        if inside is not None:
+            others = [name for name in ("attention", *_OF_LAYERS) if fields.peek(name) is not None]
+            if others:
+                raise QsensError(f"{fields.where}: {key} goes with nothing else, but there is {' and '.join(others)}.")
+            fields.finish()
+            return OpScheme(None, cache=_cache(inside), queries=key == "attention")
     weight = fields.inner("weight")
     activation = fields.inner("activation")
     scheme = OpScheme(
@@ -118,7 +139,8 @@ def _scheme(fields: ConfigFields) -> OpScheme:
     fields.finish()
     if scheme == OpScheme(None):
         raise QsensError(
-            f"{fields.where}: nothing is quantized. Give a weight or an activation, or write {UNQUANTIZED}."
+            f"{fields.where}: nothing is quantized. Give a weight, an activation, a cache or attention, or write "
+            f"{UNQUANTIZED}."
         )
     return scheme
 
@@ -139,6 +161,16 @@ def _activation(fields: ConfigFields) -> ActivationScheme:
         "Any", _extent(fields, ("tensor", "channel", "token", "group", "block"), granularity, size)
     )
     scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=symmetric))
+    fields.finish()
+    return scheme
+
+
+def _cache(fields: ConfigFields) -> ActivationScheme:
+    dtype = _dtype(fields)
+    kind = fields.choice("kind", ("static", "dynamic", "local"))
+    known = ("tensor", "head", "channel", "token", "group")
+    granularity, size = cast("Any", _extent(fields, known, *usual_cache(dtype, kind)))
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=True))
     fields.finish()
     return scheme
 

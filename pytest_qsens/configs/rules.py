@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import matches
+from pytest_qsens.ops import STATES, matches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,12 +34,21 @@ def _compiled(text: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
+def _narrowly(name: str, text: str) -> bool:
+    """Whether an expression matches a module from the start of its name on, and neither its parent nor a child."""
+    found = _compiled(text).match
+    parent = name.rpartition(".")[0]
+    return found(name) is not None and found(parent) is None and found(f"{name}.k_proj") is None
+
+
 _IS_MEANT: dict[str, Callable[[str, str], bool]] = {
     "name": operator.eq,
     "glob": matches,
     "wildcard": fnmatchcase,
     "regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "regex_start": lambda name, text: _compiled(text).match(name) is not None,
+    "module": operator.eq,
+    "module_regex": _narrowly,
     "class": lambda name, text: text in (name, "Module"),
     "class_regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "any": lambda _, __: True,
@@ -51,23 +60,27 @@ class Pattern:
     """Which ops a rule means.
 
     ``kind`` is what ``text`` is compared with, and how: ``name``, the op's own; ``glob``, that of ``--qsens-ops``;
-    ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on; ``class``,
-    of the module or one above it; ``class_regex``, for the whole of that; ``any``, nothing.
+    ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on; ``module``
+    and ``module_regex``, that of the module whose queries, keys or values these are; ``class``, of the module or one
+    above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
-    ``types`` are meant, if there are any.
+    ``types`` are meant; if there are none, all but queries, keys and values of attention.
     """
 
-    kind: Literal["name", "glob", "wildcard", "regex", "regex_start", "class", "class_regex", "any"]
+    kind: Literal[
+        "name", "glob", "wildcard", "regex", "regex_start", "module", "module_regex", "class", "class_regex", "any"
+    ]
     text: str
     suffixes: tuple[str, ...] = ("",)
     types: tuple[str, ...] = ()
 
     def matches(self, op: Op) -> bool:
         """Whether this op is meant."""
-        if self.types and op.type not in self.types:
+        if op.type not in self.types if self.types else op.type in STATES:
             return False
         is_class = self.kind.startswith("class")
-        names = [CLASS_OF.get(op.type, "")] if is_class else [op.name + suffix for suffix in self.suffixes]
+        named = op.name.rpartition(":")[0] if self.kind.startswith("module") else op.name
+        names = [CLASS_OF.get(op.type, "")] if is_class else [named + suffix for suffix in self.suffixes]
         return any(_IS_MEANT[self.kind](name, self.text) for name in names)
 
 

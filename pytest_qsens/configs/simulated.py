@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown, WeightScheme
-from pytest_qsens.quant.schemes import SCHEMES, simulated
+from pytest_qsens.quant.schemes import SCHEMES, Scheme, simulated
 
 if TYPE_CHECKING:
     from pytest_qsens.ops import Op
@@ -16,6 +16,12 @@ EMBEDDING = OpScheme(WeightScheme("int8", symmetric=False))
 
 
 def simulated_as(scheme: OpScheme | Unknown, op: Op) -> tuple[str | None, str]:
+    """Name which simulated scheme an op is quantized with, and why if there is none: see `simulating`."""
+    found, reason = simulating(scheme, op)
+    return None if found is None else found.name, reason
+
+
+def simulating(scheme: OpScheme | Unknown, op: Op) -> tuple[Scheme | None, str]:
     """Which simulated scheme an op is quantized with.
 
     Args:
@@ -23,21 +29,32 @@ def simulated_as(scheme: OpScheme | Unknown, op: Op) -> tuple[str | None, str]:
         op: The op; its features may be unknown, and then nothing is in their way.
 
     Returns:
-        The scheme's name and an empty text; or ``None`` and why it cannot be simulated, naming every property that is
-        in the way. For an embedding the name is that of the first of `SCHEMES`: all that quantize it do the same to it.
+        The scheme and an empty text; or ``None`` and why it cannot be simulated, naming every property that is in the
+        way. For an embedding that is `EMBEDDING` it is the first of `SCHEMES`: all that quantize it so do the same.
 
     """
     if isinstance(scheme, Unknown):
         return None, scheme.reason
-    if op.type == "embedding":
+    if op.type == "embedding" and scheme.cache is None:
         if scheme == EMBEDDING:
-            return next(iter(SCHEMES)), ""
-        return None, f"rows of embeddings are simulated as {EMBEDDING.name}, not as {scheme.name}"
+            return next(iter(SCHEMES.values())), ""
+        reasons = _obstacles_of_rows(scheme)
+        return (None, "; ".join(reasons)) if reasons else (Scheme(scheme, rows=True), "")
     found = simulated(scheme)
     if found is None:
         return None, "; ".join(obstacles(scheme))
     refusal = found.refusal(op.type, op.features)
-    return (found.name, "") if refusal is None else (None, refusal)
+    return (found, "") if refusal is None else (None, refusal)
+
+
+def _obstacles_of_rows(scheme: OpScheme) -> list[str]:
+    """Name what keeps rows of an embedding from being rounded like this: those looked up are all that is known."""
+    weight = scheme.weight
+    if scheme.activation is not None or scheme.output or weight is None:
+        return [f"rows of embeddings are simulated with weights only, such as {EMBEDDING.name}, not as {scheme.name}"]
+    if weight.granularity not in ("channel", "group") or weight.dtype == "nvfp4":
+        return [*obstacles(scheme), f"rows of embeddings are simulated with scales per row or group, not {scheme.name}"]
+    return obstacles(scheme)
 
 
 def is_simulated(scheme: OpScheme | None) -> bool:

@@ -24,6 +24,7 @@ from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
+from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,24 +42,26 @@ class Target:
         write: From ops and schemes to the values in the file; raises `Inexpressible`.
         syntaxes: That it can be written in, the usual one first.
         exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
+        states: Whether it can say how keys and values of attention are quantized.
 
     """
 
     write: Callable[[Sequence[Assigned]], dict[str, Any]]
     syntaxes: tuple[Syntax, ...] = ("JSON",)
     exclusions: bool = False
+    states: bool = False
 
 
 TARGETS: dict[str, Target] = {
-    "qsens": Target(ours.write, ("YAML", "TOML", "JSON")),
+    "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), states=True),
     "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML")),
     "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",)),
     "neural-compressor-qconfig": Target(neural_compressor.write_qconfig),
     "torchao": Target(torchao.write),
-    "compressed-tensors": Target(compressed_tensors.write),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",)),
-    "modelopt": Target(modelopt.write_exported),
-    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",)),
+    "compressed-tensors": Target(compressed_tensors.write, states=True),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True),
+    "modelopt": Target(modelopt.write_exported, states=True),
+    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
     "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
 }
@@ -145,7 +148,7 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
             one = Assigned(member, assignment[op.name])
             if member.name in found:
                 raise QsensError(f"{member.name!r} is there twice among the ops.")
-            if member.type in CLASS_OF:
+            if member.type in (*CLASS_OF, *STATES):
                 found[member.name] = one
             elif one.scheme is not None:
                 raise QsensError(
@@ -175,7 +178,11 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     for one in assigned:
         if one.op.type == "embedding" and one.scheme is not None and one.scheme.activation is not None:
             raise Inexpressible(one, "an embedding is given indices, which are not quantized")
-    text = dump(target.write(assigned), syntax)
+    cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]
+    if cached and not target.states:
+        raise Inexpressible(cached[0], "it quantizes layers, and no keys and values of attention")
+    written = assigned if cached else [one for one in assigned if one.op.type not in STATES]
+    text = dump(target.write(written), syntax)
     try:
         config = config_of(parse_document(text, Path("what was written"), syntax))
     except QsensError as error:

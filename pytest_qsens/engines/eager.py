@@ -33,8 +33,9 @@ class EagerEngine(ForwardEngine):
         simulator: Simulator,
         quantizable: Collection[str],
         added: Collection[str] = (),
+        states: Collection[str] = (),
     ) -> None:
-        super().__init__(model, batches, output, quantizable, added)
+        super().__init__(model, batches, output, quantizable, added, states)
         self._simulator = simulator
 
     def _outputs(self, quantized: Collection[str], seed: int | None) -> Iterator[Tensor]:
@@ -43,6 +44,7 @@ class EagerEngine(ForwardEngine):
             return output if seed is None else perturbed(output, seed)
 
         for batch in self._batches:
-            with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler):
+            intercepting = OpInterceptor(self._model, handler, self._states)
+            with self._threads(), unchanged_state(self._model), intercepting:
                 output = run_model(self._model, batch, self._output)
             yield output

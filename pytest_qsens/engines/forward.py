@@ -45,8 +45,10 @@ class ForwardEngine(OneByOne, ABC):
         output: Output,
         quantizable: Collection[str],
         added: Collection[str] = (),
+        states: Collection[str] = (),
     ) -> None:
         self._model = model
+        self._states = states
         self._threads: Callable[[], AbstractContextManager[None]] = nullcontext
         self._batches = batches
         self._output = output
@@ -101,7 +103,11 @@ class ForwardEngine(OneByOne, ABC):
                 self.exercised.add(op)
             return output
 
-        with self._threads(), unchanged_state(self._model), OpInterceptor(self._model, handler) as interceptor:
+        with (
+            self._threads(),
+            unchanged_state(self._model),
+            OpInterceptor(self._model, handler, self._states) as interceptor,
+        ):
             output = run_model(self._model, batch, self._output)
         self.out_of_reach |= interceptor.out_of_reach()
         return output

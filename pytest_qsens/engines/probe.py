@@ -29,6 +29,7 @@ from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.calls import unquantized
 from pytest_qsens.graph.probes import Error, ProbedErrors, common_samples, fisher_root, signs
 from pytest_qsens.metrics import Score, energy
+from pytest_qsens.ops import STATES
 from pytest_qsens.results import CANNOT, MODES
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 
 _PASSES = {1: 4, 2: 3, 16: 2}
 """Independent samples, at least so many → backward passes for the squared error, and as many for the divergence."""
+
+_WHOLE = ("embedding", *STATES)
+"""Types of ops whose error is not taken apart into those of an input and a weight."""
 
 _REGION_SHARE = 16
 """The part of the memory for the values that are computed at a time: one in so many. Autograd keeps several of each."""
@@ -285,7 +289,7 @@ class ProbeEngine(DeltaEngine):
     def _rounding(self, op: str, gradient: Gradient) -> Error:
         """Tell what quantizing an op does, everything else unquantized."""
         call = gradient.call
-        if call.kind == "embedding":
+        if call.kind in _WHOLE:
             return Error(self._simulator.output(op, call).sub_(gradient.value))
         quantized, rounding = self._simulator.rounded(op, call)
         return Error(quantized.sub_(gradient.value).sub_(self._times_weight(call, rounding)), rounding)
@@ -294,7 +298,7 @@ class ProbeEngine(DeltaEngine):
         """Tell what not quantizing an op does, everything else quantized."""
         call = gradient.call
         whole = unquantized(call).sub_(gradient.value)
-        if call.kind == "embedding":
+        if call.kind in _WHOLE:
             return Error(whole)
         rounding = self._simulator.input_error(op, call)
         return Error(whole.add_(self._times_weight(call, rounding)), rounding.neg_())

@@ -169,7 +169,9 @@ class Captured(NamedTuple):
     anywhere: bool
 
 
-def captured_run(model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int) -> Captured:
+def captured_run(
+    model: nn.Module, batch: Batch, output: Output, reference: Tensor, memory: int, states: Collection[str] = ()
+) -> Captured:
     """Capture and run a batch, and check that a replay is a stand-in for the model.
 
     Args:
@@ -178,22 +180,23 @@ def captured_run(model: nn.Module, batch: Batch, output: Output, reference: Tens
         output: Takes the scored output.
         reference: The model's output on all threads.
         memory: Bytes of values to keep.
+        states: Keys and values that can be changed.
 
     Raises:
         CaptureRefused: If it is none.
 
     """
-    run = Run(capture(model, batch, output), memory=memory)
+    run = Run(capture(model, batch, output, states), memory=memory)
     anywhere = same(run.output, reference) and (torch.get_num_threads() == 1 or _same_on_one_thread(run))
     threads = nullcontext if anywhere else one_thread
     if not anywhere:
         with one_thread():
-            run = Run(capture(model, batch, output), memory=memory)
+            run = Run(capture(model, batch, output, states), memory=memory)
             if not same(run.output, run_model(model, batch, output)):
                 raise CaptureRefused("the captured graph does not reproduce the model's output bit for bit")
     with threads():
         # a value that left torch, through numpy or a Python number, would be a constant in the graph
-        if not _follows(run, model, batch, output):
+        if not _follows(run, model, batch, output, states):
             raise CaptureRefused("the captured graph does not follow the model when the outputs of its ops change")
     return Captured(run, anywhere)
 
@@ -212,14 +215,14 @@ def repeated_run(graph: Graph, groups: Groups, memory: int, *, anywhere: bool) -
         return Captured(Run(graph, memory=memory, groups=groups), anywhere)
 
 
-def _follows(run: Run, model: nn.Module, batch: Batch, output: Output) -> bool:
+def _follows(run: Run, model: nn.Module, batch: Batch, output: Output, states: Collection[str]) -> bool:
     """Whether a replay with the outputs of all ops changed gives what the model gives."""
     ops = run.graph.calls
 
     def handler(op: str, _: Call, call: Callable[[], Tensor]) -> Tensor:
         return _change(call()) if op in ops else call()
 
-    with unchanged_state(model), OpInterceptor(model, handler):
+    with unchanged_state(model), OpInterceptor(model, handler, states):
         expected = run_model(model, batch, output)
     return same(run.replay({node: _changed(node.target) for nodes in ops.values() for node in nodes}), expected)
 

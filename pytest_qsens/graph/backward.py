@@ -23,6 +23,7 @@ from pytest_qsens.graph.closure import closure, downstream
 from pytest_qsens.graph.footprint import size
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR
 from pytest_qsens.graph.schedule import reader_of
+from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -62,7 +63,7 @@ class Gradient(NamedTuple):
         value: What it gives in the run.
         output: Gradients of its output, ``(passes, *output)``.
         input: Gradients of its input, for itself and not for others that read the same, ``(passes, *input)``; ``None``
-            for an embedding.
+            for an embedding, and for keys and values.
 
     """
 
@@ -360,7 +361,7 @@ class _Tracer:
             value: Tensor = self._run.call(node)(*args, **kwargs) if written else self._run.values(node)
         input_tap = output_tap = None
         if node in self._watched:
-            input_tap = None if call.kind == "embedding" else _tap(call.x)
+            input_tap = None if call.kind in ("embedding", *STATES) else _tap(call.x)
             output_tap = _tap(value)
             self._taps.append(_Tap(node, call, value, input_tap, output_tap))
         through = partial(_input_gradient, call, self._weights)
@@ -410,6 +411,8 @@ def _tap(value: Tensor) -> Tensor:
 
 def _input_gradient(call: Call, weights: Weights, gradient: Tensor) -> Tensor:
     """Multiply the gradient of an op's output by its Jacobian with respect to its input; fp32."""
+    if call.kind in STATES:
+        return gradient
     if call.kind == "linear":
         return weights.transposed(gradient, call.weight)
     return convolution_gradient(call, gradient)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pytest_qsens.graph.attention import MARKS
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR, stored
+from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +32,12 @@ class Call:
     """Arguments of one call.
 
     Attributes:
-        kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d`` or ``embedding``.
-        x: Activations ``(*, in)`` for linear, ``(N, C, *spatial)`` for convolutions; integer indices for embedding.
+        kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, or one of `STATES`.
+        x: Activations ``(*, in)`` for linear, ``(N, C, *spatial)`` for convolutions; integer indices for embedding;
+            keys or values, ``(N, heads, tokens, dim)`` or without some of the first.
         weight: ``(out, in)`` for linear whatever the layout in memory, ``(out, in / groups, *kernel)`` for
-            convolutions, ``(rows, dim)`` for embedding. In fp32, or as narrow as it is stored.
+            convolutions, ``(rows, dim)`` for embedding. In fp32, or as narrow as it is stored. Empty for keys and
+            values, which are given as they are.
         bias: ``(out,)`` or ``None``.
         conv: ``stride``, ``padding``, ``dilation`` and ``groups`` of a convolution.
 
@@ -62,6 +66,15 @@ def _embedding(weight: Tensor, x: Tensor, *_: object, **__: object) -> Call:
 
 def _functional_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -> Call:
     return Call("embedding", x, stored(weight))
+
+
+def of_state(kind: str, state: Tensor) -> Call:
+    """Return the call that gives keys or values as they are."""
+    return Call(kind, state, state.new_empty(0))
+
+
+def _state(kind: str) -> Callable[..., Call]:
+    return lambda state: of_state(kind, state)
 
 
 def _conv(kind: str) -> Callable[..., Call]:
@@ -99,6 +112,7 @@ _BINDERS: dict[Any, Callable[..., Call]] = {
     aten.conv3d.default: _conv("conv3d"),
     aten.conv3d.padding: _conv("conv3d"),
     torch.conv3d: _conv("conv3d"),
+    **{mark: _state(kind) for kind, mark in MARKS.items()},
 }
 
 _ADDMM = (aten.addmm.default, torch.addmm)
@@ -111,14 +125,14 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
     """Whether each independent part of an op's input or output is finite; ``None`` if all are.
 
     Returns:
-        Booleans: ``(*,)`` for a linear's ``(*, in)``, ``(N,)`` for a convolution's ``(N, C, *spatial)``, ``()`` for one
-        without the batch dimension.
+        Booleans: ``(*,)`` for a linear's ``(*, in)`` and for keys and values, ``(N,)`` for a convolution's
+        ``(N, C, *spatial)``, ``()`` for one without the batch dimension.
 
     """
     if not values.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist())):  # one pass
         return None
     finite = torch.isfinite(values)
-    if kind == "linear":
+    if kind in ("linear", *STATES):
         return finite.all(-1)
     batched = values.dim() == int(kind[4]) + 2
     return finite.flatten(1).all(1) if batched else finite.all()
@@ -126,6 +140,8 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
 
 def unquantized(call: Call) -> Tensor:
     """Compute what a call gives in the model, fp32."""
+    if call.kind in STATES:
+        return call.x.clone()  # as fresh as what others compute
     if call.kind == "embedding":
         return functional.embedding(call.x, call.weight).float()
     if call.kind == "linear":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from pytest_qsens.graph.attention import MARKS, StateHooks
 from pytest_qsens.graph.calls import is_op_call, weight_argument
 from pytest_qsens.graph.closure import downstream
 from pytest_qsens.graph.functional import functional_kinds
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Output = Callable[[Any, "Batch"], Tensor]
 
 OWNER = "qsens_owner"
+_STATE = "qsens_state"
 
 
 class CaptureRefused(Exception):  # noqa: N818 - not an error: the eager engine takes over
@@ -74,10 +76,11 @@ def _forward(model: nn.Module, batch: Batch, output: Output) -> Tensor:
         torch.backends.mha.set_fastpath_enabled(value=fused)
 
 
-def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
+def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[str] = ()) -> Graph:
     """Capture the scored forward of ``batch`` (tensors on the model's device).
 
-    The graph is specialized on this batch: sizes and values that do not depend on any op are constants in it.
+    The graph is specialized on this batch: sizes and values that do not depend on any op are constants in it. Keys and
+    values with the names in ``states`` are calls in it that give them as they are.
 
     Raises:
         CaptureRefused: If tracing fails, or a value computed by an op decides shapes or control flow.
@@ -98,7 +101,8 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     versions = {name: tensor._version for name, tensor in _state(model)}  # noqa: SLF001 - torch has no public name
     try:
         # grad mode stays on, with no parameter requiring grad: under no_grad the graph gets _set_grad_enabled nodes
-        with torch.enable_grad(), scopes, tracing(TracingContext(FakeTensorMode())):  # else one mode for every node
+        hooks = StateHooks(model, states, scopes, _marked)
+        with torch.enable_grad(), scopes, hooks, tracing(TracingContext(FakeTensorMode())):  # else one mode a node
             module = make_fx(forward, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 *inputs
             )
@@ -124,7 +128,7 @@ def capture(model: nn.Module, batch: Batch, output: Output) -> Graph:
     originals = [leaves[i] for i in positions]
     users = _weight_users(index, [node for node in nodes if node not in op_nodes], constants)
     by = {op: str(node.target) for node, ops in users.items() for op in ops}
-    out_of_reach = index.out_of_reach(calls, scopes.entered, by)
+    out_of_reach = index.out_of_reach(calls, scopes.entered, by, states)
     parameters = {node for node, value in constants.items() if isinstance(value, nn.Parameter)}
     products = dependent | (downstream(parameters) & downstream(placeholders))
     explained = {node for node, ops in users.items() if ops <= out_of_reach.keys()}
@@ -155,6 +159,15 @@ def _last_node() -> Node | None:
     return next(iter(reversed(_graph_being_traced().nodes)), None)
 
 
+def _marked(op: str, kind: str, state: Tensor) -> Tensor:
+    """Note in the graph that this is what an op gives."""
+    found: Tensor = MARKS[kind](state)
+    node = _last_node()
+    if node is not None and node.target is MARKS[kind]:
+        node.meta[_STATE] = op
+    return found
+
+
 def _own_nodes_since(mark: Node | None, module: str) -> None:
     """Give the nodes made since ``mark`` to ``module``, unless a module inside it has them already."""
     for node in reversed(_graph_being_traced().nodes):
@@ -173,7 +186,9 @@ def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameter
 def _op_calls(index: OpIndex, nodes: list[Node], constants: dict[Node, Any]) -> dict[str, tuple[Node, ...]]:
     calls: dict[str, tuple[Node, ...]] = {}
     for node in nodes:
-        if node.op == "call_function" and is_op_call(node.target):
+        if (state := node.meta.get(_STATE)) is not None:
+            calls[state] = (*calls.get(state, ()), node)
+        elif node.op == "call_function" and is_op_call(node.target):
             weight = weight_argument(node.target, node.args, node.kwargs)
             shape = weight.meta["val"].shape if "val" in getattr(weight, "meta", {}) else None
             op = index.called(node.meta.get(OWNER, ""), constants.get(weight), shape)

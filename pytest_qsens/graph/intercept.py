@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pytest_qsens.graph.calls import Call, bind, is_op_call, weight_argument
+from pytest_qsens.graph.attention import StateHooks
+from pytest_qsens.graph.calls import Call, bind, is_op_call, of_state, weight_argument
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 
 Handler = Callable[[str, Call, Callable[[], Tensor]], Tensor]
@@ -21,23 +22,27 @@ _METADATA = {"device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "require
 
 
 class OpInterceptor(TorchFunctionMode):
-    """While entered, every call of an op of ``model`` goes through ``handler``."""
+    """While entered, every call of an op of ``model``, and these of its keys and values, go through ``handler``."""
 
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
+    def __init__(self, model: nn.Module, handler: Handler, states: Collection[str] = ()) -> None:
         super().__init__()
         self._index = OpIndex(model)
         self._scopes = ModuleScopes(model)
         self._handler = handler
+        self._states = states
+        self._hooks = StateHooks(model, states, self._scopes, self._state)
         self._called: set[str] = set()
         self._users: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._scopes.__enter__()
+        self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call] # torch leaves it untyped
         return self
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call] # torch leaves it untyped
+        self._hooks.__exit__(*exc)
         self._scopes.__exit__(*exc)
 
     def __torch_function__(
@@ -66,7 +71,11 @@ class OpInterceptor(TorchFunctionMode):
 
     def out_of_reach(self) -> dict[str, str]:
         """Ops that took part in what ran so far but not by a call of their own, and why."""
-        return self._index.out_of_reach(self._called, self._scopes.entered, self._users)
+        return self._index.out_of_reach(self._called, self._scopes.entered, self._users, self._states)
+
+    def _state(self, op: str, kind: str, state: Tensor) -> Tensor:
+        self._called.add(op)
+        return self._handler(op, of_state(kind, state), lambda: state)
 
 
 @contextmanager

@@ -125,7 +125,10 @@ class ProbedErrors:
         call = gradient.call
         rest = gradient.output * error.rest
         if error.input is None or gradient.input is None:
-            by_value = torch.stack([_by_row(part, call.x) for part in rest])
+            looked_up = call.kind == "embedding"
+            by_value = torch.stack(
+                [_by_row(part, call.x) if looked_up else part.double().square().sum() for part in rest]
+            )
             return _Sums(by_value, None, self._by_sample(rest).double())
         by_channel = self._by_sample(rest, -1 if call.kind == "linear" else -1 - int(call.kind[4])).double()
         rounding = gradient.input * error.input

@@ -104,7 +104,7 @@ class OpIndex:
         return self._owners.get(id(stored(weight)), ())
 
     def out_of_reach(
-        self, called: Collection[str], entered: Collection[str], users: Mapping[str, str]
+        self, called: Collection[str], entered: Collection[str], users: Mapping[str, str], states: Collection[str] = ()
     ) -> dict[str, str]:
         """Why ops that took part in a run could not be replaced in it.
 
@@ -112,6 +112,7 @@ class OpIndex:
             called: Ops whose own call was seen.
             entered: Modules whose forwards ran.
             users: Op → function or operator that used its weight in another way.
+            states: Keys and values that were looked for.
 
         """
         found = {
@@ -120,4 +121,10 @@ class OpIndex:
         for op in (*self._weights, *self._computed):
             if op in entered and op not in called:
                 found.setdefault(op, "its forward ran, but makes no call with its weight that could be replaced")
+        for op in states:
+            if op.rpartition(":")[0] in entered and op not in called:
+                found[op] = (
+                    "its module ran, but gave them neither to transformers' attention interface nor to torch's "
+                    "scaled_dot_product_attention"
+                )
         return found

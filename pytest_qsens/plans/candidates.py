@@ -11,7 +11,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import Fused, grouped
 from pytest_qsens.interactions import decode
 from pytest_qsens.merge import OF_THE_MACHINE
-from pytest_qsens.ops import Op, matches
+from pytest_qsens.ops import STATES, Op, matches
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
 from pytest_qsens.results import OpResult, RunInfo, RunResult, load
@@ -110,6 +110,11 @@ def _file(path: Path) -> _File:
             "made of results of --qsens-scheme, a file for each scheme"
         )
     entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
+    if not entries and any(op.type in STATES for op in result.ops):
+        raise QsensError(
+            f"{path} is a result of scheme {result.run.scheme}, of keys and values of attention. Plans are of layers: "
+            "their budgets are of weights"
+        )
     if not any(op.isolated for op in entries.values()):
         raise QsensError(
             f"{path}: no op of it has a score in mode isolated, which plans are made from. Measure with "

@@ -11,6 +11,7 @@ from pytest_qsens.calibrated import calibrate
 from pytest_qsens.errors import QsensError
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
+from pytest_qsens.ops import layers
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.threads import reproducible_sums
@@ -45,7 +46,7 @@ class Verifier:
     def __init__(self, source: ModelSource, path: Path, run: RunInfo, problem: Problem) -> None:
         check_same(path, run, source)
         source.check()
-        self._ops = load_manifest(source, None)
+        self._ops = layers(load_manifest(source, None))
         _check_ops(path, self._ops, problem)
         reproducible_sums()
         spec = source.load()

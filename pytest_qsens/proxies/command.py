@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_qsens.calibrated import calibrate
-from pytest_qsens.errors import told
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.manifest import load_manifest
+from pytest_qsens.ops import layers
 from pytest_qsens.preparation import References, observe, placed
 from pytest_qsens.proxies.agreement import agreement, best_first
 from pytest_qsens.proxies.exact import Exact, ranked, read_exact
@@ -78,11 +79,14 @@ def compare_proxies(
         draws: Random vectors for each evaluation batch.
 
     Raises:
-        QsensError: If the result does not fit the model, the exact scores cannot be ranked, or the model cannot be run.
+        QsensError: If the scheme is of keys and values, the result does not fit the model, the exact scores cannot be
+            ranked, or the model cannot be run.
 
     """
+    if scheme_named(scheme, "scheme").parts.cache is not None:
+        raise QsensError(f"scheme {scheme!r} quantizes keys and values of attention, and proxies are of layers")
     source.check()
-    ops = load_manifest(source, None)
+    ops = layers(load_manifest(source, None))  # proxies are of weights
     exact = None if result is None else read_exact(result, source, scheme, ops)
     reproducible_sums()
     spec = source.load()

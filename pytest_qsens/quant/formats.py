@@ -146,6 +146,23 @@ def round_input(x: Tensor, scheme: ActivationScheme, largest: float | None = Non
     return codes.mul_(scales.scale).reshape(x.shape)
 
 
+def round_between(x: Tensor, scheme: ActivationScheme, low: Tensor, high: Tensor) -> Tensor:
+    """Round values with static scales, in fp32, and return what they become, of their shape.
+
+    Args:
+        x: The values.
+        scheme: Of integers or E4M3.
+        low: The least of what shares a scale, at most 0; of a shape that goes with that of the values.
+        high: The largest, at least 0.
+
+    """
+    scales = _scales(scheme.dtype, low, high, None, symmetric=scheme.symmetric)
+    codes = _codes(scheme.dtype, x, scales)
+    if scales.zero_point is not None:
+        codes.sub_(scales.zero_point)
+    return codes.mul_(scales.scale)
+
+
 def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least and the largest value of each group, and zero, fp32: ``(*, groups, 1)``."""
     return groups.amin(-1, keepdim=True).float().clamp_(max=0), groups.amax(-1, keepdim=True).float().clamp_(min=0)

@@ -23,6 +23,8 @@ def obstacles(scheme: OpScheme) -> list[str]:
     >>> obstacles(OpScheme(WeightScheme("nf4")))
     ['weights are nf4 (simulated: int2 to int8, fp8_e4m3, mxfp8, mxfp4, nvfp4)']
     """
+    if scheme.cache is not None:
+        return _of_cache(scheme.cache)
     return [*_of_weight(scheme.weight), *_of_activation(scheme.activation), *_of_output(scheme)]
 
 
@@ -49,6 +51,20 @@ def _of_activation(activation: ActivationScheme | None) -> list[str]:
     usual = ("tensor",) if kind == "static" else ("tensor", "token", "group")
     what = f"{kind} activations"
     return [*_of_extent(what, activation, usual), *_of_zero_points(what, activation)]
+
+
+def _of_cache(cache: ActivationScheme) -> list[str]:
+    kind, dtype = cache.kind, cache.dtype
+    if dtype not in (*INTEGERS, *FLOATS):
+        return [f"keys and values are {dtype} (simulated: {_DTYPES})"]
+    if kind == "static" and dtype in BLOCK_OF:
+        scales = "dynamic or local" if dtype == "nvfp4" else "dynamic"
+        return [f"static keys and values are {dtype} (simulated for {dtype}: {scales})"]
+    if kind == "local" and dtype != "nvfp4":
+        return [f"{dtype} keys and values have scales of two kinds, static and dynamic (simulated: of nvfp4)"]
+    usual = ("tensor", "head", "channel") if kind == "static" else ("tensor", "token", "group")
+    what = f"{kind} keys and values"
+    return [*_of_extent(what, cache, usual), *_of_zero_points(what, cache)]
 
 
 def _of_output(scheme: OpScheme) -> list[str]:

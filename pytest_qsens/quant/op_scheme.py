@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from pytest_qsens.errors import QsensError
 
-Granularity = Literal["tensor", "channel", "token", "group", "block"]
+Granularity = Literal["tensor", "channel", "token", "group", "block", "head"]
 Kind = Literal["static", "dynamic", "local"]
 
 INTEGERS = tuple(f"int{bits}" for bits in range(1, 17))
@@ -63,12 +63,16 @@ class ActivationScheme:
 class OpScheme:
     """How one op is quantized; ``None`` is what is not rounded, and not all of it is.
 
-    ``output``: the output is requantized, too, with scales of its own from calibration.
+    ``output``: the output is requantized, too, with scales of its own from calibration. ``cache``: how keys and values
+    of attention are rounded, as they are stored in a cache; ``queries``: these are rounded alike, too, so that
+    attention multiplies what is of low precision. A scheme that has it has nothing else.
     """
 
     weight: WeightScheme | None
     activation: ActivationScheme | None = None
     output: bool = False
+    cache: ActivationScheme | None = None
+    queries: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +83,8 @@ class OpScheme:
         >>> OpScheme(WeightScheme("fp8_e4m3"), ActivationScheme("fp8_e4m3", "dynamic", "token")).name
         'fp8_dynamic'
         """
+        if self.cache is not None:
+            return f"{_ATTENTION if self.queries else _CACHE}{_cache_name(self.cache)}"
         weight, activation = self.weight, self.activation
         parts = [_base(weight, activation)]
         named_by_base = _is_torchs(weight, activation) and self.output
@@ -108,6 +114,8 @@ def parse(name: str) -> OpScheme | None:
     >>> parse("w4a16_g128").weight
     WeightScheme(dtype='int4', granularity='group', size=(128,), symmetric=True)
     """
+    if name.startswith((_CACHE, _ATTENTION)):
+        return _parse_cache(name)
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -141,7 +149,7 @@ def named(name: str, where: str) -> OpScheme:
     scheme = parse(name)
     if scheme is None:
         raise QsensError(
-            f"{where}: {name!r} is no scheme. Write w8a8, w8a8_static, w8a8_dynamic, w4a16_g128, fp8_dynamic, "
+            f"{where}: {name!r} is no scheme. Write w8a8, w8a8_static, w8a8_dynamic, w4a16_g128, fp8_dynamic, kv_fp8, "
             "unquantized, or what docs/configs.md says names are made of."
         )
     return scheme
@@ -220,3 +228,44 @@ def _unusual(activation: ActivationScheme) -> list[str]:
     if activation.symmetric != symmetric:
         found.append("sym" if activation.symmetric else "asym")
     return ["act", *found] if found else []
+
+
+_CACHE, _ATTENTION = "kv_", "attn_"
+_CACHED = {dtype if dtype in INTEGERS else _SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
+_CACHE_NAME = re.compile(
+    rf"(?:{_CACHE}|{_ATTENTION})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
+    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?",
+    re.ASCII,
+)
+
+
+def usual_cache(dtype: str, kind: str) -> tuple[Granularity, tuple[int, ...]]:
+    """Granularity and size of keys and values where nothing else is said: a token is one of one head."""
+    if dtype in BLOCK_OF:
+        return "group", (BLOCK_OF[dtype],)
+    return ("tensor" if kind == "static" else "token"), ()
+
+
+def _cache_name(cache: ActivationScheme) -> str:
+    """Name how keys and values are rounded.
+
+    >>> _cache_name(ActivationScheme("fp8_e4m3", "static", "head"))
+    'fp8_head'
+    """
+    parts = [next(short for short, dtype in _CACHED.items() if dtype == cache.dtype)]
+    parts += [] if cache.kind == "static" else [cache.kind]
+    if (cache.granularity, cache.size) != usual_cache(cache.dtype, cache.kind):
+        parts.append(_extent(cache.granularity, cache.size))
+    parts += [] if cache.symmetric else ["asym"]
+    return "_".join(parts)
+
+
+def _parse_cache(name: str) -> OpScheme | None:
+    match = _CACHE_NAME.fullmatch(name)
+    if match is None:
+        return None
+    dtype, kind = _CACHED[match["dtype"]], cast("Kind", match["kind"] or "static")
+    granularity, size = _parse_extent(match["extent"]) or usual_cache(dtype, kind)
+    cache = ActivationScheme(dtype, kind, granularity, size, match["asym"] is None)
+    found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
+    return found if found.name == name else None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme, parse
 
 _EXACT = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "static", "tensor", symmetric=False), output=True)
 PER_TOKEN = ActivationScheme("int8", "dynamic", "token")
 """What torch has a primitive for."""
+
+_WITH_HEADS = 4
+"""Dimensions of keys and values that are held apart by heads."""
 
 HELD_IN_BF16 = ("fp8_e4m3", "mxfp8")
 """Formats of weights whose numbers are held in bf16; those of others are held as int8."""
@@ -24,10 +28,12 @@ class Scheme:
 
     Attributes:
         parts: What is rounded, and how.
+        rows: Whether it is of an embedding, whose rows are rounded as those of weights. Others round these to uint8.
 
     """
 
     parts: OpScheme
+    rows: bool = False
 
     @property
     def name(self) -> str:
@@ -45,7 +51,7 @@ class Scheme:
     @property
     def needs_ranges(self) -> bool:
         """Whether scales come from the calibration data."""
-        return self.parts.activation is not None and self.parts.activation.kind != "dynamic"
+        return any(part is not None and part.kind != "dynamic" for part in (self.parts.activation, self.parts.cache))
 
     @property
     def bytes_kept(self) -> int:
@@ -60,16 +66,26 @@ class Scheme:
             return True
         return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
+    def means(self, op_type: str) -> bool:
+        """Whether this is said of ops of a type at all: of layers, of keys and values, or of these and queries."""
+        if self.parts.cache is None:
+            return op_type not in STATES
+        return op_type in (STATES if self.parts.queries else CACHED)
+
     def refusal(self, op_type: str, features: int | None = None) -> str | None:
         """Why an op of this type, with so many input features, cannot be quantized; ``None`` if it can be.
 
         Where the features are not known, nothing is in their way.
         """
         weight = self.parts.weight
-        if op_type == "embedding":
+        if not self.means(op_type):
+            layers = "layers" if self.parts.queries else "layers and queries"
+            other = "queries, keys and values of attention" if self.parts.cache is None else layers
+            return f"{self.name} leaves {other} as they are"
+        if op_type == "embedding" and not self.rows:
             integers = weight is not None and weight.dtype == "int8"
             return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
-        if op_type == "linear" and features is not None:
+        if op_type in ("linear", "embedding") and features is not None:
             return self.refusal_of_features(features)
         return self._refusal_of_convolution(op_type) if op_type.startswith("conv") else None
 
@@ -84,13 +100,27 @@ class Scheme:
         return None
 
     def refusal_of_features(self, features: int) -> str | None:
-        """Why a linear layer with so many input features cannot be quantized, or ``None`` if it can."""
+        """Why a linear layer of so many input features, or rows of so many, cannot be quantized; ``None`` if it can."""
         for what, part in (("weights", self.parts.weight), ("activations", self.parts.activation)):
             if part is not None and part.size and features % part.size[-1]:
                 return (
-                    f"{self.name} gives {what} a scale per {part.size[-1]} input features, and {features} of them "
-                    f"cannot be divided by {part.size[-1]}"
+                    f"{self.name} gives {what} a scale per {part.size[-1]} {'' if self.rows else 'input '}features, "
+                    f"and {features} of them cannot be divided by {part.size[-1]}"
                 )
+        return None
+
+    def refusal_of_state(self, shape: Sequence[int]) -> str | None:
+        """Why keys or values of this shape, ``(N, heads, tokens, dim)``, cannot be quantized; ``None`` if they can."""
+        cache = self.parts.cache
+        if cache is None:
+            return None
+        if cache.granularity in ("head", "channel") and len(shape) != _WITH_HEADS:
+            return f"{self.name} has a scale per {cache.granularity}, and a tensor of shape {tuple(shape)} has no heads"
+        if cache.size and shape[-1] % cache.size[-1]:
+            return (
+                f"{self.name} has a scale per {cache.size[-1]} features of a head, and {shape[-1]} of them cannot be "
+                f"divided by {cache.size[-1]}"
+            )
         return None
 
 
@@ -119,7 +149,16 @@ SCHEMES: dict[str, Scheme] = {
         *("nvfp4_local", "nvfp4_dynamic", "wnvfp4a16"),
     )
 }
-"""The usual ones by name; `scheme_named` knows all."""
+"""The usual ones of layers by name; `scheme_named` knows all."""
+
+CACHE_SCHEMES: dict[str, Scheme] = {
+    name: _usual(name)
+    for name in (
+        *("kv_fp8", "kv_fp8_head", "kv_fp8_dynamic", "kv_int8", "kv_int8_head", "kv_int8_channel", "kv_int8_dynamic"),
+        *("kv_int4_dynamic_g32_asym", "kv_nvfp4_local", "attn_fp8", "attn_fp8_head", "attn_int8_dynamic"),
+    )
+}
+"""The usual ones of keys and values, and of these and queries."""
 
 
 def scheme_named(name: str, where: str) -> Scheme:
@@ -133,13 +172,14 @@ def scheme_named(name: str, where: str) -> Scheme:
         QsensError: If there is none, or it cannot be simulated; what is in the way is named.
 
     """
-    if name in SCHEMES:
-        return SCHEMES[name]
+    every = SCHEMES | CACHE_SCHEMES
+    if name in every:
+        return every[name]
     parts = parse(name)
-    usual = ", ".join(SCHEMES)
+    usual = ", ".join(every)
     if parts is None:
-        longer = [known for known in SCHEMES if known.startswith(f"{name}_")]
-        near = longer or difflib.get_close_matches(name, SCHEMES, n=1)
+        longer = [known for known in every if known.startswith(f"{name}_")]
+        near = longer or difflib.get_close_matches(name, every, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise QsensError(f"no {where} {name!r}{hint}. Known: {usual}, and others by the names of docs/configs.md")
     found = simulated(parts)

@@ -13,7 +13,8 @@ from torch.nn import functional
 from pytest_qsens import profile
 from pytest_qsens.graph.calls import finite_rows, unquantized
 from pytest_qsens.graph.narrow import memory_for, part_channels
-from pytest_qsens.quant.formats import RoundedWeight, round_input, round_weight
+from pytest_qsens.ops import STATES
+from pytest_qsens.quant.formats import RoundedWeight, round_between, round_input, round_weight
 from pytest_qsens.quant.integers import (
     CHUNK,
     INT32_SUM,
@@ -72,8 +73,10 @@ class Simulator:
         A row (or sample) of the input with NaN or infinite values gives NaN, where a kernel would turn them into some
         integer.
         """
+        if call.kind in STATES:
+            return self._state(op, call)
         if call.kind == "embedding":
-            return quantized_embedding(functional.embedding(call.x, call.weight).float())
+            return self._rows(op, functional.embedding(call.x, call.weight).float())
         weight, finite = self._weight(op, call), finite_rows(call.x, call.kind)
         if call.kind == "linear":
             output = self._linear(op, self._linear_input(op, call.x, finite), weight, call.bias)
@@ -84,6 +87,30 @@ class Simulator:
             scale = torch.tensor(x.scale, device=call.x.device)
             output = self._real(op, call.kind, convolution_products(call, weight, x), scale, weight.scale, call.bias)
         return _without_infinities(output, finite)
+
+    def _state(self, op: str, call: Call) -> Tensor:
+        """Round keys or values to what a cache would give back."""
+        cache = self._scheme_of(op).parts.cache
+        assert cache is not None  # noqa: S101 - no other is given to keys and values
+        finite = finite_rows(call.x, call.kind)
+        x = _finite_only(call.x, finite)
+        if cache.kind == "static":
+            low, high = (seen.to(x.device) for seen in self._calibration.extremes(op, x.shape[-1]))
+            found = round_between(x, cache, low, high)
+        elif cache.kind == "local":
+            low, high = self._calibration.extremes(op, x.shape[-1])
+            found = round_input(x, cache, float(torch.maximum(-low, high)))
+        else:
+            found = round_input(x, cache)
+        return _without_infinities(found, finite)
+
+    def _rows(self, op: str, rows: Tensor) -> Tensor:
+        """Round looked-up rows of an embedding: each has scales of its own, so that the others need not be known."""
+        scheme = self._scheme_of(op)
+        if not scheme.rows:
+            return quantized_embedding(rows)
+        assert scheme.parts.weight is not None  # noqa: S101 - no other is of rows
+        return round_weight(rows.reshape(-1, rows.shape[-1]), scheme.parts.weight).real().view(rows.shape)
 
     @profile.phase("local quantization")
     def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
@@ -158,7 +185,7 @@ class Simulator:
         roundeds = [None] * len(parts) if whole is None else whole.split(rows)
         for start, part, rounded in zip(range(0, len(call.weight), rows), parts, roundeds, strict=True):
             exact = part.float()
-            real = quantized_embedding(exact) if rounded is None else rounded.real().view(part.shape)
+            real = self._rows(op, exact) if rounded is None else rounded.real().view(part.shape)
             yield start, real - exact
 
     def _quantized_weight(self, op: str, weight: Tensor) -> QuantizedWeight | RoundedWeight:

@@ -48,10 +48,12 @@ FULL: dict[str, Any] = {
         "a": {"weight": {"dtype": "int4", "granularity": "group", "group_size": 32, "symmetric": False}},
         "b": {"activation": {"dtype": "int8", "kind": "static", "granularity": "token"}, "requantize_output": True},
         "c": {"weight": {"dtype": "fp8_e4m3", "granularity": "block", "block": [128, 128]}},
+        "d": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}},
+        "e": {"cache": {"dtype": "fp8_e4m3", "kind": "static", "granularity": "head", "symmetric": True}},
     },
     "rules": [
         {"ops": "x", "scheme": "a"},
-        {"ops": ["y", "z"], "types": ["linear", "embedding"], "scheme": "unquantized"},
+        {"ops": ["y", "z"], "types": ["linear", "embedding", "k"], "scheme": "unquantized"},
         {"ops": "*", "types": "linear", "scheme": {"requantize_output": True}},
     ],
 }

@@ -112,7 +112,7 @@ def test_simulated_schemes_keep_their_names() -> None:
         ("w4a16_g128", "conv2d", ["groups along the features of a linear layer"]),
         ("mxfp4_dynamic", "conv1d", ["groups along the features of a linear layer"]),
         ("wfp8a16_block2x2", "conv1d", ["blocks of a matrix"]),
-        ("w8a8", "embedding", ["rows of embeddings are simulated as w8a16_asym, not as w8a8"]),
+        ("w8a8", "embedding", ["rows of embeddings are simulated with weights only, such as w8a16_asym, not as w8a8"]),
     ],
 )
 def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obstacles: list[str]) -> None:

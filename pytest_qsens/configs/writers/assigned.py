@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_qsens.ops import CACHED, STATES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pytest_qsens.ops import Op
-    from pytest_qsens.quant.op_scheme import OpScheme
+    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme
 
 
 class Assigned(NamedTuple):
@@ -38,6 +40,32 @@ def by_scheme(assigned: Iterable[Assigned]) -> dict[OpScheme | None, list[Assign
 def names(assigned: Iterable[Assigned]) -> list[str]:
     """Names of the ops."""
     return [one.op.name for one in assigned]
+
+
+def split(assigned: Iterable[Assigned]) -> tuple[list[Assigned], list[Assigned]]:
+    """Tell layers from keys and values of attention."""
+    layers, states = list[Assigned](), list[Assigned]()
+    for one in assigned:
+        (states if one.op.type in STATES else layers).append(one)
+    return layers, states
+
+
+def of_all(states: Sequence[Assigned]) -> ActivationScheme | None:
+    """How keys and values are quantized, in a file that says it of all attention modules at once.
+
+    Raises:
+        Inexpressible: If not all of them are quantized alike, or queries are, too.
+
+    """
+    queries = [one for one in states if one.op.type not in CACHED and one.scheme is not None]
+    if queries:
+        raise Inexpressible(queries[0], "it says nothing of queries beside keys and values")
+    schemes = by_scheme(one for one in states if one.op.type in CACHED)
+    if len(schemes) > 1:
+        _, different = list(schemes.values())[:2]
+        raise Inexpressible(different[0], "it says one thing of the keys and values of all attention modules")
+    scheme = next(iter(schemes), None)
+    return None if scheme is None else scheme.cache
 
 
 def most_common(assigned: Sequence[Assigned]) -> OpScheme | None:

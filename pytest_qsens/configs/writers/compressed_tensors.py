@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
 from pytest_qsens.configs.rules import CLASS_OF
-from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names
+from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names, of_all, split
 from pytest_qsens.configs.writers.dump import Row
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _SIZES = {"mxfp8": (32,), "mxfp6": (32,), "mxfp4": (32,), "nvfp4": (16,)}
 _OF_WEIGHTS = ("tensor", "channel", "group", "block")
 _DYNAMIC = ("token", "tensor", "group")
 _STATIC = ("tensor", "group")
+_STRATEGIES = {"head": "attn_head"}
 
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -38,7 +40,12 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
 
 
 def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
-    """Make ``config_groups`` and ``ignore``, which llm-compressor has, too."""
+    """Make ``config_groups``, ``kv_cache_scheme`` and ``ignore``, which llm-compressor has, too."""
+    assigned, states = split(assigned)
+    attention, states = _attention(states)
+    cache = of_all(states)
+    if cache is not None and (why := _obstacle_of_cache(cache)) is not None:
+        raise Inexpressible(states[0], why)
     default = most_common([one for one in assigned if one.op.type == "linear"])
     named: list[tuple[OpScheme, list[str]]] = []
     for scheme, ops in by_scheme(assigned).items():
@@ -48,10 +55,33 @@ def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
             _check(ops, scheme)
     named += [(default, [CLASS_OF["linear"]])] if default is not None else []
     ignored = [one for one in assigned if one.scheme is None and one.op.type in QUANTIZED]
-    config_groups = {
-        f"group_{number}": {"targets": targets, **_scheme(scheme)} for number, (scheme, targets) in enumerate(named)
-    }
-    return {"config_groups": config_groups, "ignore": names(ignored)}
+    listed = [{"targets": targets, **_scheme(scheme)} for scheme, targets in named]
+    listed += [{"targets": modules, "input_activations": Row(_arguments(part))} for part, modules in attention.items()]
+    config_groups = {f"group_{number}": group for number, group in enumerate(listed)}
+    cached = {} if cache is None else {"kv_cache_scheme": Row(_arguments(cache))}
+    return {"config_groups": config_groups, **cached, "ignore": names(ignored)}
+
+
+def _attention(states: Sequence[Assigned]) -> tuple[dict[ActivationScheme, list[str]], list[Assigned]]:
+    """Find the attention modules whose queries are quantized, and as these their keys and values; and all others'."""
+    modules: dict[str, list[Assigned]] = {}
+    for one in states:
+        modules.setdefault(one.op.name.rpartition(":")[0], []).append(one)
+    found: dict[ActivationScheme, list[str]] = {}
+    others: list[Assigned] = []
+    for module, members in modules.items():
+        queries = next((one for one in members if one.op.type not in CACHED and one.scheme is not None), None)
+        if queries is None:
+            others += members
+            continue
+        caches = {None if one.scheme is None else one.scheme.cache for one in members}
+        part = caches.pop()
+        if caches or part is None or len(members) < len(STATES):
+            raise Inexpressible(queries, "it quantizes queries, keys and values of a module alike, or no queries")
+        if (why := _obstacle_of_cache(part)) is not None:
+            raise Inexpressible(queries, why)
+        found.setdefault(part, []).append(module)
+    return found, others
 
 
 def _check(ops: Sequence[Assigned], scheme: OpScheme) -> None:
@@ -84,6 +114,18 @@ def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
     return None if part.granularity in known else f"{part.kind} activations have no scale per {part.granularity}"
 
 
+def _obstacle_of_cache(cache: ActivationScheme) -> str | None:
+    """Why ``kv_cache_scheme`` cannot say this."""
+    known = ("tensor", "head") if cache.kind == "static" else ("tensor",)
+    if cache.dtype == "nvfp4":
+        return _obstacle(cache)
+    if cache.dtype not in (*INTEGERS, "fp8_e4m3"):
+        return f"keys and values of {cache.dtype} are none of what it has for a cache"
+    if cache.granularity not in known:
+        return f"{cache.kind} keys and values have no scale per {cache.granularity}"
+    return None
+
+
 def _scheme(scheme: OpScheme) -> dict[str, object]:
     parts = {"weights": scheme.weight, "input_activations": scheme.activation}
     parts |= {"output_activations": scheme.activation} if scheme.output else {}
@@ -96,7 +138,7 @@ def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
         "num_bits": int(part.dtype.removeprefix("int")) if is_integer else _FLOATS[part.dtype],
         "type": "int" if is_integer else "float",
         "symmetric": part.symmetric,
-        "strategy": "tensor_group" if part.dtype == "nvfp4" else part.granularity,
+        "strategy": "tensor_group" if part.dtype == "nvfp4" else _STRATEGIES.get(part.granularity, part.granularity),
     }
     if part.granularity == "group":
         found["group_size"] = part.size[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from glob import escape
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.modelopt import ALGORITHMS
-from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, names
+from pytest_qsens.configs.modelopt import ALGORITHMS, CACHE_ALGORITHMS
+from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, names, of_all, split
 from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import OpScheme, WeightScheme, parse
 
@@ -22,6 +22,12 @@ _BY_SCHEME = {
 }
 """Scheme → ``quant_algo``, the first of several that mean the same."""
 
+_BY_CACHE = {
+    scheme: name
+    for name, template in CACHE_ALGORITHMS.items()
+    if template is not None and (scheme := parse(template)) is not None
+}
+
 _PLAIN: dict[str, dict[str, object]] = {"W8A8_SQ_PER_CHANNEL": {"pre_quant_scale": False}}
 """What makes clear that nothing is done beside rounding, where an algorithm's name says more."""
 
@@ -33,15 +39,21 @@ def write_exported(assigned: Sequence[Assigned]) -> dict[str, object]:
         Inexpressible: If it is no linear layer, or ModelOpt has no algorithm for a scheme.
 
     """
+    assigned, states = split(assigned)
+    cache = of_all(states)
+    cached = None if cache is None else _BY_CACHE.get(OpScheme(None, cache=cache))
+    if cache is not None and cached is None:
+        known = ", ".join(scheme.name for scheme in _BY_CACHE)
+        raise Inexpressible(states[0], f"there is no kv_cache_quant_algo for it; there are some for {known}")
     quantized = [one for one in assigned if one.scheme is not None]
     excluded = [escape(one.op.name) for one in assigned if one.scheme is None and one.op.type == "linear"]
     algorithms = {scheme: _algorithm(ops) for scheme, ops in by_scheme(quantized).items()}
     inside: dict[str, object]
     if len(algorithms) == 1:
-        inside = {**next(iter(algorithms.values())), "kv_cache_quant_algo": None}
+        inside = {**next(iter(algorithms.values())), "kv_cache_quant_algo": cached}
     else:
         layers = {one.op.name: Row(algorithms[one.scheme]) for one in quantized}
-        inside = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}
+        inside = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": cached, "quantized_layers": layers}
     return {"producer": Row(name="pytest-qsens"), "quantization": {**inside, "exclude_modules": excluded}}
 
 

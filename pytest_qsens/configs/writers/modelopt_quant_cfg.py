@@ -37,6 +37,13 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
 
 
 def _quantizers(one: Assigned, scheme: OpScheme) -> Iterator[dict[str, object]]:
+    if scheme.cache is not None:
+        if (why := _obstacle(scheme.cache, one.op.type)) is not None:
+            raise Inexpressible(one, why)
+        module, _, kind = one.op.name.rpartition(":")
+        name = f"{escape(module)}.{kind}_bmm_quantizer" if module else f"{kind}_bmm_quantizer"
+        yield {"quantizer_name": name, "cfg": _attributes(scheme.cache)}
+        return
     if scheme.output and scheme.activation is None:
         raise Inexpressible(one, "outputs have quantizers like those of inputs, and there are none")
     parts = {"weight": scheme.weight, "input": scheme.activation}
