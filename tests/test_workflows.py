@@ -59,7 +59,7 @@ def test_nothing_is_pasted_into_scripts(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_pins(path: Path) -> None:
     """Actions of others are pinned to commits, with the version beside them; one action has one version everywhere."""
-    used = re.findall(r"uses: (\S+)(?: # (\S+))?$", path.read_text(), re.MULTILINE)
+    used = re.findall(r"uses: (\S+)(?: # (\S+).*)?$", path.read_text(), re.MULTILINE)
     assert len(used) == path.read_text().count("uses:")
     everywhere = dict(re.findall(r"uses: ([\w./-]+)@(\w+)", "\n".join(file.read_text() for file in FILES)))
     for name, version in used:
