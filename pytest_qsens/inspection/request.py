@@ -187,8 +187,7 @@ def check_model(request: Request, ops: Sequence[Op]) -> Op:
     """
     known = {op.name: op for op in ops}
     listed = {name: op for op in request.result.ops for name in op.ops or (op.op,)}
-    of_weights = {name for name, op in listed.items() if op.ops or ":" not in name}
-    strangers = sorted(of_weights ^ known.keys())
+    strangers = sorted(name for name in listed.keys() ^ known.keys() if ":" not in name)  # others are no modules
     changed = sorted(
         op.op
         for op in request.result.ops
