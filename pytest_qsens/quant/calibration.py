@@ -1,75 +1,24 @@
-"""Activation ranges: observers of torch.ao over the calibration batches."""
+"""What the calibration batches show: the ranges of activations, and before that the scales that smooth them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
-from torch.ao.quantization.observer import HistogramObserver, MinMaxObserver, UniformQuantizationObserverBase
-
-from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.quant.observers import observer_of, observer_of_output
 from pytest_qsens.quant.schemes import all_of, scheme_of
+from pytest_qsens.quant.smoothing import Smoothing
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
+    from pytest_qsens.quant.observers import Observer, QParams
+    from pytest_qsens.quant.op_scheme import ActivationScheme
     from pytest_qsens.quant.schemes import Scheme, Schemes
-
-
-class QParams(NamedTuple):
-    """Affine quantization: ``real = (integer - zero_point) * scale``."""
-
-    scale: float
-    zero_point: int
-
-
-class _Range:
-    """What was seen of one tensor's values; the search for its scale, which is slow, is made once and when needed."""
-
-    def __init__(self, observer: UniformQuantizationObserverBase) -> None:
-        self._observer = observer
-        self._qparams: QParams | None = None
-
-    def observe(self, values: Tensor) -> None:
-        self._observer(values)
-
-    def state(self) -> Mapping[str, Tensor]:
-        found: Mapping[str, Tensor] = self._observer.state_dict()
-        return found
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._observer.load_state_dict(state)
-
-    @profile.phase("calibration")
-    def qparams(self) -> QParams:
-        if self._qparams is None:
-            scale, zero_point = self._observer.calculate_qparams()  # type: ignore[no-untyped-call] # torch's
-            self._qparams = QParams(float(scale), int(zero_point))
-        return self._qparams
-
-    def largest(self) -> float:
-        """Largest magnitude, of a `MinMaxObserver`."""
-        state = self.state()
-        return max(0.0, -float(state["min_val"]), float(state["max_val"]))
-
-
-def _histogram(*, symmetric: bool) -> _Range:
-    # uint8 over all of 0..255: what torch's x86 backend and Intel Neural Compressor use on machines with VNNI
-    qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
-    return _Range(HistogramObserver(dtype=torch.quint8, qscheme=qscheme, reduce_range=False))
-
-
-def _input_range(scheme: Scheme) -> _Range:
-    """Make what observes an input: a histogram for integers, extremes for floats, whose scales are of the largest."""
-    activation = scheme.parts.activation
-    if activation is None or activation.dtype != "int8":
-        return _Range(MinMaxObserver())
-    return _histogram(symmetric=activation.symmetric)
 
 
 def _finite(values: Tensor, kind: str, what: str) -> Tensor:
@@ -87,6 +36,8 @@ def _finite(values: Tensor, kind: str, what: str) -> Tensor:
 class Calibration:
     """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op.
 
+    They are run once in each of its `passes`.
+
     Args:
         schemes: What needs ranges, of every op or of each; an op without a scheme needs none.
         ranges: Whether to observe those it needs; otherwise only what is reached is noted.
@@ -101,10 +52,22 @@ class Calibration:
     def __init__(self, schemes: Schemes, *, ranges: bool = True) -> None:
         self._schemes = schemes
         self.ranges = ranges and any(scheme.needs_ranges for scheme in all_of(schemes))
-        self._inputs: dict[str, _Range] = {}
-        self._outputs: dict[str, _Range] = {}
+        self._smoothing = Smoothing(schemes)
+        self._settled = not self._smoothing.wanted
+        self._inputs: dict[str, Observer] = {}
+        self._outputs: dict[str, Observer] = {}
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
+
+    def passes(self) -> Iterator[None]:
+        """Ask for the calibration data: ranges are those of smoothed inputs, whose scales have to be known before."""
+        if not self._settled:
+            yield
+            self._smoothing.settle()
+            self._settled = True
+            if not self.ranges:
+                return
+        yield
 
     def observe(self, op: str, call: Call, output: Tensor) -> None:
         """Record one call, unless it computes nothing.
@@ -119,33 +82,50 @@ class Calibration:
             return
         self.reached.add(op)
         scheme = scheme_of(self._schemes, op)
+        if not self._settled and call.kind == "linear":
+            self._smoothing.observe(op, call)
         if scheme is None:
             return
         refusal = scheme.refusal_of_features(call.weight.shape[-1]) if call.kind == "linear" else None
         if refusal is not None:
             self.refused[op] = refusal
             return
-        if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges:
+        if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges or not self._settled:
             return
-        self._input(op, scheme).observe(_finite(call.x, call.kind, f"input of {op}"))
+        if scheme.refusal(call.kind) is not None:
+            return
+        x, smoothed_by = _finite(call.x, call.kind, f"input of {op}"), self.smoothing(op)
+        self._input(op, scheme).observe(x if smoothed_by is None else x / smoothed_by)
         if scheme.parts.output:
-            self._output(op).observe(_finite(output, call.kind, f"output of {op}"))
+            self._output(op, scheme).observe(_finite(output, call.kind, f"output of {op}"))
 
-    def _input(self, op: str, scheme: Scheme) -> _Range:
-        return self._inputs.setdefault(op, _input_range(scheme))
+    def _input(self, op: str, scheme: Scheme) -> Observer:
+        if op not in self._inputs:
+            self._inputs[op] = observer_of(_activation(scheme))
+        return self._inputs[op]
 
-    def _output(self, op: str) -> _Range:
-        return self._outputs.setdefault(op, _histogram(symmetric=False))
+    def _output(self, op: str, scheme: Scheme) -> Observer:
+        if op not in self._outputs:
+            self._outputs[op] = observer_of_output(_activation(scheme))
+        return self._outputs[op]
+
+    def smoothing(self, op: str) -> Tensor | None:
+        """Scale of each input channel, ``(in,)``, that inputs are divided by and weights multiplied; ``None`` if not.
+
+        On the device of what was observed, or the CPU.
+        """
+        return self._smoothing.scale(op)
 
     def state(self) -> dict[str, Tensor]:
         """All that was observed, beside `reached` and `refused`; see `from_state`."""
         kinds = {"input": self._inputs, "output": self._outputs}
-        return {
+        found = {
             f"{kind}/{op}/{name}": value
             for kind, ranges in kinds.items()
             for op, observed in ranges.items()
             for name, value in observed.state().items()
         }
+        return found | {f"smoothing/{op}/scale": value for op, value in self._smoothing.state().items()}
 
     @classmethod
     def from_state(
@@ -171,7 +151,9 @@ class Calibration:
         for (kind, op), buffers in observed.items():
             scheme = scheme_of(schemes, op)
             if scheme is not None and kind in ("input", "output"):
-                (found._input(op, scheme) if kind == "input" else found._output(op)).restore(buffers)
+                (found._input(op, scheme) if kind == "input" else found._output(op, scheme)).restore(buffers)
+        found._smoothing.restore({op: of["scale"] for (kind, op), of in observed.items() if kind == "smoothing"})
+        found._settled = True
         return found
 
     def input_qparams(self, op: str) -> QParams:
@@ -185,3 +167,9 @@ class Calibration:
     def output_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's output, uint8."""
         return self._outputs[op].qparams()
+
+
+def _activation(scheme: Scheme) -> ActivationScheme:
+    activation = scheme.parts.activation
+    assert activation is not None  # noqa: S101 - one without needs no ranges
+    return activation
