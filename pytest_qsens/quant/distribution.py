@@ -71,7 +71,9 @@ class Distribution:
         inverse_width = 2.0 ** (_BITS - self._exponent)
         for part in torch.split(values.reshape(-1), _CHUNK):
             zeros = part == 0
-            bins = (part * inverse_width).floor_().add_(BINS).clamp_(0, 2 * BINS - 1).long()
+            # by magnitude: what is too small for fp32 once it is multiplied still has its sign
+            places = part.abs().mul_(inverse_width).clamp_(max=BINS - 1).long()
+            bins = torch.where(part < 0, BINS - 1 - places, BINS + places)
             counts = torch.bincount(bins, minlength=2 * BINS).cpu()
             found = int(zeros.sum())
             counts[BINS] -= found

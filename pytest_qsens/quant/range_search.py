@@ -45,7 +45,7 @@ def of_percentile(values: Distribution, percentile: float, *, symmetric: bool) -
     """
     rest = 1 - percentile / 100
     if symmetric:
-        high = _quantile(values.folded(), values.zeros, 1 - rest)
+        high = min(_quantile(values.folded(), values.zeros, 1 - rest), max(-values.low, values.high))
         return Range(-high, high)
     histogram = values.signed()
     low, high = (_quantile(histogram, values.zeros, share) for share in (rest / 2, 1 - rest / 2))
@@ -116,6 +116,7 @@ def of_entropy(values: Distribution, *, symmetric: bool) -> Range:
     levels = 128 if symmetric or values.low < 0 else 256
     stride = max(1, len(histogram.counts) // _CANDIDATES)
     threshold = float(histogram.edges[least_divergence(histogram.counts, levels, stride)])
+    threshold = min(threshold, max(-values.low, values.high))
     if symmetric:
         return Range(-threshold, threshold)
     return Range(min(max(values.low, -threshold), 0.0), max(min(values.high, threshold), 0.0))
