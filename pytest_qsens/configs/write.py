@@ -24,6 +24,7 @@ from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
+from pytest_qsens.quant.observer_names import OBSERVERS, percentile_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,26 +42,30 @@ class Target:
         write: From ops and schemes to the values in the file; raises `Inexpressible`.
         syntaxes: That it can be written in, the usual one first.
         exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
+        observers: That it can name, beside those that are usual for a dtype; any percentile if it can name one.
+        smooths: Whether it can say that inputs are smoothed.
 
     """
 
     write: Callable[[Sequence[Assigned]], dict[str, Any]]
     syntaxes: tuple[Syntax, ...] = ("JSON",)
     exclusions: bool = False
+    observers: tuple[str, ...] = ()
+    smooths: bool = False
 
 
 TARGETS: dict[str, Target] = {
-    "qsens": Target(ours.write, ("YAML", "TOML", "JSON")),
-    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML")),
-    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",)),
-    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig),
+    "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), observers=OBSERVERS, smooths=True),
+    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=("minmax",)),
+    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=("minmax",)),
+    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=("minmax",)),
     "torchao": Target(torchao.write),
-    "compressed-tensors": Target(compressed_tensors.write),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",)),
+    "compressed-tensors": Target(compressed_tensors.write, observers=("minmax", "moving_average")),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",), observers=("minmax", "moving_average")),
     "modelopt": Target(modelopt.write_exported),
-    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",)),
+    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), observers=("minmax",), smooths=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
-    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
+    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML"), observers=("minmax", "percentile")),
 }
 """By name, as in `names.WRITTEN`."""
 
@@ -157,6 +162,18 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
     return [*found.values()]
 
 
+def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
+    """Why a file cannot say what is done with the calibration data."""
+    if scheme.smoothing is not None and not target.smooths:
+        return "inputs are smoothed, which its files do not say"
+    observer = "" if scheme.activation is None else scheme.activation.observer
+    name = "percentile" if percentile_of(observer) is not None else observer
+    if name and name not in target.observers:
+        known = f"it has {' and '.join(target.observers)}" if target.observers else "its files name none"
+        return f"ranges of activations are found by {observer}; {known}"
+    return None
+
+
 def _can(assigned: Sequence[Assigned], target: Target) -> bool:
     try:
         _text(assigned, target, target.syntaxes[0])
@@ -175,6 +192,9 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     for one in assigned:
         if one.op.type == "embedding" and one.scheme is not None and one.scheme.activation is not None:
             raise Inexpressible(one, "an embedding is given indices, which are not quantized")
+        why = None if target.exclusions or one.scheme is None else _calibration_in_the_way(one.scheme, target)
+        if why is not None:
+            raise Inexpressible(one, why)
     text = dump(target.write(assigned), syntax)
     try:
         config = config_of(parse_document(text, Path("what was written"), syntax))

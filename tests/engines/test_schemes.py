@@ -71,7 +71,7 @@ CALIBRATED = ["w8a8_mse", "w8a8_smoothquant", "w8a8_dynamic_smoothquant0.8_unsha
 
 @pytest.mark.parametrize("scheme", CALIBRATED)
 def test_what_calibration_finds_is_the_same_for_all_engines(scheme: str, tmp_path: Path) -> None:
-    """Replays equal the model, and differences equal replays, in all modes; also with what another process has found."""
+    """Replays equal the model, and differences equal replays, in all modes; also with what another has found."""
     place = Artifact(tmp_path / "artifacts" / "one", "k", "tiny")
     exact, own = (measured(ARCHITECTURES["llama"].spec(), scheme, engine, every=3) for engine in ("replay", "eager"))
     assert scores(exact) == scores(own)

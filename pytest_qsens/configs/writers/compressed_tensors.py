@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
+from pytest_qsens.configs.observers import COMPRESSED_TENSORS
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names
 from pytest_qsens.configs.writers.dump import Row
@@ -25,6 +26,7 @@ _SIZES = {"mxfp8": (32,), "mxfp6": (32,), "mxfp4": (32,), "nvfp4": (16,)}
 _OF_WEIGHTS = ("tensor", "channel", "group", "block")
 _DYNAMIC = ("token", "tensor", "group")
 _STATIC = ("tensor", "group")
+_OBSERVERS = {ours: theirs for theirs, ours in COMPRESSED_TENSORS.items()}
 
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -106,4 +108,5 @@ def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
         found["scale_dtype"] = "torch.uint8"
     if isinstance(part, ActivationScheme):
         found["dynamic"] = "local" if part.kind == "local" else part.kind == "dynamic"
+        found |= {"observer": _OBSERVERS[part.observer]} if part.observer else {}
     return found
