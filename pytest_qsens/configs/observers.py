@@ -26,14 +26,15 @@ _WITHOUT_MEMORY = ("minmax", "memoryless_minmax", "static_minmax")
 """All the same where one tensor is seen, as it is of weights and with dynamic scales."""
 
 _LESS = {
-    "mse": "it takes a moving average of what fits each batch best, with errors to the power of 2.4. Ours is 'mse'",
+    "mse": "it takes a moving average of what fits each batch best, with errors to the power of 2.4; "
+    "where it finds static scales, 'mse' is taken, which fits all batches, with squared errors",
     "memoryless_mse": "it takes what fits the last batch best",
     "memoryless_minmax": "it takes the extremes of the last batch",
 }
 
 
 def named_by_llm_compressor(fields: ConfigFields, key: str, name: str | None, kind: Kind | None) -> str:
-    """Read an observer's name; ours, empty for the usual one, and what has no equal is a problem.
+    """Read an observer's name: ours, or what comes nearest; empty for the usual one. What has no equal is a problem.
 
     Args:
         fields: It is from.
@@ -51,7 +52,7 @@ def named_by_llm_compressor(fields: ConfigFields, key: str, name: str | None, ki
         return ""
     why = _LESS.get(lower, "it finds scales in its own way")
     fields.problem(key, f"{name!r} changes numbers and is not simulated: {why}")
-    return ""
+    return "mse" if kind == "static" and lower == "mse" else ""
 
 
 def check_averaging(fields: ConfigFields, observer: str) -> None:

@@ -261,7 +261,7 @@ def nmse(spec: ModelSpec, scheme: str, ops: str = "") -> dict[str, float]:
 
 @pytest.mark.parametrize("scheme", ["w8a8_static", "w8a8_dynamic"])
 def test_outlier_channels_lose_their_effect(scheme: str) -> None:
-    """The paper's claim: a few channels a hundred times as large as others break W8A8, and if it is smoothed, do not."""
+    """The paper's claim: a few channels a hundred times as large as others break W8A8; smoothed, they do not."""
     plain = nmse(ARCHITECTURES["llama"].spec(), scheme, "q_proj")
     broken = nmse(planted(100.0), scheme, "q_proj")
     smoothed = nmse(planted(100.0), f"{scheme}_smoothquant", "q_proj")

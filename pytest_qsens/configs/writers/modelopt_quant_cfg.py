@@ -51,8 +51,10 @@ def _algorithm(assigned: Sequence[Assigned]) -> dict[str, object]:
 
 
 def _can_be_smoothed(one: Assigned) -> bool:
-    parts = None if one.scheme is None else (one.scheme.weight, one.scheme.activation)
-    return one.op.type == "linear" and parts is not None and all(p is not None and p.dtype == "int8" for p in parts)
+    weight, activation = (None, None) if one.scheme is None else (one.scheme.weight, one.scheme.activation)
+    if one.op.type != "linear" or weight is None or activation is None or activation.kind != "static":
+        return False
+    return weight.dtype == activation.dtype == "int8"
 
 
 def _quantizers(one: Assigned, scheme: OpScheme) -> Iterator[dict[str, object]]:
