@@ -31,7 +31,7 @@ def test_a_scheme_that_is_not_in_the_list(pytester: pytest.Pytester) -> None:
 def test_what_calibration_finds_reaches_all_workers(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    """One process calibrates, and two measure the numbers of one; the snapshot, node ids and result carry the name."""
+    """Two processes measure the numbers of one; the snapshot, node ids and result carry the name."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_model(pytester)
     found = []
@@ -45,8 +45,6 @@ def test_what_calibration_finds_reaches_all_workers(
         found.append(snapshot_file(pytester, scheme).read_bytes())
         snapshot_file(pytester, scheme).unlink()
     assert found[0] == found[1]
-    kept = list(pytester.path.glob("cache2/**/calibrated.safetensors"))
-    assert len(kept) == 1
 
 
 def test_results_of_other_observers_are_not_mixed_up(pytester: pytest.Pytester) -> None:
