@@ -83,8 +83,7 @@ def prepare(
     """
     # ranges are to have the same bits on any number of threads
     with profile.phase("calibration"), one_thread() if calibration.ranges else nullcontext():
-        for number, batch in enumerate(calibrating, 1):
-            observe(model, batch, number, spec, calibration)
+        observe_all(model, calibrating, spec, calibration)
     references = References(model, batches, spec)
     captured: list[Captured] | None = None
     refusal = None
@@ -214,16 +213,18 @@ def placed(batch: Batch, device: str) -> Batch:
     return placed
 
 
-def observe(model: nn.Module, batch: Batch, number: int, spec: ModelSpec, calibration: Calibration) -> None:
-    """Run the model on one batch and let the calibration see the calls of its ops."""
+def observe_all(model: nn.Module, batches: Iterable[Batch], spec: ModelSpec, calibration: Calibration) -> None:
+    """Run the model on all batches, as often as the calibration asks for, and let it see the calls of the ops."""
 
     def handler(op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
         output = run()
         calibration.observe(op, call, output)
         return output
 
-    with unchanged_state(model), OpInterceptor(model, handler, calibration.states):
-        _run(model, batch, spec, f"calibration batch {number}")
+    for _ in calibration.passes():
+        for number, batch in enumerate(batches, 1):
+            with unchanged_state(model), OpInterceptor(model, handler, calibration.states):
+                _run(model, batch, spec, f"calibration batch {number}")
 
 
 class References:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.observers import check_averaging, named_by_llm_compressor
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import CACHED
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.quant.op_scheme import Granularity
+    from pytest_qsens.quant.op_scheme import Granularity, Kind
 
 NAME = "compressed-tensors"
 TITLE = "compressed-tensors (config.json with 'quantization_config', or that object alone: 'config_groups')"
@@ -30,7 +31,6 @@ TITLE = "compressed-tensors (config.json with 'quantization_config', or that obj
 QUANTIZED = ("linear", "embedding")
 _REGEX = "re:"
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_RANGES_OF_MIN_MAX = ("minmax", "memoryless_minmax", "static_minmax")
 
 PRESETS: dict[str, str | None] = {
     "UNQUANTIZED": None,
@@ -119,6 +119,7 @@ def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
 
 def _cache(fields: ConfigFields) -> OpScheme | Unknown:
     dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    _observer(fields, None)  # static scales are of the extremes
     fields.changes_numbers("actorder", "keys and values have none", False)
     fields.finish()
     if strategy == "tensor_group" and dtype != "nvfp4":
@@ -132,7 +133,7 @@ def _cache(fields: ConfigFields) -> OpScheme | Unknown:
         granularity = "head"
     elif strategy != "tensor":
         raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
-    kind: Literal["static", "dynamic", "local"] = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
     return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric))
 
 
@@ -212,6 +213,7 @@ def read_scheme(fields: ConfigFields) -> OpScheme | Unknown | None:
 
 def _weight(fields: ConfigFields) -> WeightScheme | Unknown:
     dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    _observer(fields, None)
     fields.changes_numbers("actorder", "columns are quantized in an order of their own", False)
     fields.finish()
     if dynamic or strategy in ("token", "attn_head"):
@@ -224,15 +226,23 @@ def _weight(fields: ConfigFields) -> WeightScheme | Unknown:
 
 def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
     dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    observer = _observer(fields, kind)
     fields.changes_numbers("actorder", "activations have none", False)
     fields.finish()
     if strategy == "attn_head":
         return Unknown("attn_head", "activations have a scale per attention head, which is not simulated")
     if strategy == "tensor_group" and dtype != "nvfp4":
         return Unknown(f"{dtype} tensor_group", f"activations are {dtype} with scales of groups and of the tensor")
-    kind: Literal["static", "dynamic", "local"] = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
     granularity: Granularity = "group" if strategy == "tensor_group" else cast("Granularity", strategy)
-    return ActivationScheme(dtype, kind, granularity, size, symmetric)
+    return ActivationScheme(dtype, kind, granularity, size, symmetric, observer)
+
+
+def _observer(fields: ConfigFields, kind: Kind | None) -> str:
+    """Read ``observer``; without a kind, as that of a weight."""
+    found = named_by_llm_compressor(fields, "observer", fields.optional_text("observer"), kind)
+    check_averaging(fields, found)
+    return found
 
 
 def _arguments(fields: ConfigFields) -> tuple[str, str, tuple[int, ...], bool, bool | str]:
@@ -255,10 +265,6 @@ def _arguments(fields: ConfigFields) -> tuple[str, str, tuple[int, ...], bool, b
         raise QsensError(f"{fields.at('dynamic')}: true, false or 'local' is needed, found {as_text(dynamic)}")
     scale = fields.optional_text("scale_dtype")
     fields.skip("zp_dtype")
-    observer = fields.optional_text("observer")
-    if observer is not None and observer not in _RANGES_OF_MIN_MAX:
-        fields.problem("observer", f"{observer!r} changes numbers and is not simulated: it finds scales in its own way")
-    fields.changes_numbers("observer_kwargs", "the observer finds scales in its own way", {})
     dtype = _dtype(fields, bits, kind, strategy, group, scale)
     size = tuple(block) if block is not None else (group,) if group is not None and group > 0 else ()
     return dtype, strategy, size, symmetric, bool(dynamic) if dynamic != "local" else "local"

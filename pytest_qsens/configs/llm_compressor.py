@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.compressed_tensors import Group, attention_rules, ordered, preset, read_cache, read_group
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.observers import named_by_llm_compressor, observed
 from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
 from pytest_qsens.errors import QsensError
 
@@ -30,6 +31,10 @@ _ROUNDING = {
     "AWQModifier": "weights are scaled by AWQ before they are rounded",
     "AutoRoundModifier": "weights are rounded by AutoRound, not to the nearest",
 }
+_OTHERS = {
+    "SmoothQuantModifier": "it smooths the layers of its mappings alone, by the difference of a channel's extremes; "
+    "what ends with '_smoothquant' here smooths every linear layer, by the largest magnitude, as its paper does"
+}
 _NO_EFFECT = (
     "bypass_divisibility_checks",
     "requires_calibration_data",
@@ -46,7 +51,6 @@ _NO_EFFECT = (
     "sequential_update",
 )
 _OF_ROUNDING = ("block_size", "dampening_frac", "actorder", "duo_scaling", "n_grid", "mappings", "iters", "batch_size")
-_OBSERVERS = ("weight_observer", "input_observer", "output_observer", "observer")
 
 
 def detect(document: Document) -> bool:
@@ -125,10 +129,11 @@ def _stage(stage: ConfigFields, keys: list[str]) -> list[list[Rule]]:
             if name in _QUANTIZING and _quantizes(name, modifier):
                 steps.append(_modifier(name, modifier))
             else:
+                why = f": {_OTHERS[name]}" if name in _OTHERS else ""
                 stage.problems.append(
                     Problem(
                         where,
-                        f"{name} changes numbers and is not simulated: {_shown(value)}. Score the model that "
+                        f"{name} changes numbers and is not simulated: {_shown(value)}{why}. Score the model that "
                         "it leaves, or take it out of the recipe",
                     )
                 )
@@ -152,8 +157,7 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
         fields.skip(*_OF_ROUNDING)
     fields.skip(*_NO_EFFECT)
     cached = read_cache(fields, "kv_cache_scheme")
-    for key in _OBSERVERS:
-        fields.changes_numbers(key, "the observer finds scales in its own way", "minmax", "memoryless_minmax")
+    observer = _observer(fields)
     targets = fields.texts_of("targets") or [("Linear", f"{fields.where}, default targets")]
     ignore = fields.texts_of("ignore")
     entries = fields.table("config_groups")
@@ -162,9 +166,31 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
         raise QsensError(f"{fields.where}: there are both 'scheme' and 'config_groups'. Keep one of the two.")
     groups += _schemes(fields, targets)
     fields.finish()
+    if observer:
+        groups = [(of, observed(scheme, observer), group) for of, scheme, group in groups]
     if not groups and not cached:
         raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
     return [*attention_rules(entries), *cached, *ordered(groups, ignore, fields.problems)]
+
+
+def _observer(fields: ConfigFields) -> str:
+    """Read what overrides the observers of schemes: ours for static activations, empty if nothing does."""
+    given = {part: (f"{part}_observer", fields.optional_text(f"{part}_observer")) for part in _OBSERVED}
+    every = fields.inner("observer")
+    if every is not None:  # takes precedence
+        for part, key in _OBSERVED.items():
+            name = every.optional_text(key)
+            given[part] = ("observer", name) if name is not None else given[part]
+        every.finish()
+    named_by_llm_compressor(fields, *given["weight"], None)
+    found = named_by_llm_compressor(fields, *given["input"], "static")
+    if given["output"][1] is not None and named_by_llm_compressor(fields, *given["output"], "static") != found:
+        fields.problem(given["output"][0], "outputs are observed in another way than inputs, which is not simulated")
+    return found
+
+
+_OBSERVED = {"weight": "weights", "input": "input", "output": "output"}
+"""Part of an op → its key in ``observer``."""
 
 
 def _schemes(fields: ConfigFields, targets: list[tuple[str, str]]) -> list[Group]:

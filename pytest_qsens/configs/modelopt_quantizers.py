@@ -6,17 +6,18 @@ last one that matches holds: one with ``cfg`` replaces all attributes, one with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.observers import observed
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.ops import CACHED, STATES
-from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
+from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, SmoothQuant, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -43,10 +44,28 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _Calibration:
+    """An ``algorithm``: static scales are of the largest magnitude, maybe after SmoothQuant (``model_calib.py``)."""
+
+    smoothing: SmoothQuant | None = None
+
+    def of(self, op: Op, scheme: OpScheme | Unknown | None) -> OpScheme | Unknown | None:
+        """Return a scheme with what it does to it: linear layers in int8 are smoothed, each with scales of its own."""
+        scheme = observed(scheme, "minmax")
+        if self.smoothing is None or op.type != "linear" or not isinstance(scheme, OpScheme):
+            return scheme
+        weight, activation = scheme.weight, scheme.activation
+        of_bytes = weight is not None and activation is not None and weight.dtype == activation.dtype == "int8"
+        per_tensor = activation is not None and (activation.kind, activation.granularity) == ("static", "tensor")
+        return replace(scheme, smoothing=self.smoothing) if of_bytes and per_tensor else scheme
+
+
+@dataclass(frozen=True)
 class QuantCfg(Config):
-    """Entries of ``quant_cfg`` in the order of the file."""
+    """Entries of ``quant_cfg`` in the order of the file, and how what they leave open is found."""
 
     entries: tuple[_Entry, ...] = ()
+    calibration: _Calibration | None = None
 
     def decide(self, op: Op) -> Decision:
         """Go through the entries for each of the op's three quantizers; the last one that matches holds."""
@@ -68,6 +87,8 @@ class QuantCfg(Config):
             parts.append(attributes if enabled else None)
         matching = [*dict.fromkeys(reversed(matching))]
         scheme = _assembled(op, *parts)
+        if self.calibration is not None:
+            scheme = self.calibration.of(op, scheme)
         rule = deciding or (matching[0] if matching else None)
         return Decision(op, scheme, rule, tuple(matching))
 
@@ -85,7 +106,11 @@ class QuantCfg(Config):
         attributes = next((entry.attributes for entry in reversed(matching) if entry.attributes), _DEFAULT)
         cached = attributes.activation
         queries = op.type not in CACHED
-        scheme = cached if isinstance(cached, Unknown) else OpScheme(None, cache=cached, queries=queries)
+        scheme: OpScheme | Unknown | None
+        if isinstance(cached, ActivationScheme):  # static scales are of the extremes
+            scheme = OpScheme(None, cache=replace(cached, observer=""), queries=queries)
+        else:
+            scheme = cached
         rules = tuple(dict.fromkeys(entry.rule for entry in reversed(matching)))
         return Decision(op, scheme if matching[-1].enable else None, rules[0], rules)
 
@@ -118,11 +143,7 @@ def read_quant_cfg(document: Document, name: str) -> Config:
     problems: list[Problem] = []
     fields = ConfigFields(document.value, str(document.path), problems)
     value, where = fields.take("quant_cfg"), fields.at("quant_cfg")
-    algorithm = fields.take("algorithm")
-    if isinstance(algorithm, dict):
-        algorithm = algorithm.get("method") if set(algorithm) == {"method"} else algorithm
-    if algorithm not in (None, "max"):
-        fields.problem("algorithm", f"{as_text(algorithm)} changes numbers and is not simulated: 'max' is")
+    calibration = _calibration(fields)
     fields.finish()
     if isinstance(value, dict):
         pairs = [(name, entry, f"{where}, {as_text(name)}") for name, entry in value.items()]
@@ -137,7 +158,33 @@ def read_quant_cfg(document: Document, name: str) -> Config:
     if not entries:
         raise QsensError(f"{where}: there is no entry. Nothing would be said about any op.")
     rules = tuple(entry.rule for entry in entries)
-    return QuantCfg(str(document.path), name, "quant_cfg of ModelOpt", rules, tuple(problems), entries)
+    return QuantCfg(str(document.path), name, "quant_cfg of ModelOpt", rules, tuple(problems), entries, calibration)
+
+
+def _calibration(fields: ConfigFields) -> _Calibration | None:
+    """Read ``algorithm``: its name, or an object with it as ``method``; ``None`` if the file has none."""
+    value, where = fields.take("algorithm"), fields.at("algorithm")
+    if value is None:
+        return None
+    inside = ConfigFields(value if isinstance(value, dict) else {"method": value}, where, fields.problems)
+    method = inside.optional_text("method")
+    if method == "smoothquant":
+        alpha = inside.optional_number("alpha")
+        alpha = _ALPHA if alpha is None else alpha
+        if not 0 <= alpha <= 1:
+            raise QsensError(f"{inside.at('alpha')}: {alpha:g} is not possible, ModelOpt takes a number from 0 to 1")
+        inside.finish()
+        return _Calibration(SmoothQuant(alpha, shared=False))
+    if method not in (None, "max"):
+        known = "'max' and 'smoothquant' are"
+        fields.problem("algorithm", f"{as_text(value)} changes numbers and is not simulated: {known}")
+        return None
+    inside.finish()
+    return _Calibration()
+
+
+_ALPHA = 1.0
+"""Strength of its SmoothQuant where none is given (``SmoothQuantCalibConfig``)."""
 
 
 def _listed(entry: object, where: str) -> list[tuple[object, str]]:

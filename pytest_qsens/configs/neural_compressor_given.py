@@ -102,7 +102,12 @@ def _choices(op: Op, approach: str) -> dict[str, dict[str, list[str]]]:
     schemes = ["asym", "sym"] if approach == "static" else ["asym"]
     return {
         "weight": {"dtype": ["int8"], "scheme": ["sym"], "granularity": ["per_channel"]},
-        "activation": {"dtype": ["uint8"], "scheme": schemes, "granularity": ["per_tensor"]},
+        "activation": {
+            "dtype": ["uint8"],
+            "scheme": schemes,
+            "granularity": ["per_tensor"],
+            "algorithm": ["kl", "minmax"] if approach == "static" else ["minmax"],
+        },
     }
 
 

@@ -18,6 +18,7 @@ from pytest_qsens.configs.neural_compressor_terms import (
     read_recipes,
     weight_only,
 )
+from pytest_qsens.configs.observers import NEURAL_COMPRESSOR
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
@@ -148,7 +149,6 @@ _WITHOUT_EFFECT = (
     "excluded_precisions",
     "model_info",
     "w_algo",
-    "act_algo",
 )
 
 
@@ -209,6 +209,11 @@ def _of_eight_bits(name: str, fields: ConfigFields) -> OpScheme | Unknown | None
         for key in ("dtype", "granularity"):
             check(key, side[key], fields.at(f"{prefix}{key}"))
         sides.append(side)
+    algorithm = fields.optional_text("act_algo")
+    if name != "pt2e_dynamic_quant" and algorithm is not None:
+        sides[1]["algorithm"] = algorithm
+        if algorithm not in NEURAL_COMPRESSOR:
+            fields.problem("act_algo", f"{algorithm!r} changes numbers and is not simulated: it finds scales otherwise")
     fields.skip(*_WITHOUT_EFFECT)
     fields.finish()
     return of_op(Op("", "linear"), sides[0], sides[1], "dynamic" if name == "pt2e_dynamic_quant" else "static")

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qsens.configs.documents import as_text
+from pytest_qsens.configs.observers import NEURAL_COMPRESSOR
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.errors import QsensError
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
@@ -45,7 +46,14 @@ def read_recipes(fields: ConfigFields, key: str) -> None:
     if recipes is None:
         return
     for name in recipes.unread():
-        if name in ("smooth_quant", "fast_bias_correction", "weight_correction", "layer_wise_quant"):
+        if name == "smooth_quant":
+            recipes.changes_numbers(
+                name,
+                "inputs are multiplied in front of each layer, which stays quantized in its own way. Schemes that end "
+                "with '_smoothquant_unshared' have such scales; write them in our own format",
+                False,
+            )
+        elif name in ("fast_bias_correction", "weight_correction", "layer_wise_quant"):
             recipes.changes_numbers(name, "weights or activations are changed before they are rounded", False)
         elif name.endswith("_args"):
             recipes.changes_numbers(name, "options of a recipe", {})
@@ -94,8 +102,11 @@ def properties(fields: ConfigFields, part: str, mode: str) -> dict[str, list[str
     return found
 
 
-_ALGORITHMS = {"static": ("", "kl", "placeholder"), "dynamic": ("", "minmax", "placeholder", "RTN", "rtn")}
-"""Ways to find scales that are simulated; ``kl`` is torch's `HistogramObserver`."""
+_ALGORITHMS = {
+    "static": ("", "placeholder", *NEURAL_COMPRESSOR),
+    "dynamic": ("", "minmax", "placeholder", "RTN", "rtn"),
+}
+"""Ways to find scales that are simulated."""
 
 _DTYPES = {
     **{f"{sign}int{bits}": f"int{bits}" for sign in ("", "u") for bits in range(1, 9)},
@@ -143,9 +154,9 @@ def of_op(op: Op, weight: Mapping[str, str], activation: Mapping[str, str], appr
         embedding = op.type == "embedding" and weight.get("scheme") == "asym_float" and dtypes[0] == "uint8"
         return EMBEDDING if embedding and found.granularity == "channel" else OpScheme(found)
     kind: Kind = "dynamic" if approach == "dynamic" else "static"
-    inputs = ActivationScheme(
-        _DTYPES[dtypes[1]], kind, _granularity(activation, "tensor"), (), activation.get("scheme") == "sym"
-    )
+    observer = NEURAL_COMPRESSOR.get(activation.get("algorithm", ""), "") if kind == "static" else ""
+    symmetric = activation.get("scheme") == "sym"
+    inputs = ActivationScheme(_DTYPES[dtypes[1]], kind, _granularity(activation, "tensor"), (), symmetric, observer)
     return OpScheme(found, inputs, kind == "static")
 
 

@@ -16,11 +16,12 @@ from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.quant.observer_names import percentile_name
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
-    from pytest_qsens.quant.op_scheme import Granularity
+from pytest_qsens.quant.op_scheme import Granularity
 
 NAME = "onnxruntime"
 TITLE = "ONNX Runtime (JSON or YAML with 'nodes_to_exclude', or names of nodes as a list or one a line)"
@@ -35,7 +36,15 @@ _PRODUCTS = {
 }
 """Kind of node → types of op whose own product it is; others of a module are its bias, reshapes, activations."""
 
-_ARGUMENTS = ("per_channel", "weight_type", "activation_type", "reduce_range", "extra_options", "quant_format")
+_ARGUMENTS = (
+    "per_channel",
+    "weight_type",
+    "activation_type",
+    "reduce_range",
+    "extra_options",
+    "quant_format",
+    "calibrate_method",
+)
 
 
 def detect(document: Document) -> bool:
@@ -60,7 +69,7 @@ def read(document: Document) -> Config:
         raise QsensError(f"{document.path}: there is no {_EXCLUDE!r} in it.")
     rest = _rest(fields)
     nodes = fields.texts_of(_EXCLUDE)
-    fields.skip("model_input", "model_output", "calibrate_method", "use_external_data_format", "calibration_providers")
+    fields.skip("model_input", "model_output", "use_external_data_format", "calibration_providers")
     for key in ("nodes_to_quantize", "op_types_to_quantize"):
         fields.changes_numbers(key, "only these are quantized; exclusions alone are read", [])
     fields.finish()
@@ -115,6 +124,7 @@ def _rest(fields: ConfigFields) -> OpScheme | Unknown:
     fields.changes_numbers("reduce_range", "weights use 7 of 8 bits", False)
     weight_symmetric = options.flag("WeightSymmetric", default="U" not in weight_type)
     activation_symmetric = options.flag("ActivationSymmetric", default=False)
+    observer = _observer(fields, options)
     for name in options.unread():
         if name.startswith(("SmoothQuant", "Calib")):
             options.changes_numbers(name, "activations are scaled or calibrated in a way of their own", False)
@@ -132,9 +142,42 @@ def _rest(fields: ConfigFields) -> OpScheme | Unknown:
     dtypes = [name.removeprefix("Q").removeprefix("U").lower() for name in (weight_type, activation_type)]
     floats = {"float8e4m3fn": "fp8_e4m3"}
     weight = WeightScheme(floats.get(dtypes[0], dtypes[0]), granularity, (), weight_symmetric)
-    inputs = ActivationScheme(floats.get(dtypes[1], dtypes[1]), "static", "tensor", (), activation_symmetric)
+    inputs = ActivationScheme(floats.get(dtypes[1], dtypes[1]), "static", "tensor", (), activation_symmetric, observer)
     return OpScheme(weight, inputs, output=True)
 
+
+PERCENTILE = 99.999
+"""What ``Percentile`` keeps where ``CalibPercentile`` is not given."""
+
+
+def _observer(fields: ConfigFields, options: ConfigFields) -> str:
+    """Read ``calibrate_method``, a name or what Python prints of it; empty if the file has none."""
+    value = fields.optional_text("calibrate_method")
+    if value is None:
+        return ""
+    name = value.removeprefix("CalibrationMethod.")
+    if name not in _METHODS:
+        raise QsensError(f"{fields.at('calibrate_method')}: {value!r} is not one of {', '.join(_METHODS)}")
+    if name == "Percentile":
+        share = options.optional_number("CalibPercentile")
+        share = PERCENTILE if share is None else share
+        if not 50 <= share < 100:
+            raise QsensError(f"{options.at('CalibPercentile')}: {share:g} is not possible, from 50 to below 100 is")
+        return percentile_name(share)
+    why = _METHODS[name]
+    if why is not None:
+        fields.problem("calibrate_method", f"{value!r} changes numbers and is not simulated: {why}")
+        return ""
+    return "minmax"
+
+
+_METHODS = {
+    "MinMax": None,
+    "Percentile": None,
+    "Entropy": "it compares no thresholds unless it is given more bins than levels. Ours is 'entropy'",
+    "Distribution": "scales are made of the mean and the deviation",
+}
+"""Method → what is in the way."""
 
 _TYPES = ("QInt4", "QUInt4", "QInt8", "QUInt8", "QInt16", "QUInt16", "QFLOAT8E4M3FN")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.observers import named_by_us
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
 from pytest_qsens.errors import QsensError
@@ -16,6 +17,7 @@ from pytest_qsens.quant.op_scheme import (
     INTEGERS,
     ActivationScheme,
     OpScheme,
+    SmoothQuant,
     WeightScheme,
     named,
     parse,
@@ -135,14 +137,27 @@ def _scheme(fields: ConfigFields) -> OpScheme:
         None if weight is None else _weight(weight),
         None if activation is None else _activation(activation),
         fields.flag("requantize_output", default=False),
+        _smoothing(fields.inner("smoothquant")),
     )
     fields.finish()
-    if scheme == OpScheme(None):
+    if replace(scheme, smoothing=None) == OpScheme(None):
         raise QsensError(
             f"{fields.where}: nothing is quantized. Give a weight, an activation, a cache or attention, or write "
             f"{UNQUANTIZED}."
         )
     return scheme
+
+
+def _smoothing(fields: ConfigFields | None) -> SmoothQuant | None:
+    if fields is None:
+        return None
+    alpha = fields.optional_number("alpha")
+    alpha = SmoothQuant.alpha if alpha is None else alpha
+    if not 0 <= alpha <= 1:
+        raise QsensError(f"{fields.at('alpha')}: {alpha:g} is not possible, a number from 0 to 1 is")
+    found = SmoothQuant(alpha, fields.flag("shared", default=True))
+    fields.finish()
+    return found
 
 
 def _weight(fields: ConfigFields) -> WeightScheme:
@@ -160,7 +175,9 @@ def _activation(fields: ConfigFields) -> ActivationScheme:
     granularity, size = cast(
         "Any", _extent(fields, ("tensor", "channel", "token", "group", "block"), granularity, size)
     )
-    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=symmetric))
+    symmetric = fields.flag("symmetric", default=symmetric)
+    observer = named_by_us(fields, kind)
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer)
     fields.finish()
     return scheme
 

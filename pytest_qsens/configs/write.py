@@ -25,6 +25,7 @@ from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
 from pytest_qsens.ops import STATES
+from pytest_qsens.quant.observer_names import OBSERVERS, percentile_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,8 @@ class Target:
         syntaxes: That it can be written in, the usual one first.
         exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
         states: Whether it can say how keys and values of attention are quantized.
+        observers: That it can name, beside those that are usual for a dtype; any percentile if it can name one.
+        smooths: Whether it can say that inputs are smoothed.
 
     """
 
@@ -50,20 +53,22 @@ class Target:
     syntaxes: tuple[Syntax, ...] = ("JSON",)
     exclusions: bool = False
     states: bool = False
+    observers: tuple[str, ...] = ()
+    smooths: bool = False
 
 
 TARGETS: dict[str, Target] = {
-    "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), states=True),
-    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML")),
-    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",)),
-    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig),
+    "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), states=True, observers=OBSERVERS, smooths=True),
+    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=("minmax",)),
+    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=("minmax",)),
+    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=("minmax",)),
     "torchao": Target(torchao.write),
-    "compressed-tensors": Target(compressed_tensors.write, states=True),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True),
+    "compressed-tensors": Target(compressed_tensors.write, states=True, observers=("minmax", "moving_average")),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=("minmax", "moving_average")),
     "modelopt": Target(modelopt.write_exported, states=True),
-    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True),
+    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
-    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML")),
+    "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML"), observers=("minmax", "percentile")),
 }
 """By name, as in `names.WRITTEN`."""
 
@@ -160,6 +165,18 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
     return [*found.values()]
 
 
+def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
+    """Why a file cannot say what is done with the calibration data."""
+    if scheme.smoothing is not None and not target.smooths:
+        return "inputs are smoothed, which its files do not say"
+    observer = "" if scheme.activation is None else scheme.activation.observer
+    name = "percentile" if percentile_of(observer) is not None else observer
+    if name and name not in target.observers:
+        known = f"it has {' and '.join(target.observers)}" if target.observers else "its files name none"
+        return f"ranges of activations are found by {observer}; {known}"
+    return None
+
+
 def _can(assigned: Sequence[Assigned], target: Target) -> bool:
     try:
         _text(assigned, target, target.syntaxes[0])
@@ -178,6 +195,9 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     for one in assigned:
         if one.op.type == "embedding" and one.scheme is not None and one.scheme.activation is not None:
             raise Inexpressible(one, "an embedding is given indices, which are not quantized")
+        why = None if target.exclusions or one.scheme is None else _calibration_in_the_way(one.scheme, target)
+        if why is not None:
+            raise Inexpressible(one, why)
     cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]
     if cached and not target.states:
         raise Inexpressible(cached[0], "it quantizes layers, and no keys and values of attention")

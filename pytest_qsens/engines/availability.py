@@ -32,7 +32,10 @@ def check_engine(engine: str, scheme: str, device: str) -> None:
     if engine not in KERNEL_ENGINES:
         return
     if scheme != SCHEME:
-        raise QsensError(f"engine {engine} measures scheme {SCHEME} only, not {scheme!r}: there are no other kernels")
+        raise QsensError(
+            f"engine {engine} measures scheme {SCHEME} only, not {scheme!r}: there are no other kernels, and their "
+            "scales are found by torch's histogram. Measure it with engine delta, the default"
+        )
     if not device.startswith("cpu"):
         raise QsensError(f"engine {engine} runs int8 kernels of the CPU, not of device {device!r}")
     if engine == "inc":

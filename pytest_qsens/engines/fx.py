@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pytest_qsens.quant.calibration import QParams
+    from pytest_qsens.quant.observers import QParams
 
 
 class FxEngine(KernelEngine):

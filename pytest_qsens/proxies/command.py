@@ -13,7 +13,7 @@ from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.ops import layers
-from pytest_qsens.preparation import References, observe, placed
+from pytest_qsens.preparation import References, observe_all, placed
 from pytest_qsens.proxies.agreement import agreement, best_first
 from pytest_qsens.proxies.exact import Exact, ranked, read_exact
 from pytest_qsens.proxies.functions import PROXIES
@@ -150,8 +150,8 @@ class _Collected:
         """
         with torch.no_grad():
             calibration = Calibration(self._scheme, ranges="local" in groups)
-            for number, batch in enumerate(self._spec.calibration, 1):
-                observe(self._model, placed(batch, "cpu"), number, self._spec, calibration)
+            calibrating = [placed(batch, "cpu") for batch in self._spec.calibration]
+            observe_all(self._model, calibrating, self._spec, calibration)
             references = References(self._model, self._batches, self._spec)  # after other forwards: the first is slow
             references.finish()
             self.reference_seconds = references.seconds

@@ -1,111 +1,26 @@
-"""Activation ranges: observers of torch.ao over the calibration batches."""
+"""What the calibration batches show: the ranges of activations, and before that the scales that smooth them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
-from torch.ao.quantization.observer import (
-    HistogramObserver,
-    MinMaxObserver,
-    PerChannelMinMaxObserver,
-    UniformQuantizationObserverBase,
-)
-
-from pytest_qsens import profile
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
 from pytest_qsens.ops import STATES
+from pytest_qsens.quant.observers import observer_of, observer_of_output
 from pytest_qsens.quant.schemes import all_of, scheme_of
+from pytest_qsens.quant.smoothing import Smoothing
+from pytest_qsens.quant.state_range import StateRange
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
+    from pytest_qsens.quant.observers import Observer, QParams
+    from pytest_qsens.quant.op_scheme import ActivationScheme
     from pytest_qsens.quant.schemes import Scheme, Schemes
-
-
-class QParams(NamedTuple):
-    """Affine quantization: ``real = (integer - zero_point) * scale``."""
-
-    scale: float
-    zero_point: int
-
-
-class _Range:
-    """What was seen of one tensor's values; the search for its scale, which is slow, is made once and when needed."""
-
-    def __init__(self, observer: UniformQuantizationObserverBase) -> None:
-        self._observer = observer
-        self._qparams: QParams | None = None
-
-    def observe(self, values: Tensor) -> None:
-        self._observer(values)
-
-    def state(self) -> Mapping[str, Tensor]:
-        found: Mapping[str, Tensor] = self._observer.state_dict()
-        return found
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._observer.load_state_dict(state)
-
-    @profile.phase("calibration")
-    def qparams(self) -> QParams:
-        if self._qparams is None:
-            scale, zero_point = self._observer.calculate_qparams()  # type: ignore[no-untyped-call] # torch's
-            self._qparams = QParams(float(scale), int(zero_point))
-        return self._qparams
-
-    def largest(self) -> float:
-        """Largest magnitude, of a `MinMaxObserver`."""
-        state = self.state()
-        return max(0.0, -float(state["min_val"]), float(state["max_val"]))
-
-
-def _histogram(*, symmetric: bool) -> _Range:
-    # uint8 over all of 0..255: what torch's x86 backend and Intel Neural Compressor use on machines with VNNI
-    qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
-    return _Range(HistogramObserver(dtype=torch.quint8, qscheme=qscheme, reduce_range=False))
-
-
-def _input_range(scheme: Scheme) -> _Range:
-    """Make what observes an input: a histogram for integers, extremes for floats, whose scales are of the largest."""
-    activation = scheme.parts.activation
-    if activation is None or activation.dtype != "int8":
-        return _Range(MinMaxObserver())
-    return _histogram(symmetric=activation.symmetric)
-
-
-class _StateRange:
-    """Least and largest value of what shares a scale in keys or values, ``(N, heads, tokens, dim)``."""
-
-    def __init__(self, granularity: str) -> None:
-        self._granularity = granularity
-        self._observer: UniformQuantizationObserverBase
-        self._observer = PerChannelMinMaxObserver() if granularity in ("head", "channel") else MinMaxObserver()
-
-    def observe(self, values: Tensor) -> None:
-        if self._granularity == "head":
-            values = values.movedim(1, 0)
-        elif self._granularity == "channel":
-            values = values.permute(1, 3, 0, 2).flatten(0, 1)
-        self._observer(values)
-
-    def state(self) -> Mapping[str, Tensor]:
-        found: Mapping[str, Tensor] = self._observer.state_dict()
-        return found
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._observer.load_state_dict(state)
-
-    def extremes(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Both, and zero between them, of a shape that goes with keys or values of so many features."""
-        state = self.state()
-        low, high = state["min_val"].clamp(max=0), state["max_val"].clamp(min=0)
-        shape = {"head": (-1, 1, 1), "channel": (-1, 1, dim)}.get(self._granularity, ())
-        return low.view(shape), high.view(shape)
 
 
 def _finite(values: Tensor, kind: str, what: str) -> Tensor:
@@ -122,6 +37,8 @@ def _finite(values: Tensor, kind: str, what: str) -> Tensor:
 
 class Calibration:
     """What the calibration batches showed at the inputs, and where the scheme needs it at the outputs, of every op.
+
+    They are run once in each of its `passes`.
 
     Args:
         schemes: What needs ranges, of every op or of each; an op without a scheme needs none.
@@ -140,11 +57,23 @@ class Calibration:
         self._schemes = schemes
         self.states = states
         self.ranges = ranges and any(scheme.needs_ranges for scheme in all_of(schemes))
-        self._inputs: dict[str, _Range] = {}
-        self._outputs: dict[str, _Range] = {}
-        self._states: dict[str, _StateRange] = {}
+        self._smoothing = Smoothing(schemes)
+        self._settled = not self._smoothing.wanted
+        self._inputs: dict[str, Observer] = {}
+        self._outputs: dict[str, Observer] = {}
+        self._states: dict[str, StateRange] = {}
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
+
+    def passes(self) -> Iterator[None]:
+        """Ask for the calibration data: ranges are those of smoothed inputs, whose scales have to be known before."""
+        if not self._settled:
+            yield
+            self._smoothing.settle()
+            self._settled = True
+            if not self.ranges:
+                return
+        yield
 
     def observe(self, op: str, call: Call, output: Tensor) -> None:
         """Record one call, unless it computes nothing.
@@ -159,48 +88,61 @@ class Calibration:
             return
         self.reached.add(op)
         scheme = scheme_of(self._schemes, op)
+        if not self._settled and call.kind == "linear":
+            self._smoothing.observe(op, call)
         if scheme is None:
             return
-        in_groups = call.kind == "linear" or scheme.rows
-        refusal = scheme.refusal_of_features(call.weight.shape[-1]) if in_groups else None
-        if not scheme.means(call.kind):
-            refusal = scheme.refusal(call.kind)
-        elif call.kind in STATES:
-            refusal = scheme.refusal_of_state(call.x.shape)
+        refusal = _refusal(scheme, call)
         if refusal is not None:
             self.refused[op] = refusal
             return
-        if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges:
+        if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges or not self._settled:
             return
         if call.kind in STATES:
             finite = finite_rows(call.x, call.kind)
             values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
             self._state(op, scheme).observe(values)
-            return
-        self._input(op, scheme).observe(_finite(call.x, call.kind, f"input of {op}"))
+        elif scheme.refusal(call.kind) is None:
+            self._observe_layer(op, scheme, call, output)
+
+    def _observe_layer(self, op: str, scheme: Scheme, call: Call, output: Tensor) -> None:
+        x, smoothed_by = _finite(call.x, call.kind, f"input of {op}"), self.smoothing(op)
+        self._input(op, scheme).observe(x if smoothed_by is None else x / smoothed_by)
         if scheme.parts.output:
-            self._output(op).observe(_finite(output, call.kind, f"output of {op}"))
+            self._output(op, scheme).observe(_finite(output, call.kind, f"output of {op}"))
 
-    def _input(self, op: str, scheme: Scheme) -> _Range:
-        return self._inputs.setdefault(op, _input_range(scheme))
+    def _input(self, op: str, scheme: Scheme) -> Observer:
+        if op not in self._inputs:
+            self._inputs[op] = observer_of(_activation(scheme))
+        return self._inputs[op]
 
-    def _state(self, op: str, scheme: Scheme) -> _StateRange:
+    def _state(self, op: str, scheme: Scheme) -> StateRange:
         assert scheme.parts.cache is not None  # noqa: S101 - no other is given to keys and values
-        return self._states.setdefault(op, _StateRange(scheme.parts.cache.granularity))
+        return self._states.setdefault(op, StateRange(scheme.parts.cache.granularity))
 
-    def _output(self, op: str) -> _Range:
-        return self._outputs.setdefault(op, _histogram(symmetric=False))
+    def _output(self, op: str, scheme: Scheme) -> Observer:
+        if op not in self._outputs:
+            self._outputs[op] = observer_of_output(_activation(scheme))
+        return self._outputs[op]
+
+    def smoothing(self, op: str) -> Tensor | None:
+        """Scale of each input channel, ``(in,)``, that inputs are divided by and weights multiplied; ``None`` if not.
+
+        On the device of what was observed, or the CPU.
+        """
+        return self._smoothing.scale(op)
 
     def state(self) -> dict[str, Tensor]:
         """All that was observed, beside `reached` and `refused`; see `from_state`."""
-        kinds: dict[str, Mapping[str, _Range | _StateRange]]
+        kinds: dict[str, Mapping[str, Observer | StateRange]]
         kinds = {"input": self._inputs, "output": self._outputs, "state": self._states}
-        return {
+        found = {
             f"{kind}/{op}/{name}": value
             for kind, ranges in kinds.items()
             for op, observed in ranges.items()
             for name, value in observed.state().items()
         }
+        return found | {f"smoothing/{op}/scale": value for op, value in self._smoothing.state().items()}
 
     @classmethod
     def from_state(
@@ -228,7 +170,9 @@ class Calibration:
             if scheme is not None and kind == "state":
                 found._state(op, scheme).restore(buffers)
             elif scheme is not None and kind in ("input", "output"):
-                (found._input(op, scheme) if kind == "input" else found._output(op)).restore(buffers)
+                (found._input(op, scheme) if kind == "input" else found._output(op, scheme)).restore(buffers)
+        found._smoothing.restore({op: of["scale"] for (kind, op), of in observed.items() if kind == "smoothing"})
+        found._settled = True
         return found
 
     def input_qparams(self, op: str) -> QParams:
@@ -246,3 +190,19 @@ class Calibration:
     def output_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's output, uint8."""
         return self._outputs[op].qparams()
+
+
+def _refusal(scheme: Scheme, call: Call) -> str | None:
+    """Why a call cannot be quantized, of what its shapes tell."""
+    if not scheme.means(call.kind):
+        return scheme.refusal(call.kind)
+    if call.kind in STATES:
+        return scheme.refusal_of_state(call.x.shape)
+    in_groups = call.kind == "linear" or scheme.rows
+    return scheme.refusal_of_features(call.weight.shape[-1]) if in_groups else None
+
+
+def _activation(scheme: Scheme) -> ActivationScheme:
+    activation = scheme.parts.activation
+    assert activation is not None  # noqa: S101 - one without needs no ranges
+    return activation

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
-    from pytest_qsens.quant.calibration import QParams
+    from pytest_qsens.quant.observers import QParams
 
 
 @dataclass(frozen=True)

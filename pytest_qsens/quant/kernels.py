@@ -28,7 +28,7 @@ from pytest_qsens.quant.switchable import Leaf, Part
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from pytest_qsens.quant.calibration import QParams
+    from pytest_qsens.quant.observers import QParams
 
 LEFT_ALONE = (nn.LayerNorm, nn.InstanceNorm3d, nn.Dropout)
 """What Intel Neural Compressor keeps in fp32 although torch has kernels (its pytorch_cpu.yaml says: accuracy)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_qsens.quant.observer_names import OBSERVERS, percentile_of
 from pytest_qsens.quant.op_scheme import BLOCK_OF
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ _DTYPES = f"int2 to int8, {', '.join(FLOATS)}"
 
 _STATIC = ("int8", "fp8_e4m3")
 
+OBSERVERS_OF_FLOATS = ("minmax", "moving_average", "percentile", "mse")
+"""Without those that reckon with steps of one size: torch's histogram and the entropy of integers."""
+
 
 def obstacles(scheme: OpScheme) -> list[str]:
     """Name every property that cannot be simulated, and what of its kind can; empty if all can.
@@ -25,7 +29,8 @@ def obstacles(scheme: OpScheme) -> list[str]:
     """
     if scheme.cache is not None:
         return _of_cache(scheme.cache)
-    return [*_of_weight(scheme.weight), *_of_activation(scheme.activation), *_of_output(scheme)]
+    parts = [*_of_weight(scheme.weight), *_of_activation(scheme.activation), *_of_output(scheme)]
+    return parts + _of_smoothing(scheme)
 
 
 def _of_weight(weight: WeightScheme | None) -> list[str]:
@@ -50,7 +55,38 @@ def _of_activation(activation: ActivationScheme | None) -> list[str]:
         return [f"{dtype} activations have scales of two kinds, static and dynamic (simulated: of nvfp4)"]
     usual = ("tensor",) if kind == "static" else ("tensor", "token", "group")
     what = f"{kind} activations"
-    return [*_of_extent(what, activation, usual), *_of_zero_points(what, activation)]
+    found = [*_of_extent(what, activation, usual), *_of_zero_points(what, activation)]
+    return found + _of_observer(what, activation)
+
+
+def _of_observer(what: str, activation: ActivationScheme) -> list[str]:
+    known: tuple[str, ...] = OBSERVERS if activation.dtype in INTEGERS else OBSERVERS_OF_FLOATS
+    known = known if activation.kind == "static" else ("minmax",)
+    if (
+        not activation.observer
+        or activation.observer in known
+        or ("percentile" in known and _is_percentile(activation))
+    ):
+        return []
+    return [
+        f"scales of {what} of {activation.dtype} are found by {activation.observer} (simulated: by {', '.join(known)})"
+    ]
+
+
+def _is_percentile(activation: ActivationScheme) -> bool:
+    return percentile_of(activation.observer) is not None
+
+
+def _of_smoothing(scheme: OpScheme) -> list[str]:
+    if scheme.smoothing is None:
+        return []
+    weight, activation = scheme.weight, scheme.activation
+    of_integers = (
+        weight is not None and weight.dtype in INTEGERS and activation is not None and activation.dtype in INTEGERS
+    )
+    if of_integers and weight is not None and weight.granularity in ("channel", "group"):
+        return []
+    return ["inputs are smoothed (simulated: with integers, and weights that have a scale per channel or group)"]
 
 
 def _of_cache(cache: ActivationScheme) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.quant import observer_names
 
 Granularity = Literal["tensor", "channel", "token", "group", "block", "head"]
 Kind = Literal["static", "dynamic", "local"]
@@ -49,7 +50,12 @@ class ActivationScheme:
     """How an input is rounded; fields as of `WeightScheme`.
 
     ``kind``: ``static``, scales from calibration; ``dynamic``, from the values at hand; ``local``, those of groups
-    from the values at hand and one of the whole tensor from calibration.
+    from the values at hand and one of the whole tensor from calibration. ``observer`` finds those of calibration, also
+    of a requantized output: one of `observer_names.OBSERVERS`, empty for the usual one of the dtype.
+
+    Raises:
+        ValueError: If the observer is unknown, or there are no scales from calibration.
+
     """
 
     dtype: str
@@ -57,20 +63,66 @@ class ActivationScheme:
     granularity: Granularity
     size: tuple[int, ...] = ()
     symmetric: bool = True
+    observer: str = ""
+
+    def __post_init__(self) -> None:
+        """Let one observer have one name."""
+        name = observer_names.canonical(self.observer) if self.observer else ""
+        if name is None or (name and self.kind == "dynamic"):
+            raise ValueError(f"{self.kind} activations have no observer {self.observer!r}")
+        object.__setattr__(self, "observer", "" if name == observer_names.usual_observer(self.dtype) else name)
+
+    @property
+    def observed_by(self) -> str:
+        """Name of the observer, the usual one included."""
+        return self.observer or observer_names.usual_observer(self.dtype)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Channels of an input are divided, and those of the weight multiplied, by one scale each, before both are rounded.
+
+    Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023,
+    arXiv:2211.10438, equation 4: ``max|X_j|^alpha / max|W_j|^(1 - alpha)``.
+
+    ``shared``: linear layers that read the same tensor have the same scales, with the largest of their weights, as when
+    the norm before them takes the scales up. Otherwise each has its own, as when inputs are multiplied in front of it.
+
+    Raises:
+        ValueError: If ``alpha`` is not between 0 and 1.
+
+    """
+
+    alpha: float = 0.5
+    shared: bool = True
+
+    def __post_init__(self) -> None:
+        """Keep as many digits as names have."""
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is from 0 to 1, not {self.alpha}")
+        object.__setattr__(self, "alpha", round(float(self.alpha), 9))
+
+    @property
+    def name(self) -> str:
+        """Part of a scheme's name."""
+        alpha = "" if self.alpha == SmoothQuant.alpha else f"{self.alpha:.9f}".rstrip("0").rstrip(".")
+        return f"smoothquant{alpha}" + "_unshared" * (not self.shared)
 
 
 @dataclass(frozen=True)
 class OpScheme:
     """How one op is quantized; ``None`` is what is not rounded, and not all of it is.
 
-    ``output``: the output is requantized, too, with scales of its own from calibration. ``cache``: how keys and values
-    of attention are rounded, as they are stored in a cache; ``queries``: these are rounded alike, too, so that
-    attention multiplies what is of low precision. A scheme that has it has nothing else.
+    ``output``: the output is requantized, too, with scales of its own from calibration. ``smoothing``: what is done to
+    input and weight before. ``cache``: how keys and values of attention are rounded, as they are stored in a cache;
+    ``queries``: these are rounded alike, too, so that attention multiplies what is of low precision. A scheme that has
+    it has nothing else.
     """
 
     weight: WeightScheme | None
     activation: ActivationScheme | None = None
     output: bool = False
+    smoothing: SmoothQuant | None = None
     cache: ActivationScheme | None = None
     queries: bool = False
 
@@ -97,6 +149,8 @@ class OpScheme:
         if activation is not None:
             parts += _unusual(activation)
         parts += ["requant"] if self.output and not named_by_base else []
+        parts += [activation.observer] if activation is not None and activation.observer else []
+        parts += [self.smoothing.name] if self.smoothing is not None else []
         return "_".join(parts)
 
 
@@ -131,10 +185,17 @@ def parse(name: str) -> OpScheme | None:
         granularity, size, symmetric = usual_activation(activation_dtype, kind)
         granularity, size = _parse_extent(match["aextent"]) or (granularity, size)
         symmetric = symmetric if match["asym"] is None else match["asym"] == "sym"
-        activation = ActivationScheme(activation_dtype, kind, granularity, size, symmetric)
+        if match["observer"] is not None and kind == "dynamic":
+            return None
+        activation = ActivationScheme(activation_dtype, kind, granularity, size, symmetric, match["observer"] or "")
+    smoothing = None
+    if match["smoothquant"] is not None:
+        smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None)
     output = match["requant"] is not None or (_is_torchs(weight, activation) and match["kind"] is None)
-    scheme = OpScheme(weight, activation, output)
-    if scheme == OpScheme(None) or scheme.name != name:  # nothing quantized, or a longer way to say the same
+    scheme = OpScheme(weight, activation, output, smoothing)
+    if (
+        replace(scheme, smoothing=None) == OpScheme(None) or scheme.name != name
+    ):  # nothing quantized, or a longer way to say the same
         return None
     return scheme
 
@@ -171,7 +232,9 @@ _NAME = re.compile(
     rf"(?:(?P<both>{'|'.join(sorted((_SHORT.get(name, name) for name in FLOATS), key=len, reverse=True))})"
     rf"|w(?P<w>{_ANY})a(?P<a>{_ANY}))(?:_(?P<kind>static|dynamic|local))?"
     rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?"
-    rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?)?(?P<requant>_requant)?",
+    rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?)?(?P<requant>_requant)?"
+    rf"(?:_(?P<observer>{observer_names.PATTERN}))?"
+    r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<unshared>_unshared)?)?",
     re.ASCII,
 )
 

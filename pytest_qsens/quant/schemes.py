@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import CACHED, STATES
@@ -46,12 +46,20 @@ class Scheme:
 
         Others multiply what low precision stands for, in fp32.
         """
-        return self.parts.weight == _EXACT.weight and self.parts.activation in (_EXACT.activation, PER_TOKEN)
+        activation = self.parts.activation
+        if activation is not None and activation.observer:  # how a scale was found does not matter to a kernel
+            activation = replace(activation, observer="")
+        return self.parts.weight == _EXACT.weight and activation in (_EXACT.activation, PER_TOKEN)
 
     @property
     def needs_ranges(self) -> bool:
         """Whether scales come from the calibration data."""
         return any(part is not None and part.kind != "dynamic" for part in (self.parts.activation, self.parts.cache))
+
+    @property
+    def smooths(self) -> bool:
+        """Whether channels are scaled by what the calibration data show, before they are rounded."""
+        return self.parts.smoothing is not None
 
     @property
     def bytes_kept(self) -> int:
@@ -91,6 +99,8 @@ class Scheme:
 
     def _refusal_of_convolution(self, op_type: str) -> str | None:
         weight, activation = self.parts.weight, self.parts.activation
+        if self.smooths:
+            return f"{self.name} scales the input features of linear layers, and a {op_type} is none"
         if activation is not None and activation.granularity == "token":
             return f"{self.name} quantizes activations per token, and the input of a {op_type} has no tokens"
         if "group" in {part.granularity for part in (weight, activation) if part is not None}:
@@ -141,6 +151,8 @@ SCHEMES: dict[str, Scheme] = {
     name: _usual(name)
     for name in (
         *("w8a8", "w8a8_static", "w8a8_dynamic", "w8a16"),
+        *("w8a8_minmax", "w8a8_percentile", "w8a8_mse", "w8a8_entropy"),
+        *("w8a8_smoothquant", "w8a8_dynamic_smoothquant"),
         *("w4a16_g32", "w4a16_g64", "w4a16_g128", "w4a16_g32_asym", "w4a16_g64_asym", "w4a16_g128_asym"),
         *("w4a8_dynamic_g128", "w4a8_dynamic_g32_act_asym", "w4afp8_dynamic_g128"),
         *("fp8_static_tensor", "fp8_static", "fp8_dynamic_tensor_act_tensor", "fp8_dynamic"),

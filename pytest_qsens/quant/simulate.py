@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -31,7 +31,7 @@ from pytest_qsens.quant.integers import (
 from pytest_qsens.quant.schemes import PER_TOKEN, scheme_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -122,7 +122,7 @@ class Simulator:
         weight = self._weight(op, call)
         if call.kind == "linear":
             x = self._linear_input(op, call.x, None)
-            return self._linear(op, x, weight, call.bias), x.error(call.x) if isinstance(x, Rows) else x - call.x
+            return self._linear(op, x, weight, call.bias), self._error(op, x, call.x)
         if isinstance(weight, RoundedWeight):
             real_x = self._rounded_input(op, call.x)
             return self._convolved(op, call, real_x, weight), real_x - call.x
@@ -134,12 +134,20 @@ class Simulator:
 
     @profile.phase("local quantization")
     def input_error(self, op: str, call: Call) -> Tensor:
-        """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape."""
+        """Return what quantizing the input of a linear or a convolution adds to it: fp32, of its shape.
+
+        What is rounded after it was smoothed is multiplied back.
+        """
+        if call.kind == "linear":
+            return self._error(op, self._linear_input(op, call.x, None), call.x)
         if not self._scheme_of(op).is_integer:
             return self._rounded_input(op, call.x) - call.x
-        if call.kind == "linear":
-            return self._quantized_rows(op, call.x).error(call.x)
         return fake_quantized(call.x, self._calibration.input_qparams(op)).sub_(call.x)
+
+    def _error(self, op: str, rounded: Rows | Tensor, x: Tensor) -> Tensor:
+        real = rounded.real() if isinstance(rounded, Rows) else rounded
+        smoothed_by = self._smoothed_by(op, x)
+        return real - x if smoothed_by is None else (real * smoothed_by).sub_(x)
 
     def blocks(self, op: str, call: Call, channels: int) -> Iterator[Tensor]:
         """Return the output of a linear, ``channels`` of it at a time: ``(*, channels)``."""
@@ -183,17 +191,32 @@ class Simulator:
         whole = None if call.kind == "embedding" else self._quantized_weight(op, call.weight)
         parts = torch.split(call.weight, rows)
         roundeds = [None] * len(parts) if whole is None else whole.split(rows)
+        smoothed_by = None if whole is None else self._smoothed_by(op, call.weight)
         for start, part, rounded in zip(range(0, len(call.weight), rows), parts, roundeds, strict=True):
             exact = part.float()
             real = self._rows(op, exact) if rounded is None else rounded.real().view(part.shape)
-            yield start, real - exact
+            yield start, (real if smoothed_by is None else real / smoothed_by) - exact
 
     def _quantized_weight(self, op: str, weight: Tensor) -> QuantizedWeight | RoundedWeight:
+        smoothed_by = self._smoothed_by(op, weight)
+        if smoothed_by is None:
+            return self._rounded_weight(op, weight)
+        # each row has scales of its own: part by part, as multiplying makes a wide copy
+        parts = torch.split(weight, part_channels(weight.shape[1]))
+        rounded = (self._rounded_weight(op, part.float() * smoothed_by) for part in parts)
+        return joined([*rounded])
+
+    def _rounded_weight(self, op: str, weight: Tensor) -> QuantizedWeight | RoundedWeight:
         scheme = self._scheme_of(op)
         if scheme.is_integer:
             return quantize_weight(weight)
         assert scheme.parts.weight is not None  # noqa: S101 - none is simulated without
         return round_weight(weight, scheme.parts.weight)
+
+    def _smoothed_by(self, op: str, beside: Tensor) -> Tensor | None:
+        """Scale of each input channel, on the device of this tensor; ``None`` if the op is not smoothed."""
+        found = self._calibration.smoothing(op)
+        return None if found is None else found.to(beside.device)
 
     def _rounded_input(self, op: str, x: Tensor) -> Tensor:
         activation = self._scheme_of(op).parts.activation
@@ -208,6 +231,8 @@ class Simulator:
         return round_input(x, activation, self._calibration.largest_input(op))
 
     def _linear_input(self, op: str, x: Tensor, finite: Tensor | None) -> Rows | Tensor:
+        smoothed_by = self._smoothed_by(op, x)
+        x = x if smoothed_by is None else x / smoothed_by
         if self._scheme_of(op).is_integer:
             return self._quantized_rows(op, x)
         return self._rounded_input(op, _finite_only(x, finite))
@@ -273,6 +298,14 @@ class Simulator:
             # the integers less the zero point, which fp32 holds exactly
             output.mul_(multiplier).round_().clamp_(-y.zero_point, 255 - y.zero_point).mul_(y_scale)
         return found
+
+
+def joined(parts: Sequence[QuantizedWeight | RoundedWeight]) -> QuantizedWeight | RoundedWeight:
+    """Put a weight together of rows that were rounded by themselves; all parts are of one kind."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    kind: Any = type(parts[0])
+    found: QuantizedWeight | RoundedWeight = kind(*(None if c[0] is None else torch.cat(c) for c in columns))
+    return found
 
 
 def _per_channel(values: Tensor, kind: str) -> Tensor:

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from pytest_qsens.noise import perturbed
-from pytest_qsens.quant.calibration import QParams
+from pytest_qsens.quant.observers import QParams
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

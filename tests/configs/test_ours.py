@@ -46,7 +46,11 @@ FULL: dict[str, Any] = {
     "schema": 1,
     "schemes": {
         "a": {"weight": {"dtype": "int4", "granularity": "group", "group_size": 32, "symmetric": False}},
-        "b": {"activation": {"dtype": "int8", "kind": "static", "granularity": "token"}, "requantize_output": True},
+        "b": {
+            "activation": {"dtype": "int8", "kind": "static", "granularity": "token", "observer": "percentile99.9"},
+            "requantize_output": True,
+            "smoothquant": {"alpha": 0.8, "shared": False},
+        },
         "c": {"weight": {"dtype": "fp8_e4m3", "granularity": "block", "block": [128, 128]}},
         "d": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}},
         "e": {"cache": {"dtype": "fp8_e4m3", "kind": "static", "granularity": "head", "symmetric": True}},
@@ -117,6 +121,12 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         (lambda it: it["schemes"]["a"]["weight"].pop("granularity"), "granularity None does not go with group_size 32"),
         (lambda it: it["schemes"]["a"]["weight"].update(granularity="token"), "'token' is not one of tensor, channel"),
         (lambda it: it["schemes"]["b"]["activation"].pop("kind"), "'kind': a string is needed"),
+        (lambda it: it["schemes"]["b"]["activation"].update(kind="dynamic"), "'percentile99.9' has nothing to observe"),
+        (
+            lambda it: it["schemes"]["b"]["activation"].update(observer="kl"),
+            "'kl' is not one of minmax, moving_average",
+        ),
+        (lambda it: it["schemes"]["b"]["smoothquant"].update(alpha=2), "'alpha': 2 is not possible"),
         (lambda it: it["schemes"]["c"]["weight"].update(block=[1]), r"\[rows, columns\] is needed, found \[1\]"),
     ],
 )
@@ -129,7 +139,28 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path, change: Any, message
 
 
 VALUES = st.sampled_from(
-    [True, False, 0, 1, 32, 1.5, "", "int8", "group", "block", "token", "x", "static", [], [1, 2], {}, ["linear"]]
+    [
+        True,
+        False,
+        0,
+        1,
+        32,
+        1.5,
+        "",
+        "mse",
+        "percentile1",
+        "dynamic",
+        "int8",
+        "group",
+        "block",
+        "token",
+        "x",
+        "static",
+        [],
+        [1, 2],
+        {},
+        ["linear"],
+    ]
 )
 
 

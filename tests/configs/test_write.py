@@ -31,8 +31,8 @@ WRITINGS = [(target, syntax) for target, kind in TARGETS.items() for syntax in k
 
 NONE = "unquantized"
 _W8A8 = {
-    "linear": [NONE, "w8a8", "w8a8_act_sym"],
-    "conv2d": [NONE, "w8a8", "w8a8_act_sym"],
+    "linear": [NONE, "w8a8", "w8a8_act_sym", "w8a8_minmax", "w8a8_act_sym_minmax"],
+    "conv2d": [NONE, "w8a8", "w8a8_act_sym", "w8a8_minmax"],
     "embedding": [NONE, "w8a16_asym"],
 }
 _DYNAMIC = {"linear": [NONE, "w8a8_dynamic_act_tensor_asym"], "embedding": [NONE, "w8a16_asym"], "conv2d": [NONE]}
@@ -46,6 +46,7 @@ _COMPRESSED = {
         *(NONE, "w8a8", "w8a8_static", "w8a8_dynamic", "w8a16", "w4a16_g128_asym", "w3a16_tensor", "wfp8a16_block8x4"),
         *("fp8_dynamic", "fp8_static_tensor", "fp8_dynamic_block128x128_act_g128", "nvfp4_local", "mxfp4_dynamic"),
         *("wmxfp6amxfp8_dynamic", "wfp4a16_g32", "w4afp8_dynamic_g128"),
+        *("w8a8_minmax", "w8a8_static_act_sym_moving_average", "fp8_static_moving_average"),
     ],
     "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wfp8a16"],
     "conv2d": [NONE],
@@ -53,7 +54,10 @@ _COMPRESSED = {
 TOGETHER: dict[str, list[dict[str, list[str]]]] = {
     "qsens": [
         {
-            "linear": [NONE, "w8a8", "w8a8_dynamic", "w4a16_g128_asym", "fp8e5m2_static_act_channel", "nvfp4_local"],
+            "linear": [
+                *(NONE, "w8a8", "w8a8_dynamic", "w4a16_g128_asym", "fp8e5m2_static_act_channel", "nvfp4_local"),
+                *("w8a8_percentile99.9", "w8a8_entropy_smoothquant0.75", "w8a8_dynamic_smoothquant_unshared"),
+            ],
             "conv2d": [NONE, "w8a8", "w8a8_static", "w3a16_block4x4"],
             "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wnf4a16"],
         }
@@ -98,7 +102,12 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
             ],
             "conv2d": [NONE, "w8a16", "fp8_static_tensor"],
             "embedding": [NONE, "w8a16", "w4a16_g32"],
-        }
+        },
+        {"linear": [NONE, "w8a8_static_act_sym_minmax", "w8a16", "fp8_static_tensor"], "embedding": [NONE]},
+        {
+            "linear": [NONE, "w8a8_static_act_sym_minmax_smoothquant0.8_unshared", "w4a16_g128", "fp8_static_tensor"],
+            "conv2d": [NONE, "w8a8_static_act_sym_minmax"],
+        },
     ],
     "modelopt-disabled-layers": [
         {"linear": [NONE, "w8a8", "fp8_dynamic"], "conv2d": [NONE, "w8a8"], "embedding": [NONE]}
@@ -106,6 +115,8 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
     "onnxruntime": [
         {"linear": [NONE, "w8a8"], "conv2d": [NONE, "w8a8"], "embedding": ["w8a16_tensor", NONE]},
         {"linear": [NONE, "w4a8_tensor_asym_act_sym"]},
+        {"linear": [NONE, "w8a8_minmax"], "conv2d": [NONE, "w8a8_minmax"]},
+        {"linear": [NONE, "w8a8_percentile99.9"]},
     ],
 }
 """Of each target schemes by type of op that go together in one file."""
@@ -240,6 +251,31 @@ def refusal(target: str, **schemes: str) -> str:
             (
                 "fc1 (linear): compressed-tensors cannot say 'wnf4a16_g64': it has no nf4. qsens, neural-compressor, "
                 "neural-compressor-best-configure, neural-compressor-qconfig can say all that is asked for."
+            ),
+        ),
+        (
+            "neural-compressor",
+            {"fc1": "w8a8_percentile99.9"},
+            (
+                "fc1 (linear): neural-compressor cannot say 'w8a8_percentile99.9': ranges of activations are found by "
+                "percentile99.9; it has minmax. qsens, onnxruntime can say all that is asked for."
+            ),
+        ),
+        (
+            "compressed-tensors",
+            {"fc1": "w8a8_static_act_sym_minmax_smoothquant_unshared"},
+            (
+                "fc1 (linear): compressed-tensors cannot say 'w8a8_static_act_sym_minmax_smoothquant_unshared': inputs "
+                "are smoothed, which its files do not say. qsens, modelopt-quant-cfg can say all that is asked for."
+            ),
+        ),
+        (
+            "modelopt",
+            {"fc1": "w8a8_static_act_sym_minmax"},
+            (
+                "fc1 (linear): modelopt cannot say 'w8a8_static_act_sym_minmax': ranges of activations are found by "
+                "minmax; its files name none. qsens, compressed-tensors, llm-compressor, modelopt-quant-cfg can say "
+                "all that is asked for."
             ),
         ),
         (

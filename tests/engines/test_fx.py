@@ -17,8 +17,8 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.quant import switchable
-from pytest_qsens.quant.calibration import QParams
 from pytest_qsens.quant.kernels import _qconfigs, _quiet
+from pytest_qsens.quant.observers import QParams
 from tests.architectures import ARCHITECTURES
 from tests.inc import models
 

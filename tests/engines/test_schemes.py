@@ -66,6 +66,22 @@ def test_replays_are_the_model_itself(scheme: str) -> None:
     assert {status for status, _ in statuses.values()} == {"measured"}
 
 
+CALIBRATED = ["w8a8_mse", "w8a8_smoothquant", "w8a8_dynamic_smoothquant0.8_unshared", "fp8_static_percentile99.9"]
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_what_calibration_finds_is_the_same_for_all_engines(scheme: str, tmp_path: Path) -> None:
+    """Replays equal the model, and differences equal replays, in all modes; also with what another has found."""
+    place = Artifact(tmp_path / "artifacts" / "one", "k", "tiny")
+    exact, own = (measured(ARCHITECTURES["llama"].spec(), scheme, engine, every=3) for engine in ("replay", "eager"))
+    assert scores(exact) == scores(own)
+    fast = [measured(ARCHITECTURES["llama"].spec(), scheme, "delta", place, every=3) for _ in range(2)]
+    assert place.path.exists()
+    assert scores(fast[0]) == scores(fast[1])
+    assert_alike(fast[1], exact)
+    assert {result.status for op, result in exact.items() if op != "model.embed_tokens"} == {"measured"}
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "fp8_dynamic_tensor_act_tensor"])
 def test_convolutions_with_layouts_of_their_own(scheme: str) -> None:
     """What depends on the layout of a convolution's output goes on as in the model."""
@@ -105,7 +121,7 @@ def test_features_that_no_group_divides(engine: str, tmp_path: Path) -> None:
 
 def test_estimates_are_near() -> None:
     """Backward passes see what rounding weights, and inputs, does."""
-    for scheme in ("w4a16_g32", "mxfp4_dynamic"):
+    for scheme in ("w4a16_g32", "mxfp4_dynamic", "w8a8_smoothquant0.7", "w8a8_entropy"):
         spec, ops = stack()
         exact = measured(spec, scheme, "replay")
         model = calibrate(stack()[0], ops, scheme, engine="probe", divergence=False)

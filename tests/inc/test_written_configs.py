@@ -59,6 +59,7 @@ def fitted(assignment: dict[str, OpScheme | None]) -> nn.Module:
     [
         ("w8a8", {"fc1", "lm_head"}, EMBEDDING),
         ("w8a8_act_sym", {"fc1"}, None),
+        ("w8a8_minmax", {"fc1", "lm_head"}, EMBEDDING),
         ("w8a8_dynamic_act_tensor_asym", {"fc2"}, EMBEDDING),
         ("w4a16_g32_asym", {"fc1", "fc2"}, None),
         ("w3a16", {"lm_head"}, None),

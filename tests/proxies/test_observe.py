@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_qsens.graph.calls import Call
-from pytest_qsens.preparation import observe
+from pytest_qsens.preparation import observe_all
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.proxies.observe import Clock, Observer, rounding_errors
 from pytest_qsens.proxies.statistics import FORWARD, Statistics
@@ -35,7 +35,7 @@ def collected(spec: ModelSpec) -> tuple[dict[str, Statistics], Simulator]:
     assert isinstance(spec.model, nn.Module)
     calibration = Calibration(SCHEMES["w8a8"])
     with torch.no_grad():
-        observe(spec.model, spec.calibration[0], 1, spec, calibration)
+        observe_all(spec.model, spec.calibration[:1], spec, calibration)
     simulator = Simulator(SCHEMES["w8a8"], calibration)
     observer = Observer(OPS, GROUPS, simulator, Clock())
     observer.run(spec.model, spec.evaluation, spec)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,17 +12,22 @@ from hypothesis import strategies as st
 from pytest_qsens.configs.simulated import EMBEDDING, simulated_as
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import Op
+from pytest_qsens.quant.observer_names import OBSERVERS, percentile_name
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
     ActivationScheme,
     OpScheme,
+    SmoothQuant,
     Unknown,
     WeightScheme,
     named,
     parse,
 )
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DTYPES = st.sampled_from((*INTEGERS, *FLOATS))
 SIZES = st.integers(1, 10**9 - 1)
@@ -31,16 +39,23 @@ EXTENTS = st.one_of(
 WEIGHTS = st.builds(
     lambda dtype, extent, symmetric: WeightScheme(dtype, *extent, symmetric), DTYPES, EXTENTS, st.booleans()
 )
+KNOWN = st.sampled_from(["", *OBSERVERS]) | st.floats(50, 99.999, exclude_max=True).map(
+    lambda share: percentile_name(round(share, 6))
+)
 ACTIVATIONS = st.builds(
-    lambda dtype, kind, extent, symmetric: ActivationScheme(dtype, kind, *extent, symmetric),
+    lambda dtype, kind, extent, symmetric, observer: ActivationScheme(
+        dtype, kind, *extent, symmetric, "" if kind == "dynamic" else observer
+    ),
     DTYPES,
     st.sampled_from(["static", "dynamic", "local"]),
     EXTENTS | st.just(("token", ())),
     st.booleans(),
+    KNOWN,
 )
-OP_SCHEMES = st.builds(OpScheme, st.none() | WEIGHTS, st.none() | ACTIVATIONS, st.booleans()).filter(
-    lambda scheme: scheme != OpScheme(None)
-)
+SMOOTHING = st.builds(SmoothQuant, st.sampled_from([0, 0.5, 1]) | st.floats(0, 1), st.booleans())
+OP_SCHEMES = st.builds(
+    OpScheme, st.none() | WEIGHTS, st.none() | ACTIVATIONS, st.booleans(), st.none() | st.none() | SMOOTHING
+).filter(lambda scheme: replace(scheme, smoothing=None) != OpScheme(None))
 
 
 @given(OP_SCHEMES)
@@ -108,6 +123,17 @@ def test_simulated_schemes_keep_their_names() -> None:
         ("fp8_dynamic_asym_act_asym", "linear", ["weights have zero points", "dynamic activations have zero points"]),
         ("fp8_local", "linear", ["scales of two kinds"]),
         ("nvfp4_static", "linear", ["static activations are nvfp4 (simulated: int8, fp8_e4m3)"]),
+        (
+            "fp8_static_entropy",
+            "linear",
+            ["are found by entropy (simulated: by minmax, moving_average, percentile, mse)"],
+        ),
+        ("fp8_static_histogram", "linear", ["are found by histogram"]),
+        ("nvfp4_local_mse", "linear", ["scales of local activations of nvfp4 are found by mse (simulated: by minmax)"]),
+        ("w8a16_smoothquant", "linear", ["inputs are smoothed (simulated: with integers"]),
+        ("w8a8_tensor_smoothquant", "linear", ["weights that have a scale per channel or group"]),
+        ("fp8_dynamic_smoothquant", "linear", ["inputs are smoothed"]),
+        ("w8a8_smoothquant", "conv2d", ["scales the input features of linear layers, and a conv2d is none"]),
         ("w8a8_dynamic", "conv2d", ["has no tokens"]),
         ("w4a16_g128", "conv2d", ["groups along the features of a linear layer"]),
         ("mxfp4_dynamic", "conv1d", ["groups along the features of a linear layer"]),
@@ -120,6 +146,39 @@ def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obs
     found, reason = simulated_as(named(name, "test"), Op("op", op_type))
     assert found is None
     assert [obstacle for obstacle in obstacles if obstacle not in reason] == []
+
+
+@pytest.mark.parametrize(
+    ("longer", "name"),
+    [
+        ("w8a8_histogram", "w8a8"),
+        ("fp8_static_minmax", "fp8_static"),
+        ("w8a8_percentile99.99", "w8a8_percentile"),
+        ("w8a8_smoothquant0.5", "w8a8_smoothquant"),
+        ("w8a8_smoothquant0.80", "w8a8_smoothquant0.8"),
+        ("w8a8_dynamic_mse", None),
+        ("w8a8_percentile12", None),
+        ("w8a8_smoothquant1.5", None),
+    ],
+)
+def test_one_name_for_what_is_usual(longer: str, name: str | None) -> None:
+    """The usual observer and strength are left out; and there is no observer where nothing is calibrated."""
+    assert parse(longer) is None
+    assert name is None or parse(name) is not None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ActivationScheme("int8", "dynamic", "token", observer="mse"),
+        lambda: ActivationScheme("int8", "static", "tensor", observer="kl"),
+        lambda: SmoothQuant(1.1),
+    ],
+)
+def test_parts_that_mean_nothing_are_not_made(make: Callable[[], object]) -> None:
+    """So that no name is given to them."""
+    with pytest.raises(ValueError, match=r"observer|alpha"):
+        make()
 
 
 def test_features_that_a_group_does_not_divide() -> None:

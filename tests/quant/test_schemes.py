@@ -18,9 +18,8 @@ from pytest_qsens.quant.formats import round_input, round_weight
 from pytest_qsens.quant.integers import QuantizedWeight
 from pytest_qsens.quant.schemes import SCHEMES, Scheme, scheme_named
 from pytest_qsens.quant.simulate import Simulator
-from tests.schemes import INTEGER
 
-FLOAT = [name for name in SCHEMES if name not in INTEGER]
+FLOAT = [name for name, scheme in SCHEMES.items() if not scheme.is_integer]
 OTHERS = ["w8a8_tensor", "w8a8_static_act_sym", "w8a8_dynamic_act_tensor_asym", "w4a8_static_g128", "wfp8a8_dynamic"]
 """Not in the list, but in files of tools, or of parts that meet nowhere else."""
 

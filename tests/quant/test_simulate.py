@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pytest_qsens.graph.calls import Call
-from pytest_qsens.quant.calibration import Calibration, QParams
+from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.integers import quantize_activation, quantize_weight, quantized_embedding
+from pytest_qsens.quant.observers import QParams
 from pytest_qsens.quant.schemes import SCHEMES
 from pytest_qsens.quant.simulate import Simulator
 from tests.schemes import INTEGER

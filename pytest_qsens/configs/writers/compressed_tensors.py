@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
+from pytest_qsens.configs.observers import COMPRESSED_TENSORS
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names, of_all, split
 from pytest_qsens.configs.writers.dump import Row
@@ -27,6 +28,7 @@ _OF_WEIGHTS = ("tensor", "channel", "group", "block")
 _DYNAMIC = ("token", "tensor", "group")
 _STATIC = ("tensor", "group")
 _STRATEGIES = {"head": "attn_head"}
+_OBSERVERS = {ours: theirs for theirs, ours in COMPRESSED_TENSORS.items()}
 
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -148,4 +150,5 @@ def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
         found["scale_dtype"] = "torch.uint8"
     if isinstance(part, ActivationScheme):
         found["dynamic"] = "local" if part.kind == "local" else part.kind == "dynamic"
+        found |= {"observer": _OBSERVERS[part.observer]} if part.observer else {}
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
+from pytest_qsens.configs.observers import NEURAL_COMPRESSOR
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible, most_common
@@ -19,11 +20,16 @@ Approach = Literal["static", "dynamic", "weight_only"]
 _OFF = Row({"weight": {"dtype": ["fp32"]}, "activation": {"dtype": ["fp32"]}})
 _STATIC = {
     OpScheme(
-        WeightScheme("int8"), ActivationScheme("int8", "static", "tensor", symmetric=symmetric), output=True
-    ): scheme
+        WeightScheme("int8"),
+        ActivationScheme("int8", "static", "tensor", symmetric=symmetric, observer=observer),
+        output=True,
+    ): (scheme, algorithm)
     for symmetric, scheme in ((False, "asym"), (True, "sym"))
+    for algorithm, observer in NEURAL_COMPRESSOR.items()
 }
-"""What its kernels do with static scales → its name for activations' zero points."""
+"""What its kernels do with static scales → its names for activations' zero points and observer."""
+
+_USUAL = ("asym", "kl")
 
 _DYNAMIC = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "dynamic", "tensor", symmetric=False))
 _GROUPS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -49,8 +55,9 @@ def write_given(assigned: Sequence[Assigned]) -> dict[str, object]:
         elif approach == "weight_only":
             weight = _round_to_nearest(_weight_only(one, one.scheme, _FLOATS))
             entries[name] = Row({"weight": {key: [value] for key, value in weight.items()}})
-        elif one.scheme in _STATIC and _STATIC[one.scheme] == "sym":
-            entries[name] = Row({"activation": {"scheme": ["sym"]}})
+        elif _STATIC.get(one.scheme, _USUAL) != _USUAL:
+            properties = zip(("scheme", "algorithm"), _STATIC[one.scheme], _USUAL, strict=True)
+            entries[name] = Row({"activation": {key: [own] for key, own, usual in properties if own != usual}})
     return {"approach": approach, "op_name_dict": entries}
 
 
@@ -86,8 +93,8 @@ def _choice(one: Assigned, approach: Approach) -> dict[str, object]:
         weight |= {"dtype": "uint8", "scheme": "asym_float"}
         activation["scheme"] = "asym"
     else:
-        algorithm = "kl" if approach == "static" else "minmax"
-        activation |= {"algorithm": algorithm, "dtype": "uint8", "scheme": _STATIC.get(one.scheme, "asym")}
+        scheme, algorithm = _STATIC[one.scheme] if approach == "static" else ("asym", "minmax")
+        activation |= {"algorithm": algorithm, "dtype": "uint8", "scheme": scheme}
     return {"weight": weight, "activation": activation}
 
 
@@ -117,22 +124,23 @@ def _algorithm(one: Assigned, *, static: bool) -> dict[str, object]:
     if one.op.type == "embedding" and one.scheme is not None:
         raise Inexpressible(one, "its algorithms do not quantize embeddings")
     if static:
-        scheme = _STATIC.get(one.scheme) if one.scheme is not None else "asym"
-        if scheme is None:
+        found = _USUAL if one.scheme is None else _STATIC.get(one.scheme)
+        if found is None:
             raise Inexpressible(one, "other ops are quantized with static scales, and a file has one algorithm")
         dtypes = ("fp32", "fp32") if one.scheme is None else ("int8", "uint8")
         weight = {"w_dtype": dtypes[0], "w_sym": True, "w_granularity": "per_channel", "w_algo": "minmax"}
+        scheme, algorithm = found
         activation = {"act_dtype": dtypes[1], "act_sym": scheme == "sym", "act_granularity": "per_tensor"}
-        return {"static_quant": {**weight, **activation, "act_algo": "kl"}}
+        return {"static_quant": {**weight, **activation, "act_algo": algorithm}}
     if one.scheme is None:
         return {"rtn": {"dtype": "fp32"}}
-    found = _weight_only(one, one.scheme, _FLOATS_OF_RTN)
+    own = _weight_only(one, one.scheme, _FLOATS_OF_RTN)
     return {
         "rtn": {
-            "dtype": "int" if found.dtype in _INTEGERS else _FLOATS_OF_RTN[found.dtype],
-            "bits": _bits(found),
-            "use_sym": found.symmetric,
-            "group_size": found.size[0] if found.size else -1,
+            "dtype": "int" if own.dtype in _INTEGERS else _FLOATS_OF_RTN[own.dtype],
+            "bits": _bits(own),
+            "use_sym": own.symmetric,
+            "group_size": own.size[0] if own.size else -1,
         }
     }
 

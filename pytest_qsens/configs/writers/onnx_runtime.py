@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import Row
+from pytest_qsens.quant.observer_names import percentile_of
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ def _arguments(scheme: OpScheme) -> dict[str, object]:
         "activation_type": f"QU{_TYPES[activation.dtype]}",
     }
     options = Row(WeightSymmetric=weight.symmetric, ActivationSymmetric=activation.symmetric)
+    percentile = percentile_of(activation.observer)
+    if percentile is not None:
+        options["CalibPercentile"] = percentile
+        found["calibrate_method"] = "Percentile"
+    elif activation.observer == "minmax":
+        found["calibrate_method"] = "MinMax"
     return {**found, "extra_options": options}
 
 

@@ -1,0 +1,45 @@
+"""What the calibration batches show of keys and values of attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver, UniformQuantizationObserverBase
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class StateRange:
+    """Least and largest value of what shares a scale in keys or values, ``(N, heads, tokens, dim)``."""
+
+    def __init__(self, granularity: str) -> None:
+        self._granularity = granularity
+        self._observer: UniformQuantizationObserverBase
+        self._observer = PerChannelMinMaxObserver() if granularity in ("head", "channel") else MinMaxObserver()
+
+    def observe(self, values: Tensor) -> None:
+        """Take the values of one call."""
+        if self._granularity == "head":
+            values = values.movedim(1, 0)
+        elif self._granularity == "channel":
+            values = values.permute(1, 3, 0, 2).flatten(0, 1)
+        self._observer(values)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what was seen; see `restore`."""
+        found: Mapping[str, Tensor] = self._observer.state_dict()
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what another has seen."""
+        self._observer.load_state_dict(state)
+
+    def extremes(self, dim: int) -> tuple[Tensor, Tensor]:
+        """Both, and zero between them, of a shape that goes with keys or values of so many features."""
+        state = self.state()
+        low, high = state["min_val"].clamp(max=0), state["max_val"].clamp(min=0)
+        shape = {"head": (-1, 1, 1), "channel": (-1, 1, dim)}.get(self._granularity, ())
+        return low.view(shape), high.view(shape)

@@ -1,0 +1,15 @@
+"""Fixtures of quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.quant.questions import ask
+
+
+@pytest.fixture(scope="session")
+def modelopt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Answers of ModelOpt."""
+    return ask(tmp_path_factory.mktemp("modelopt"))
