@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, the cache of scores, stand-ins for models, proxies, configs, plans."""
+"""The console script ``qsens``: results, the cache of scores, stand-ins for models, proxies, configs, plans."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_config(commands)
     _add_diff(commands)
     _add_plan(commands)
+    _add_report(commands)
     arguments = parser.parse_args(argv)
     code = 0
     try:
@@ -396,6 +397,36 @@ def _plan(arguments: argparse.Namespace) -> list[str]:
         lines += ["", *_aligned(plan.table(found.problem, found.frontier, "saved"))]
     written = [*(made.path for made in found.plans), *filter(None, [arguments.plot])]
     return [*lines, "", *(f"wrote {path}" for path in written)]
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a report with charts: a page, Markdown, JSON and CSV",
+        description="Write report.html, report.md, report.json and report.csv of a result to DIR, as `pytest "
+        "--qsens-report DIR` does. Ranges of channels and samples of the data are there if the result is a report.json.",
+    )
+    command.add_argument("result", type=Path, metavar="RESULT.json")
+    command.add_argument("directory", type=Path, metavar="DIR", help="made if it is not there")
+    command.add_argument(
+        "--against", metavar="OLD", help="tell what changed since OLD: a result, a snapshot, or REVISION:PATH of one"
+    )
+    command.add_argument(
+        "--fail",
+        default=DEFAULT_FAIL,
+        metavar="RULES",
+        help=f"what counts as worse, as in --qsens-fail (default: {DEFAULT_FAIL})".replace("%", "%%"),
+    )
+    command.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> list[str]:
+    from pytest_qsens.report.directory.of_result import report_of
+    from pytest_qsens.report.directory.write import check_directory, write_report
+
+    check_directory(arguments.directory, "DIR")
+    found = report_of(load(arguments.result), arguments.against, parse_fail(arguments.fail, "--fail"))
+    return [f"wrote {path}" for path in write_report(arguments.directory, found)]
 
 
 def _show(arguments: argparse.Namespace) -> list[str]:

@@ -38,23 +38,23 @@ def text(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> I
 
 def markdown(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:
     """Lines of a Markdown document with one table."""
-    yield f"### {_cell(found.new.model)}, {_cell(found.new.scheme)}: {_counts(found)}"
+    yield f"### {cell(found.new.model)}, {cell(found.new.scheme)}: {_counts(found)}"
     yield ""
     yield (
-        f"{_cell(found.old.name)} → {_cell(found.new.name)}, by {_cell(_rules(thresholds))}, "
+        f"{cell(found.old.name)} → {cell(found.new.name)}, by {cell(_rules(thresholds))}, "
         f"{' and '.join(found.modes)}. Higher is worse, but for sqnr_db and top1."
     )
-    yield from (f"- {_cell(note)}" for note in found.notes)
+    yield from (f"- {cell(note)}" for note in found.notes)
     rows = _rows(found, everything=everything)
     if rows:
         yield ""
         yield "| block | change | op | scores |"
         yield "|---|---|---|---|"
     for block, change in rows:
-        yield f"| {_cell(block)} | {change.kind} | {_cell(change.op)} | {'<br>'.join(map(_cell, change.lines))} |"
+        yield f"| {cell(block)} | {change.kind} | {cell(change.op)} | {'<br>'.join(map(cell, change.lines))} |"
 
 
-def _cell(value: str) -> str:
+def cell(value: str) -> str:
     """Text that Markdown, and the HTML in it, take for text."""
     found = escape(value, quote=False).replace("\n", " ")
     for mark in "\\`*_[]|~":

@@ -1,0 +1,139 @@
+"""The report in Markdown: what a comment on a pull request, or a terminal, shows of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qsens.report import diff as report_diff
+from pytest_qsens.report.diff import cell
+from pytest_qsens.report.directory.contents import STATUSES, ranked, score
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qsens.report.directory.contents import Report
+
+MARK = "<!-- pytest-qsens report -->"
+"""First line of the file, by which it is known as ours."""
+
+_WORST = 20
+_SIGNS = {"passed": "✅", "failed": "❌", "open": "⚪"}
+
+
+def as_markdown(report: Report) -> str:
+    """Give the text of the file."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    run, judgement = report.result.run, report.judgement
+    yield MARK
+    yield f"# {cell(report.title)}"
+    yield ""
+    yield f"**{_SIGNS[judgement.level]} {cell(judgement.headline)}**"
+    yield ""
+    yield from (f"- {cell(reason)}" for reason in judgement.reasons if reason)
+    yield from (f"- {cell(what)}: {_code(command)}" for what, command in judgement.commands)
+    yield ""
+    counts = ", ".join(f"{number} {status}" for status, number in report.counts.items())
+    groups = "" if run.granularity == "op" else f", granularity {cell(run.granularity)}"
+    yield f"{len(report.result.ops)} {'ops' if not groups else 'groups'}: {counts}. Mode {run.mode}, engine {cell(run.engine)}{groups}."
+    total = report.result.total
+    if total is not None and total.isolated is not None:
+        yield f"Everything quantized at once: NMSE {_number(total.isolated.get('nmse'))}, {_sqnr(total.isolated)}."
+    yield ""
+    yield from _worst(report)
+    yield from _changes(report)
+    yield from _statuses(report)
+    yield from _environment(report)
+
+
+def _worst(report: Report) -> Iterator[str]:
+    measure, ops = report.measure, ranked(report.result)
+    if measure is None:
+        return
+    yield f"## Most sensitive of {len(ops)}"
+    yield ""
+    yield f"{measure.meaning} Higher is worse; all are in `report.csv`."
+    yield ""
+    yield f"| # | op | type | {measure.mode} {measure.metric} | SQNR | status |"
+    yield "|--:|---|---|--:|--:|---|"
+    for place, op in enumerate(ops[:_WORST], 1):
+        scores = op.modes[measure.mode]
+        value = _number(score(op, measure))
+        if measure.mode in op.intervals:
+            low, high = op.intervals[measure.mode]
+            value += f" (nmse {low:.3g} to {high:.3g})"
+        yield f"| {place} | {cell(op.op)} | {cell(op.type)} | {value} | {_sqnr(scores)} | {op.status} |"
+    yield ""
+
+
+def _changes(report: Report) -> Iterator[str]:
+    yield "## What changed"
+    yield ""
+    if report.changes is None:
+        yield f"{cell(report.uncompared or 'Nothing to compare with')}"
+    else:
+        yield from report_diff.markdown(report.changes, report.thresholds, everything=False)
+    yield ""
+
+
+def _statuses(report: Report) -> Iterator[str]:
+    without = [op for op in report.result.ops if op.status not in ("measured", "estimated")]
+    if not without:
+        return
+    yield "## Without a score"
+    yield ""
+    for status, number in report.counts.items():
+        if status not in ("measured", "estimated"):
+            yield f"- {number} {status}: {STATUSES[status]}"
+    yield ""
+    yield "| op | status | reason |"
+    yield "|---|---|---|"
+    shown = [op for op in without if op.status not in ("unrun", "unquantized")]
+    yield from (f"| {cell(op.op)} | {op.status} | {cell(op.reason or '')} |" for op in shown[:_WORST])
+    if len(shown) > _WORST:
+        yield ""
+        yield f"and {len(shown) - _WORST} more"
+    yield ""
+
+
+def _environment(report: Report) -> Iterator[str]:
+    run = report.result.run
+    yield "## Where"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    facts = {**run.environment, **{f"config {name}": value for name, value in (run.config or {}).items()}}
+    yield from (f"| {cell(name)} | {cell(value)} |" for name, value in facts.items())
+    yield f"| wall time | {run.cost.wall_seconds:.1f} s |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _sqnr(scores: dict[str, float | None]) -> str:
+    if "sqnr_db" not in scores:
+        return ""
+    value = scores["sqnr_db"]
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def _code(command: str) -> str:
+    """Code span that no backtick in it ends."""
+    fence = "`" * (1 + max((len(run) for run in _runs(command)), default=0))
+    inside = command.replace("\n", " ")
+    return f"{fence} {inside} {fence}" if "`" in inside else f"{fence}{inside}{fence}"
+
+
+def _runs(text: str) -> Iterator[str]:
+    found = ""
+    for character in text:
+        if character == "`":
+            found += character
+        elif found:
+            yield found
+            found = ""
+    if found:
+        yield found
