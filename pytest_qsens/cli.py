@@ -404,7 +404,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "report",
         help="write a report with charts: a page, Markdown, JSON and CSV",
         description="Write report.html, report.md, report.json and report.csv of a result to DIR, as `pytest "
-        "--qsens-report DIR` does. Ranges of channels and samples of the data are there if the result is a report.json.",
+        "--qsens-report DIR` does. Ranges of channels and samples of the data are there if RESULT.json is a "
+        "report.json.",
     )
     command.add_argument("result", type=Path, metavar="RESULT.json")
     command.add_argument("directory", type=Path, metavar="DIR", help="made if it is not there")

@@ -28,7 +28,7 @@ from pytest_qsens.collect import (
     updating,
     wants_total,
 )
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
@@ -719,7 +719,11 @@ class Controller:
             from pytest_qsens.report.directory.write import write_report
 
             interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
-            write_report(options.report, report_of(self, run, interrupted=interrupted))
+            try:
+                write_report(options.report, report_of(self, run, interrupted=interrupted))
+            except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                # the scores are written and the summary is yet to come: they are worth more than a picture of them
+                raise QsensError(f"no report could be made: {told(error)}") from error
             self.written[options.report / "report.html"] = ""
 
     def result(self, run: Run) -> RunResult:

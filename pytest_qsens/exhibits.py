@@ -78,11 +78,11 @@ def _key(key: Any) -> object:  # noqa: ANN401  # one of torch's kinds of keys
 
 
 def _told(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {' × '.join(map(str, tensor.shape)) or 'scalar'}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape)) or 'scalar'}"
 
 
 def _image(tensor: Tensor) -> Image | None:
-    """Draw the first image of a batch ``(N, C, H, W)`` of one or three channels, from its least to its largest value."""
+    """Draw the first image of a batch ``(N, C, H, W)`` of 1 or 3 channels, from its least to its largest value."""
     if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.shape[1] not in (1, 3) or not tensor.numel():
         return None
     from PIL import Image

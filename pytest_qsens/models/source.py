@@ -71,7 +71,7 @@ class ModelSource(Protocol):
         """Build the module on the meta device where the source allows it; no weights are loaded."""
 
     def samples(self) -> tuple[Samples, Samples] | None:
-        """Return the samples for calibration and evaluation; ``None`` where the batches are not made of texts or images.
+        """Return the samples for calibration and evaluation; ``None`` where batches are not made of texts or images.
 
         Raises:
             QsensError: If they cannot be read.

@@ -12,34 +12,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.compare import count
-from pytest_qsens.report.directory.contents import ranked, score
+from pytest_qsens.report.directory.contents import name_of, score
 from pytest_qsens.results import lost_in_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from pytest_qsens.details import Channels, Details, OpRanges
     from pytest_qsens.report.directory.contents import Measure, Report
     from pytest_qsens.results import OpResult
-
-RANGES = 12
-"""Ops, or groups, whose ranges are drawn."""
-
-OUTLIER = 5.0
-"""Times the median channel's largest magnitude from which a channel is marked. LLM.int8() (Dettmers et al., NeurIPS
-2022, arXiv:2208.07339) takes a fixed magnitude of 6, which suits inputs of a unit scale only."""
 
 _TOWERS = 6
 _ROWS = 48
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 
 Spec = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: a title, what it says in a sentence, and its specification."""
+    """One chart: a title, unless the section has it, what it says in a sentence, and its specification."""
 
     title: str
     caption: str
@@ -72,25 +64,25 @@ def _heat_map(
     name: str, cells: dict[tuple[str, int], list[OpResult]], measure: Measure, domain: Sequence[float]
 ) -> Chart:
     rows = list(dict.fromkeys(kind for kind, _ in cells))
-    kept = frozenset(rows[:_ROWS])
+    kept = rows[:_ROWS]
     data = []
     for (kind, block), ops in cells.items():
         if kind in kept:
-            worst = max(ops, key=lambda op: _value(op, measure))
+            worst = max(ops, key=lambda op: value_of(op, measure))
             of = f", the worst of {len(ops)}" if len(ops) > 1 else ""
-            data.append({"k": kind, "b": block, "v": _value(worst, measure), "o": worst.op, "s": worst.status + of})
+            data.append({"k": kind, "b": block, "v": value_of(worst, measure), "o": worst.op, "s": worst.status + of})
     blocks = sorted({block for _, block in cells})
     encoding: Spec = {
         "x": {
             "field": "b",
             "type": "ordinal",
-            "scale": {"domain": list(range(blocks[0], blocks[-1] + 1)), "paddingInner": 0.06},
+            "scale": {"domain": list(range(blocks[0], blocks[-1] + 1)), "paddingInner": 0.04},
             "axis": {"title": "block", "labelAngle": 0, "labelOverlap": True, "domain": False, "ticks": False},
         },
         "y": {
             "field": "k",
             "type": "nominal",
-            "scale": {"domain": rows[:_ROWS], "paddingInner": 0.06},
+            "scale": {"domain": kept, "paddingInner": 0.06},
             "axis": {"title": None, "domain": False, "ticks": False, "labelLimit": 260},
         },
         "color": {
@@ -100,7 +92,7 @@ def _heat_map(
                 "type": "quantitative",
                 "scale": {"type": "log", "domain": domain, "scheme": "viridis"},
                 "legend": {
-                    "title": f"{measure.metric.upper() if measure.metric == 'nmse' else measure.metric}, higher is worse",
+                    "title": f"{name_of(measure.metric)}, higher is worse",
                     "format": ".0e",
                     "orient": "top",
                     "values": _decades(*domain),
@@ -110,28 +102,29 @@ def _heat_map(
             },
             "value": "#8885",
         },
-        "tooltip": _tooltip(("o", "op"), ("v", measure.metric), ("s", "status")),
+        "tooltip": tooltip(("o", "op"), ("v", measure.metric), ("s", "status")),
     }
+    shared = " Where # stands for an index, the worst of these ops is drawn." if any("#" in row for row in kept) else ""
     dropped = f" {count(len(rows) - _ROWS, 'more kind')} of ops are in the table." if len(rows) > _ROWS else ""
     return Chart(
         name or "blocks",
-        f"Every square is one op; a column is one block, in the order of the model.{dropped}",
-        _spec(data, "rect", encoding) | {"height": {"step": 19}, "autosize": {"type": "fit-x", "contains": "padding"}},
+        f"A column is one block, in the order of the model, a row one kind of op.{shared}{dropped}",
+        _spec(data, "rect", encoding) | {"height": 19 * len(kept)},
     )
 
 
 def agreement(report: Report) -> Chart | None:
     """Draw what an op does alone against what keeping it helps; ``None`` unless both were measured."""
-    points = []
+    points: list[dict[str, Any]] = []
     for op in report.result.ops:
         if op.isolated is not None and op.fallback is not None:
             alone, gain = op.isolated.get("nmse"), op.fallback.get("gain")
             if alone and gain is not None:
                 noisy = "within noise" if lost_in_noise(op.fallback) else "distinguishable"
                 points.append({"x": alone, "y": gain, "o": op.op, "n": noisy})
-    if len(points) < 2:
+    if len({point["x"] for point in points}) < 2:
         return None
-    xs, ys = [point["x"] for point in points], [point["y"] for point in points]
+    xs, ys = ([float(point[axis]) for point in points] for axis in "xy")
     low, high = min(xs), max(*xs, *ys)
     signed = min(ys) <= 0
     step = 10.0 ** math.floor(math.log10(high) - 2.5) if signed else 0.0
@@ -143,26 +136,35 @@ def agreement(report: Report) -> Chart | None:
         "mark": {"type": "line", "strokeDash": [5, 4], "strokeWidth": 1.2, "style": "reference", "tooltip": False},
         "encoding": {"x": {"field": "x", "type": "quantitative"}, "y": {"field": "y", "type": "quantitative"}},
     }
+    many = len(points) > 1000
     dots = {
         "data": {"values": points},
-        "mark": {"type": "point", "filled": True, "size": 46, "opacity": 0.75},
+        "mark": {"type": "point", "filled": True, "size": 20 if many else 46, "opacity": 0.6 if many else 0.85},
         "encoding": {
             "x": {
                 "field": "x",
                 "type": "quantitative",
                 "scale": {"type": "log"},
-                "axis": {"title": "isolated: NMSE with only this op quantized", "format": ".0e", "values": _decades(low, max(xs))},
+                "axis": {
+                    "title": "isolated: NMSE with only this op quantized",
+                    "format": ".0e",
+                    "values": _decades(low, max(xs)),
+                },
             },
             "y": {
                 "field": "y",
                 "type": "quantitative",
                 "scale": scale,
-                "axis": {"title": "fallback: gain by keeping only this op", "format": ".0e", "values": ticks},
+                "axis": {
+                    "title": "fallback: gain by keeping only this op",
+                    "labelExpr": "datum.value === 0 ? '0' : format(datum.value, '.0e')",
+                    "values": ticks,
+                },
             },
             "color": {
                 "field": "n",
                 "type": "nominal",
-                "scale": {"domain": ["distinguishable", "within noise"], "range": ["#0072b2", "#e69f00"]},
+                "scale": {"domain": ["distinguishable", "within noise"], "range": ["#3a8fd6", "#e69f00"]},
                 "legend": {"title": None, "orient": "top"},
             },
             "shape": {
@@ -170,112 +172,29 @@ def agreement(report: Report) -> Chart | None:
                 "type": "nominal",
                 "scale": {"domain": ["distinguishable", "within noise"], "range": ["circle", "triangle-up"]},
             },
-            "tooltip": _tooltip(("o", "op"), ("x", "isolated nmse"), ("y", "gain"), ("n", "gain is")),
+            "tooltip": tooltip(("o", "op"), ("x", "isolated nmse"), ("y", "gain"), ("n", "gain is")),
         },
     }
     return Chart(
-        "Isolated against fallback",
+        "",
         "On the dashed line keeping an op gains exactly what quantizing it alone costs: errors add up. Below it, other "
         "ops' errors cover for it; a gain below zero says that keeping the op makes the whole worse.",
-        {"$schema": _SCHEMA, "width": "container", "height": 340, "layer": [line, dots]},
+        {"$schema": SCHEMA, "width": "container", "height": 340, "layer": [line, dots]},
     )
 
 
-@dataclass(frozen=True)
-class RangeCard:
-    """Ranges of one op: its name, its score, and up to two charts."""
-
-    op: str
-    type: str
-    score: str
-    charts: tuple[Chart, ...]
-
-
-def wanted(report_ops: Iterable[OpResult]) -> list[str]:
-    """Names of the ops whose ranges are drawn: the first few, or the members of these groups."""
-    return list(dict.fromkeys(name for op in list(report_ops)[:RANGES] for name in (op.ops or (op.op,))))
-
-
-def range_cards(report: Report, details: Details) -> list[RangeCard]:
-    """Draw the ranges of the most sensitive ops, the worst first."""
-    known = {ranges.op: ranges for ranges in details.ranges}
-    measure, cards = report.measure, []
-    if measure is None:
-        return []
-    for op in ranked(report.result)[:RANGES]:
-        value = f"{measure.metric} {_value(op, measure):.3g}"
-        for name in op.ops or (op.op,):
-            if name in known:
-                cards.append(RangeCard(name, known[name].type, value, _range_charts(known[name])))
-    return cards[: 2 * RANGES]
-
-
-def _range_charts(ranges: OpRanges) -> tuple[Chart, ...]:
-    found = []
-    if ranges.inputs is not None:
-        found.append(_channel_chart("inputs", "input channel", "max |x|", ranges.inputs))
-    rows = "row" if ranges.type == "embedding" else "output channel"
-    found.append(_channel_chart("weight", rows, "max |w|", ranges.weight))
-    return tuple(found)
-
-
-def _channel_chart(title: str, axis: str, what: str, channels: Channels) -> Chart:
-    width = math.ceil(channels.count / len(channels.largest)) if channels.largest else 1
-    bins = [{"c": place * width, "v": value} for place, value in enumerate(channels.largest)]
-    bins += [{"c": channels.count, "v": bins[-1]["v"]}] if bins else []
-    outliers = [
-        {"c": channel + 0.5, "n": str(channel), "v": value}
-        for channel, value in channels.outliers
-        if channels.median and value >= OUTLIER * channels.median
-    ]
-    x = {
-        "field": "c",
-        "type": "quantitative",
-        "scale": {"domain": [0, channels.count], "nice": False},
-        "axis": {"title": axis, "format": "d", "tickCount": 5, "grid": False},
-    }
-    y = {"field": "v", "type": "quantitative", "axis": {"title": what, "tickCount": 4, "format": "~g"}}
-    area = {
-        "data": {"values": bins},
-        "mark": {"type": "area", "interpolate": "step-after", "line": {"strokeWidth": 0.8}, "opacity": 0.55, "color": "#56b4e9"},
-        "encoding": {"x": x, "y": y},
-    }
-    median = {
-        "data": {"values": [{"v": channels.median}]},
-        "mark": {"type": "rule", "strokeDash": [4, 3], "style": "reference"},
-        "encoding": {"y": {"field": "v", "type": "quantitative"}},
-    }
-    marked = {
-        "data": {"values": outliers},
-        "mark": {"type": "point", "filled": True, "size": 40, "color": "#d55e00", "opacity": 1},
-        "encoding": {
-            "x": {"field": "c", "type": "quantitative"},
-            "y": {"field": "v", "type": "quantitative"},
-            "tooltip": _tooltip(("n", "channel"), ("v", what)),
-        },
-    }
-    spec = {"$schema": _SCHEMA, "width": "container", "height": 96, "layer": [area, median, *([marked] if outliers else [])]}
-    return Chart(title, _about(channels, what, axis.rpartition(" ")[2]), spec)
-
-
-def _about(channels: Channels, what: str, noun: str) -> str:
-    if not channels.outliers:
-        return "no values"
-    channel, value = channels.outliers[0]
-    ratio = "" if channels.ratio is None else f", {channels.ratio:.1f}× the median {noun}’s"
-    return f"{what} {value:.3g} in {noun} {channel} of {channels.count}{ratio}"
-
-
-def _value(op: OpResult, measure: Measure) -> float:
+def value_of(op: OpResult, measure: Measure) -> float:
+    """Value by which an op is ranked; zero if it has none."""
     value = score(op, measure)
     return 0.0 if value is None else value
 
 
 def _spec(data: list[dict[str, Any]], mark: str, encoding: Spec) -> Spec:
-    return {"$schema": _SCHEMA, "data": {"values": data}, "width": "container", "mark": mark, "encoding": encoding}
+    return {"$schema": SCHEMA, "data": {"values": data}, "width": "container", "mark": mark, "encoding": encoding}
 
 
-def _tooltip(*fields: tuple[str, str]) -> list[Spec]:
+def tooltip(*fields: tuple[str, str]) -> list[Spec]:
+    """Encode what is shown at a mark: names of fields, and what they are called."""
     numbers = {"v", "x", "y"}
     return [
         {"field": name, "title": title, "type": "quantitative", "format": ".3g"}

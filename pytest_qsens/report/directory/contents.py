@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.compare import count
-from pytest_qsens.diff import diff, of_result
+from pytest_qsens.diff import KINDS, diff, of_result
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 
@@ -22,9 +22,9 @@ Level = Literal["passed", "failed", "open"]
 """``open``: there was nothing to compare with."""
 
 STATUSES = {
-    "measured": "The op was quantized, the model run again, and its output compared with that of the unquantized model.",
-    "estimated": "Told from backward passes, or from ops like it, with an interval that is to hold the exact value of 9 "
-    "in 10 ops. An estimate gates nothing and goes into no snapshot.",
+    "measured": "The op was quantized, the model run again, and the output compared with the unquantized model's.",
+    "estimated": "Told from backward passes, or from ops like it, with an interval that is to hold the exact value of "
+    "9 in 10 ops. An estimate gates nothing and goes into no snapshot.",
     "unexercised": "The data never reached the op, so nothing is known about it. It is not insensitive: give data that "
     "reaches it.",
     "unquantizable": "The scheme does not quantize this kind of op, or not one of its shape.",
@@ -33,6 +33,18 @@ STATUSES = {
     "unrun": "An op of the model that this run did not select, or did not come to.",
 }
 """Status → what it means."""
+
+
+SAID: dict[Kind, str] = {
+    "worse": "worse",
+    "lost": "without a score now",
+    "better": "better",
+    "appeared": "new",
+    "vanished": "gone",
+    "unrun": "not run",
+    "same": "as before",
+}
+"""Kind of change → what it is called."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +122,36 @@ class Report:
         return measure_of(self.result)
 
     @property
+    def changed(self) -> list[Change]:
+        """What is not as before, the gravest first."""
+        found = [change for change in (self.changes.changes if self.changes else ()) if change.kind != "same"]
+        return sorted(found, key=lambda change: (KINDS.index(change.kind), -_distance(change)))
+
+    @property
+    def change_counts(self) -> list[tuple[str, int]]:
+        """What became of how many ops, in words."""
+        counts = {} if self.changes is None else {kind: self.changes.count(kind) for kind in KINDS}
+        return [(SAID[kind], number) for kind, number in counts.items() if number]
+
+    @property
     def counts(self) -> Counter[str]:
         """Status → number of ops."""
         return Counter(op.status for op in self.result.ops)
 
 
+def _distance(change: Change) -> float:
+    ratio = change.ratio or 1.0
+    return 1 / ratio if change.kind == "better" else ratio
+
+
 def measure_of(result: RunResult) -> Measure | None:
     """Choose what ops are ranked by: the first mode that has scores; ``None`` if there are none."""
     return next((measure for measure in MEASURES if any(measure.mode in op.modes for op in result.ops)), None)
+
+
+def name_of(metric: str) -> str:
+    """Write a metric as people write it."""
+    return metric.upper() if metric in ("nmse", "mse", "sse") else metric
 
 
 def score(op: OpResult, measure: Measure | None) -> float | None:
@@ -149,7 +183,12 @@ def compared(
     except QsensError as error:
         return None, str(error)
     judged = verdicts or {}
-    changes = [_judged(change, judged[change.op]) if change.op in judged else change for change in found.changes]
+    changes = [
+        _judged(change, judged[change.op]) if change.op in judged else change
+        for change in found.changes
+        # what has no score and never had one: products of activations, ops of another shard
+        if change.op in old.ops or found.new.ops[change.op].scores
+    ]
     return replace(found, changes=tuple(changes)), None
 
 
@@ -170,13 +209,15 @@ def judged_by(result: RunResult, changes: Diff | None, uncompared: str | None) -
     ]
     if any(change.op == TOTAL and change.kind == "worse" for change in changes.changes):
         parts.append("the whole model got worse")
+    told = (f"Compared with {changes.old.name}.",)
     if parts:
-        return Judgement("failed", f"Worse than {changes.old.name}", (f"{', '.join(parts)}.",), commands)
-    return Judgement("passed", "No op got worse", (f"Compared with {changes.old.name}.",), commands)
+        said = ", ".join(parts)
+        return Judgement("failed", f"{said[0].upper()}{said[1:]}", told, commands)
+    return Judgement("passed", "No op got worse", told, commands)
 
 
 def suggestions(result: RunResult) -> tuple[tuple[str, str], ...]:
-    """What to do next, whether or not anything got worse."""
+    """Say what to do next, whether or not anything got worse."""
     counts = Counter(op.status for op in result.ops)
     found = []
     if counts["unexercised"]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.report import diff as report_diff
 from pytest_qsens.report.diff import cell
-from pytest_qsens.report.directory.contents import STATUSES, ranked, score
+from pytest_qsens.report.directory.contents import SAID, STATUSES, ranked, score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pytest_qsens.diff import Diff
     from pytest_qsens.report.directory.contents import Report
 
 MARK = "<!-- pytest-qsens report -->"
 """First line of the file, by which it is known as ours."""
 
 _WORST = 20
+_CHANGES = 40
 _SIGNS = {"passed": "✅", "failed": "❌", "open": "⚪"}
 
 
@@ -37,10 +38,11 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     counts = ", ".join(f"{number} {status}" for status, number in report.counts.items())
     groups = "" if run.granularity == "op" else f", granularity {cell(run.granularity)}"
-    yield f"{len(report.result.ops)} {'ops' if not groups else 'groups'}: {counts}. Mode {run.mode}, engine {cell(run.engine)}{groups}."
+    units = f"{len(report.result.ops)} {'groups' if groups else 'ops'}"
+    yield f"{units}: {counts}. Mode {run.mode}, engine {cell(run.engine)}{groups}."
     total = report.result.total
     if total is not None and total.isolated is not None:
-        yield f"Everything quantized at once: NMSE {_number(total.isolated.get('nmse'))}, {_sqnr(total.isolated)}."
+        yield f"Everything quantized at once: NMSE {_number(total.isolated.get('nmse'))}, SQNR {_sqnr(total.isolated)}."
     yield ""
     yield from _worst(report)
     yield from _changes(report)
@@ -74,8 +76,25 @@ def _changes(report: Report) -> Iterator[str]:
     if report.changes is None:
         yield f"{cell(report.uncompared or 'Nothing to compare with')}"
     else:
-        yield from report_diff.markdown(report.changes, report.thresholds, everything=False)
+        yield from _listed_changes(report, report.changes)
     yield ""
+
+
+def _listed_changes(report: Report, changes: Diff) -> Iterator[str]:
+    rules = f", by {cell(', '.join(map(str, report.thresholds)))}" if report.thresholds else ""
+    counts = ", ".join(f"{number} {said}" for said, number in report.change_counts)
+    yield f"Against {cell(changes.old.name)}{rules}: {counts or 'no op to compare'}."
+    yield from (f"- {cell(note)}" for note in changes.notes)
+    found = report.changed
+    if found:
+        yield ""
+        yield "| change | op | scores |"
+        yield "|---|---|---|"
+    for change in found[:_CHANGES]:
+        yield f"| {SAID[change.kind]} | {cell(change.op)} | {'<br>'.join(map(cell, change.lines))} |"
+    if len(found) > _CHANGES:
+        yield ""
+        yield f"and {len(found) - _CHANGES} more; all are in `report.csv`"
 
 
 def _statuses(report: Report) -> Iterator[str]:

@@ -12,16 +12,17 @@ from pytest_qsens.details import Details
 from pytest_qsens.diff import of_snapshot
 from pytest_qsens.measure import accept_command, bench
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.report.directory.charts import wanted
-from pytest_qsens.report.directory.contents import Judgement, Report, compared, ranked, suggestions
+from pytest_qsens.report.directory.channel_charts import wanted
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions
 
 if TYPE_CHECKING:
     import pytest
 
     from pytest_qsens.controller import Controller, Run
     from pytest_qsens.results import RunResult
+    from pytest_qsens.thresholds import Kind
 
-_SAID = {"regressed": "got worse", "new": "new: the snapshot has no line"}
+_SAID: dict[Kind, str] = {"regressed": "got worse", "new": "not in the snapshot yet"}
 
 
 def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
@@ -41,10 +42,10 @@ def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
     else:
         details = _details(config, run, result)
     result = replace(result, details=details)
-    changes, uncompared = None, f"There was no snapshot {run.path} before this run, so there is nothing to compare with."
+    place = _place(config, run)
+    changes, uncompared = None, f"There was no snapshot {place} before this run, so there is nothing to compare with."
     if run.recorded is not None and run.recorded.ops:
-        old = replace(of_snapshot(run.recorded, str(run.path)), name=str(run.path))
-        changes, why = compared(result, old, thresholds, run.verdicts)
+        changes, why = compared(result, of_snapshot(run.recorded, place), thresholds, run.verdicts)
         uncompared = why or ""
     judgement = _judgement(controller, run, result, interrupted=interrupted)
     return Report(result, judgement, changes, uncompared or None, thresholds)
@@ -58,19 +59,26 @@ def _details(config: pytest.Config, run: Run, result: RunResult) -> Details:
     from pytest_qsens.ranges import details
 
     bench(config).release()  # two models may not fit
-    return details(model.source, wanted(ranked(result)), base_options(config).device)
+    return details(model.source, wanted(result), base_options(config).device)
+
+
+def _place(config: pytest.Config, run: Run) -> str:
+    """Tell where the snapshot is, from the root directory."""
+    root = config.rootpath
+    return str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
 
 
 def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupted: bool) -> Judgement:
     """Say what became of the tests."""
-    ops = run.failing - {TOTAL}
+    ops, place = run.failing - {TOTAL}, _place(controller.config, run)
     kinds = Counter(run.verdicts[op].kind for op in ops if op in run.verdicts)
-    parts = [f"{kinds[kind]} {said}" for kind, said in _SAID.items() if kinds[kind]]
-    parts += [f"{rest} without a score"] * bool(rest := len(ops) - sum(kinds[kind] for kind in _SAID))
-    reasons = [f"Of {count(len(run.results), 'test')}, {len(run.failing)} failed: {', '.join(parts)}."] if parts else []
+    parts = [f"{count(kinds[kind], 'op')} {_SAID[kind]}" for kind in _SAID if kinds[kind]]
+    if without := len(ops) - sum(kinds[kind] for kind in _SAID):
+        parts.append(f"{count(without, 'op')} without a score")
+    reasons = [f"{len(run.failing)} of {count(len(run.results), 'test')} failed."] if run.failing else []
     if TOTAL in run.failing:
         verdict = run.verdicts.get(TOTAL)
-        reasons.append(f"The whole model {_SAID.get(verdict.kind if verdict else '', 'has no score')}.")
+        reasons.append(f"The whole model: {_SAID.get(verdict.kind, verdict.kind) if verdict else 'no score'}.")
     reasons += [f"{problem[0].upper()}{problem[1:]}." for problem in controller.problems]
     commands = suggestions(result)
     accepts = [verdict.kind for op, verdict in run.verdicts.items() if op in run.failing]
@@ -84,11 +92,11 @@ def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupt
         headline = "Failed" + (f": {', '.join(parts)}" if parts else "")
         return Judgement("failed", headline, tuple(reasons), commands)
     if updating(controller.config) and run.path in controller.written:
-        return Judgement("passed", "Accepted", (f"Written to {run.path}{controller.written[run.path]}.",), commands)
+        return Judgement("passed", "Accepted", (f"Written to {place}{controller.written[run.path]}.",), commands)
     improved = sum(verdict.kind == "improved" for verdict in run.verdicts.values())
     better = f"; {count(improved, 'op')} better" if improved else ""
     compared_ops = sum(op != TOTAL for op in run.verdicts)
     if not run.verdicts:
-        return Judgement("open", "Nothing was compared", (f"No test compared a score with {run.path}.",), commands)
-    told = f"{count(compared_ops, 'op')} compared with {run.path}{better}."
+        return Judgement("open", "Nothing was compared", (f"No test compared a score with {place}.",), commands)
+    told = f"{count(compared_ops, 'op')} compared with {place}{better}."
     return Judgement("passed", "Passed: no op got worse", (told,), commands)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.directory import charts
-from pytest_qsens.report.directory.contents import STATUSES, ranked, score
+from pytest_qsens.report.directory.channel_charts import range_cards
+from pytest_qsens.report.directory.contents import SAID, STATUSES, name_of, ranked, score
 from pytest_qsens.results import MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from pytest_qsens.results import OpResult, Scores
 
 _WORST = 10
-_CHANGES = 200
+_CHANGES = 40
 """Changes that are listed; the table has all of them."""
 
-_KINDS = {"worse": "worse", "lost": "lost its score", "better": "better", "appeared": "new", "vanished": "gone"}
-_KINDS |= {"unrun": "not run", "same": "as before"}
+_GRAVEST = 3
+"""Ops that the verdict names."""
 
 
 def as_html(report: Report) -> str:
@@ -47,16 +48,12 @@ def as_html(report: Report) -> str:
         scripts={name: Markup(text) for name, text in scripts.items()},  # noqa: S704  # as above
         data={name: Markup(as_script_data(value)) for name, value in data.items()},  # noqa: S704  # escaped there
         statuses=STATUSES,
-        kinds=_KINDS,
+        kinds=SAID,
     )
 
 
 def as_script_data(value: object) -> str:
-    """JSON that can stand inside a ``script`` element, whatever texts are in it: it holds no ``<``, ``>`` or ``&``.
-
-    >>> as_script_data("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
+    """JSON that can stand inside a ``script`` element, whatever texts are in it: it holds no ``<``, ``>`` or ``&``."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -102,7 +99,7 @@ class _Page:
         found = charts.agreement(report)
         self.agreement = None if found is None else self._number(found)
         details = report.result.details
-        cards = [] if details is None else charts.range_cards(report, details)
+        cards = [] if details is None else range_cards(report, details)
         self.ranges = [(card, [self._number(chart) for chart in card.charts]) for card in cards]
         self.unit = "op" if report.result.run.granularity == "op" else "group"
 
@@ -116,15 +113,15 @@ class _Page:
         result, run = self._result, self._result.run
         total = (result.total and result.total.isolated) or {}
         if "nmse" in total:
-            yield "everything quantized", number(total["nmse"]), f"NMSE; {_sqnr(total)}"
+            yield "everything quantized", number(total["nmse"]), f"NMSE; SQNR {_sqnr(total)}"
         ops = ranked(result)
         measure = self._report.measure
         if ops and measure is not None:
-            yield f"worst {self.unit}", number(score(ops[0], measure)), f"{measure.mode} {_shown(measure.metric)}"
+            yield f"worst {self.unit}", number(score(ops[0], measure)), f"{measure.mode} {name_of(measure.metric)}"
         counts = self._report.counts
         scored = counts["measured"] + counts["estimated"]
-        estimated = f", {counts['estimated']} of them estimated" if counts["estimated"] else ""
-        yield f"{self.unit}s with a score", f"{scored} of {len(result.ops)}", f"{run.granularity} granularity{estimated}"
+        others = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "measured")
+        yield f"{self.unit}s with a score", f"{scored} of {len(result.ops)}", others or "all measured"
         forwards = run.cost.forwards_per_op
         cost = "" if forwards is None else f"{forwards:.2g} forwards per {self.unit}"
         yield "wall time", seconds(run.cost.wall_seconds), cost or f"engine {run.engine}"
@@ -173,16 +170,12 @@ class _Page:
     @property
     def changed(self) -> list[Change]:
         """What is not as before, the gravest first; no more than `_CHANGES`."""
-        order = list(_KINDS)
-        found = [change for change in self._changes.values() if change.kind != "same"]
-        return sorted(found, key=lambda change: (order.index(change.kind), -_distance(change)))[:_CHANGES]
+        return self._report.changed[:_CHANGES]
 
     @property
-    def change_counts(self) -> list[tuple[str, int]]:
-        """What became of how many ops."""
-        changes = self._report.changes
-        counts = {} if changes is None else {kind: changes.count(kind) for kind in changes_order()}
-        return [(_KINDS[kind], number) for kind, number in counts.items() if number]
+    def gravest(self) -> list[Change]:
+        """The first few of what got worse or lost its score."""
+        return [change for change in self.changed if change.kind in ("worse", "lost")][:_GRAVEST]
 
     @property
     def present(self) -> list[tuple[str, int]]:
@@ -257,10 +250,11 @@ class _Page:
             "order": first,
             "unit": self.unit,
             "total": self._result.total is not None,
+            "same": SAID["same"],
         }
 
     def _kind(self, op: str) -> str:
-        return _KINDS[self._changes[op].kind] if op in self._changes else ""
+        return SAID[self._changes[op].kind] if op in self._changes else ""
 
     def _ratio(self, op: str) -> float | None:
         return self._changes[op].ratio if op in self._changes else None
@@ -299,25 +293,19 @@ class _Getter:
         return value
 
 
-def changes_order() -> list[Any]:
-    """Kinds of changes, the gravest first."""
-    return list(_KINDS)
-
-
-def _distance(change: Change) -> float:
-    ratio = change.ratio or 1.0
-    return 1 / ratio if change.kind == "better" else ratio
-
-
 def number(value: float | None) -> str:
     """Write a score with three digits."""
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if value == 0:
         return "0"
     text = f"{value:.3g}"
     mantissa, _, exponent = text.partition("e")
-    return f"{mantissa}e{int(exponent)}".replace("-", "−") if exponent else text.replace("-", "−")
+    return _signed(f"{mantissa}e{int(exponent)}" if exponent else text)
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def seconds(value: float) -> str:
@@ -331,8 +319,4 @@ def _sqnr(scores: Scores) -> str:
     if "sqnr_db" not in scores:
         return ""
     value = scores["sqnr_db"]
-    return "identical" if value is None else f"{value:.1f} dB".replace("-", "−")
-
-
-def _shown(metric: str) -> str:
-    return "NMSE" if metric == "nmse" else metric
+    return "identical" if value is None else _signed(f"{value:.1f} dB")

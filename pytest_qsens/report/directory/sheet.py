@@ -29,9 +29,7 @@ def as_csv(report: Report) -> str:
     """
     result = report.result
     ops = [*result.ops, *([result.total] if result.total is not None else [])]
-    metrics = {
-        f"{mode}.{name}": None for mode in MODES for op in ops for name in sorted(op.modes.get(mode, {}))
-    }
+    metrics = {f"{mode}.{name}": None for mode in MODES for op in ops for name in sorted(op.modes.get(mode, {}))}
     intervals = {f"{mode}.nmse.{end}": None for mode in MODES for end in ("low", "high") if _estimated(ops, mode)}
     changes = {} if report.changes is None else {change.op: change.kind for change in report.changes.changes}
     stream = io.StringIO()

@@ -50,12 +50,11 @@ def check_directory(path: Path, origin: str) -> None:
     check_writable(path)
     for name, own in _OWN.items():
         file = path / name
-        if file.is_symlink() or file.exists():
-            if not file.is_file() or not own(file):
-                raise QsensError(
-                    f"{origin} {path} has a {name} that no report of ours has written; it is left untouched. Choose "
-                    "another directory, or remove it."
-                )
+        if (file.is_symlink() or file.exists()) and not (file.is_file() and own(file)):
+            raise QsensError(
+                f"{origin} {path} has a {name} that no report of ours has written; it is left untouched. Choose "
+                "another directory, or remove it."
+            )
 
 
 def _is_page(file: Path) -> bool:

@@ -48,13 +48,14 @@ function cell(column, value) {
     if (Array.isArray(value)) {
       made.append(`\u2248 ${score(value[0])}`, element("span", "bounds", `${score(value[1])} \u2026 ${score(value[2])}`));
     } else made.textContent = typeof value === "string" ? value : shown[kind](value);
-    if (kind === "ratio") made.classList.add(value > 1.0005 ? "bad" : value < 0.9995 ? "good" : "same");
+    if (kind === "ratio") made.classList.add(value > 1.005 ? "bad" : value < 0.995 ? "good" : "quiet");
     return made;
   }
   const made = element("td", { name: "name", note: "why" }[kind] ?? "");
   if (kind === "status" && value) made.append(element("span", `status ${value}`, value));
-  else if (kind === "name") value.split(/(?<=[._:/])/).forEach((part, i) => made.append(...(i ? [element("wbr")] : []), part));
+  else if (kind === "name") value.split(/(?<=[.:/])/).forEach((part, i) => made.append(...(i ? [element("wbr")] : []), part));
   else made.textContent = value ?? "";
+  if (column.key === "change" && value === table.same) made.classList.add("quiet");
   return made;
 }
 
