@@ -82,7 +82,7 @@ def _channel_chart(title: str, axis: str, what: str, channels: Channels) -> Char
         "field": "c",
         "type": "quantitative",
         "scale": {"domain": [0, channels.count], "nice": False},
-        "axis": {"title": axis, "format": "d", "tickCount": 5, "grid": False},
+        "axis": {"title": axis, "format": "d", "tickCount": 5, "tickMinStep": 1, "grid": False},
     }
     y = {
         "field": "v",
