@@ -56,7 +56,7 @@ def markdown(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) 
 
 def cell(value: str) -> str:
     """Text that Markdown, and the HTML in it, take for text."""
-    found = escape(value, quote=False).replace("\n", " ")
+    found = " ".join(escape(value, quote=False).splitlines())
     for mark in "\\`*_[]|~":
         found = found.replace(mark, f"\\{mark}")
     return found

@@ -215,7 +215,7 @@ def _decades(low: float, high: float) -> list[float]:
 def _signed_decades(low: float, high: float, step: float) -> list[float]:
     positive = [value for value in _decades(step, high) if value >= step] if high > step else []
     negative = [-value for value in _decades(step, -low) if value >= step] if -low > step else []
-    return [*negative, 0.0, *positive]
+    return [*reversed(negative), 0.0, *positive]
 
 
 def _spread(low: float, high: float, points: int) -> list[float]:
