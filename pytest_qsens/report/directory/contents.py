@@ -149,6 +149,11 @@ def measure_of(result: RunResult) -> Measure | None:
     return next((measure for measure in MEASURES if any(measure.mode in op.modes for op in result.ops)), None)
 
 
+def unit_of(result: RunResult) -> str:
+    """Name what is measured as one."""
+    return "op" if result.run.granularity == "op" else "group"
+
+
 def name_of(metric: str) -> str:
     """Write a metric as people write it."""
     return metric.upper() if metric in ("nmse", "mse", "sse") else metric
@@ -199,11 +204,11 @@ def _judged(change: Change, verdict: Verdict) -> Change:
 
 def judged_by(result: RunResult, changes: Diff | None, uncompared: str | None) -> Judgement:
     """Judge a finished result by what changed."""
-    commands = suggestions(result)
+    commands, unit = suggestions(result), unit_of(result)
     if changes is None:
         return Judgement("open", "Not compared with anything", (uncompared or "",), commands)
     parts = [
-        count(number, "op") + said
+        count(number, unit) + said
         for kind, said in (("worse", " got worse"), ("lost", " lost the score"))
         if (number := changes.count(kind))  # type: ignore[arg-type]  # two of the kinds
     ]
@@ -213,15 +218,15 @@ def judged_by(result: RunResult, changes: Diff | None, uncompared: str | None) -
     if parts:
         said = ", ".join(parts)
         return Judgement("failed", f"{said[0].upper()}{said[1:]}", told, commands)
-    return Judgement("passed", "No op got worse", told, commands)
+    return Judgement("passed", f"No {unit} got worse", told, commands)
 
 
 def suggestions(result: RunResult) -> tuple[tuple[str, str], ...]:
     """Say what to do next, whether or not anything got worse."""
-    counts = Counter(op.status for op in result.ops)
+    counts, unit = Counter(op.status for op in result.ops), unit_of(result)
     found = []
     if counts["unexercised"]:
-        found.append((f"Reach the {count(counts['unexercised'], 'op')} without a score", "--qsens-eval FILE"))
+        found.append((f"Reach the {count(counts['unexercised'], unit)} without a score", "--qsens-eval FILE"))
     if counts["estimated"]:
         found.append(("Measure what matters of the estimates", "--qsens-top 10"))
     if result.run.config is None and any("nmse" in (op.isolated or {}) and not op.intervals for op in result.ops):

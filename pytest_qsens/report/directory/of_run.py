@@ -13,7 +13,7 @@ from pytest_qsens.diff import of_snapshot
 from pytest_qsens.measure import accept_command, bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.directory.channel_charts import wanted
-from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
 
 if TYPE_CHECKING:
     import pytest
@@ -70,11 +70,11 @@ def _place(config: pytest.Config, run: Run) -> str:
 
 def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupted: bool) -> Judgement:
     """Say what became of the tests."""
-    ops, place = run.failing - {TOTAL}, _place(controller.config, run)
+    ops, place, unit = run.failing - {TOTAL}, _place(controller.config, run), unit_of(result)
     kinds = Counter(run.verdicts[op].kind for op in ops if op in run.verdicts)
-    parts = [f"{count(kinds[kind], 'op')} {_SAID[kind]}" for kind in _SAID if kinds[kind]]
+    parts = [f"{count(kinds[kind], unit)} {_SAID[kind]}" for kind in _SAID if kinds[kind]]
     if without := len(ops) - sum(kinds[kind] for kind in _SAID):
-        parts.append(f"{count(without, 'op')} without a score")
+        parts.append(f"{count(without, unit)} without a score")
     reasons = [f"{len(run.failing)} of {count(len(run.results), 'test')} failed."] if run.failing else []
     if TOTAL in run.failing:
         verdict = run.verdicts.get(TOTAL)
@@ -87,16 +87,16 @@ def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupt
         commands = (("Accept these scores, if they are as they should be", accept), *commands)
     if interrupted:
         left = sum(op.status == "unrun" for op in result.ops)
-        return Judgement("failed", "Interrupted", (f"{count(left, 'op')} not run.", *reasons), commands)
+        return Judgement("failed", "Interrupted", (f"{count(left, unit)} not run.", *reasons), commands)
     if run.failing or controller.problems:
         headline = "Failed" + (f": {', '.join(parts)}" if parts else "")
         return Judgement("failed", headline, tuple(reasons), commands)
     if updating(controller.config) and run.path in controller.written:
         return Judgement("passed", "Accepted", (f"Written to {place}{controller.written[run.path]}.",), commands)
     improved = sum(verdict.kind == "improved" for verdict in run.verdicts.values())
-    better = f"; {count(improved, 'op')} better" if improved else ""
+    better = f"; {count(improved, unit)} better" if improved else ""
     compared_ops = sum(op != TOTAL for op in run.verdicts)
     if not run.verdicts:
         return Judgement("open", "Nothing was compared", (f"No test compared a score with {place}.",), commands)
-    told = f"{count(compared_ops, 'op')} compared with {place}{better}."
-    return Judgement("passed", "Passed: no op got worse", (told,), commands)
+    told = f"{count(compared_ops, unit)} compared with {place}{better}."
+    return Judgement("passed", f"Passed: no {unit} got worse", (told,), commands)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.directory import charts
 from pytest_qsens.report.directory.channel_charts import range_cards
-from pytest_qsens.report.directory.contents import SAID, STATUSES, name_of, ranked, score
+from pytest_qsens.report.directory.contents import SAID, STATUSES, name_of, ranked, score, unit_of
 from pytest_qsens.results import MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _Page:
         details = report.result.details
         cards = [] if details is None else range_cards(report, details)
         self.ranges = [(card, [self._number(chart) for chart in card.charts]) for card in cards]
-        self.unit = "op" if report.result.run.granularity == "op" else "group"
+        self.unit = unit_of(report.result)
 
     def _number(self, chart: Chart) -> tuple[int, Chart]:
         self.charts.append(chart)
