@@ -10,6 +10,7 @@ import pytest
 import vl_convert  # noqa: F401 - before a run in this process, which forgets what it imports: it cannot be twice
 
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
+from pytest_qsens.cli import main
 from pytest_qsens.results import load
 from tests.plugin.harness import LABEL, MODEL, OPS, listing, write_model
 
@@ -91,6 +92,22 @@ def test_workers_make_no_difference(pytester: pytest.Pytester) -> None:
     assert result.details is not None
     members = {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "blocks.2.up", "blocks.2.down"}
     assert {item.op for item in result.details.ranges} == members
+
+
+def test_shards(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their result files can be merged, with what was collected for each, and a report made of that."""
+    write_model(pytester)
+    for index in ("1", "2"):
+        given = ("--qsens-shard", f"{index}/2", "--qsens-report", f"out{index}", "--snapshot-update")
+        assert pytester.runpytest_inprocess("--qsens-model", MODEL, *given).ret == 0
+    assert main(["merge", "out1/report.json", "out2/report.json", "-o", "merged.json"]) == 0
+    assert main(["report", "merged.json", "out", "--against", "qsens_snapshots/net.spec/w8a8.json"]) == 0
+    result, headline, lines = report(pytester.path / "out")
+    assert headline == "No op got worse"
+    assert set(lines) == {*OPS, "total"}
+    assert result.details is not None
+    assert {item.op for item in result.details.ranges} == set(OPS)
+    assert "wrote out/report.html" in capsys.readouterr().out
 
 
 def test_configs_and_estimates(pytester: pytest.Pytester) -> None:

@@ -54,11 +54,22 @@ def hostile() -> RunResult:
     """Make a result with such a text in every place that holds one."""
     ops = [
         OpResult(
-            text, text, text, "measured", text, scores(10.0 ** -(2 + place / 4)), {"gain": 0.1 / (place + 1)}, scheme=text
+            text,
+            text,
+            text,
+            "measured",
+            text,
+            scores(10.0 ** -(2 + place / 4)),
+            {"gain": 0.1 / (place + 1)},
+            scheme=text,
         )
         for place, text in enumerate(TEXTS)
     ]
-    ops += [OpResult(f"layers.{block}.{text}", "linear", "", "measured", None, scores(1e-3)) for block in (0, 1) for text in TEXTS]
+    ops += [
+        OpResult(f"layers.{block}.{text}", "linear", "", "measured", None, scores(1e-3))
+        for block in (0, 1)
+        for text in TEXTS
+    ]
     ops += [OpResult(f"failed {text}", "linear", "", "failed", text) for text in TEXTS]
     ranges = tuple(OpRanges(text, text, channels([1.0, 20.0, 1.0]), channels([0.5, 0.5])) for text in TEXTS)
     data = (DataSet("evaluation", len(TEXTS), "samples", tuple(Sample(text, PIXEL, (1, 1)) for text in TEXTS)),)
@@ -88,7 +99,9 @@ def large(count: int) -> RunResult:
         name = f"model.layers.{block}.{kinds[kind]}"
         noisy: dict[str, float | None] = {"nmse": 0.1, "gain": gain, "distinguishable": place % 3 > 0}
         ops.append(
-            OpResult(name, "linear", f"model.layers.{block}", "measured", None, scores(nmse), noisy, weights=10**6 + place)
+            OpResult(
+                name, "linear", f"model.layers.{block}", "measured", None, scores(nmse), noisy, weights=10**6 + place
+            )
         )
     run = RunInfo("large", "w8a8", "delta", "both", {"torch": "2.13.0", "cpu": "some"}, Cost(100.0, 1.0, 0.3))
     return RunResult(run, tuple(ops), measured(TOTAL, 0.5))

@@ -152,9 +152,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_of_others_are_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_files_of_others_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """A file by one of the names that is no report of ours ends it before anything is written."""
     results.write(tmp_path / "result.json", small())
     there = tmp_path / "dir" / name
@@ -209,7 +207,9 @@ def test_heat_maps_have_a_chart_for_each_stack() -> None:
     """A square is one op, or the worst of those that differ in a further index; what is in no block is left out."""
     names = [f"visual.blocks.{block}.attn.qkv" for block in range(2)]
     names += [f"model.layers.{block}.mlp.experts.{expert}.up" for block in range(3) for expert in range(4)]
-    result = replace(large(1), ops=(*(measured(name, (place + 1) / 100) for place, name in enumerate(names)), measured("head", 0.5)))
+    result = replace(
+        large(1), ops=(*(measured(name, (place + 1) / 100) for place, name in enumerate(names)), measured("head", 0.5))
+    )
     charts = heat_maps(of(result))
     assert [chart.title for chart in charts] == ["visual.blocks", "model.layers"]
     cells = charts[1].spec["data"]["values"]

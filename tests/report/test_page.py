@@ -51,7 +51,7 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_sorts_and_filters(browser: Browser, large_page: Path) -> None:
-    """A click on a header sorts, another one turns the order; words and choices filter all ops, not only those shown."""
+    """A click on a header sorts, another one turns the order; words and choices filter all ops, not those shown."""
     with opened(browser, large_page) as page:
         assert len(column(page, "op")) == 100
         assert page.locator("#count").inner_text() == "5,000 of 5,000 ops"
@@ -138,7 +138,9 @@ def test_texts_stay_texts(browser: Browser, tmp_path: Path, *, dark: bool) -> No
 def test_nothing_runs_that_is_not_ours(browser: Browser, tmp_path: Path) -> None:
     """If a text came through unescaped, the policy of the page would still stop it, and anything it asks for."""
     path = write(tmp_path, large(20))
-    injected = '<script>window.broken = 1</script><img src="https://example.com/x.png" onerror="window.broken = 2"></main>'
+    injected = (
+        '<script>window.broken = 1</script><img src="https://example.com/x.png" onerror="window.broken = 2"></main>'
+    )
     path.write_text(path.read_text().replace("</main>", injected, 1))
     context = browser.new_context()
     page = context.new_page()

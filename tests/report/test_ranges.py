@@ -63,7 +63,7 @@ def made() -> ModelSpec:
         {"image": torch.randn(2, 3, 6, 7, generator=generator), "ids": torch.randint(0, 5, (2,), generator=generator)}
         for _ in range(2)
     ]
-    return ModelSpec(net, batches[:1], batches, output=lambda out, batch: out)
+    return ModelSpec(net, batches[:1], batches, output=lambda out, _: out)
 
 
 def test_they_are_those_of_the_model() -> None:

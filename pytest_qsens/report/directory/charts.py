@@ -31,7 +31,7 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: a title, unless the section has it, what it says in a sentence, and its specification."""
+    """One chart: a title and what there is to say about it, unless the section says it, and its specification."""
 
     title: str
     caption: str
@@ -104,11 +104,11 @@ def _heat_map(
         },
         "tooltip": tooltip(("o", "op"), ("v", measure.metric), ("s", "status")),
     }
-    shared = " Where # stands for an index, the worst of these ops is drawn." if any("#" in row for row in kept) else ""
+    shared = "Where # stands for an index, the worst of these ops is drawn." if any("#" in row for row in kept) else ""
     dropped = f" {count(len(rows) - _ROWS, 'more kind')} of ops are in the table." if len(rows) > _ROWS else ""
     return Chart(
         name or "blocks",
-        f"A column is one block, in the order of the model, a row one kind of op.{shared}{dropped}",
+        f"{shared}{dropped}".strip(),
         _spec(data, "rect", encoding) | {"height": 19 * len(kept)},
     )
 

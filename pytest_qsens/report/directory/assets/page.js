@@ -173,6 +173,8 @@ const watch = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) { watch.unobserve(entry.target); show(entry.target); }
 }, { rootMargin: "300px" });
 const places = document.querySelectorAll(".chart");
-places.forEach((place) => watch.observe(place));
 dark.addEventListener("change", () => places.forEach((place) => { if (place.dataset.drawn) show(place); }));
-document.documentElement.dataset.ready = String(Math.round(performance.now()));
+addEventListener("load", () => { // the library is there; the table does not wait for it
+  places.forEach((place) => watch.observe(place));
+  document.documentElement.dataset.ready = String(Math.round(performance.now()));
+});
