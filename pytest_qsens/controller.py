@@ -721,8 +721,9 @@ class Controller:
             interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
             try:
                 write_report(options.report, report_of(self, run, interrupted=interrupted))
-            except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                # the scores are written and the summary is yet to come: they are worth more than a picture of them
+            except QsensError:
+                raise
+            except Exception as error:  # scores are written, the summary is yet to come: worth more than a picture
                 raise QsensError(f"no report could be made: {told(error)}") from error
             self.written[options.report / "report.html"] = ""
 

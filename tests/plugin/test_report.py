@@ -12,7 +12,7 @@ import vl_convert  # noqa: F401 - before a run in this process, which forgets wh
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
 from pytest_qsens.cli import main
 from pytest_qsens.results import load
-from tests.plugin.harness import LABEL, MODEL, OPS, listing, write_model
+from tests.plugin.harness import LABEL, MODEL, OPS, listing, snapshot_ops, write_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,6 +163,21 @@ def test_a_model_that_is_gone(pytester: pytest.Pytester) -> None:
     assert result.details is not None
     assert result.details.ranges == ()
     assert "gone" in result.details.notes[0]
+
+
+def test_a_directory_that_is_gone(pytester: pytest.Pytester) -> None:
+    """If the report cannot be written after all, the run says so and fails; nothing else is lost."""
+    write_model(pytester)
+    pytester.makeconftest("""
+        from pathlib import Path
+        def pytest_runtest_logfinish(nodeid):
+            Path("out").touch()
+        """)
+    result = run(pytester, "--snapshot-update", "--qsens-json", "result.json")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*total, everything quantized: *", "qsens: *out cannot be made: File exists"])
+    assert len(load(pytester.path / "result.json").ops) == len(OPS)
+    assert set(snapshot_ops(pytester)) == set(OPS)
 
 
 @pytest.mark.parametrize(
