@@ -7,14 +7,27 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from pytest_qsens.commands import accept, cache, compare, config, diff, inspect, merge, plan, proxies, show, standin
+from pytest_qsens.commands import (
+    accept,
+    cache,
+    compare,
+    config,
+    diff,
+    inspect,
+    merge,
+    plan,
+    proxies,
+    report,
+    show,
+    standin,
+)
 from pytest_qsens.commands.command import GateFailed
 from pytest_qsens.errors import QsensError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = (show, compare, standin, merge, accept, cache, proxies, config, diff, plan, inspect)
+COMMANDS = (show, compare, standin, merge, accept, cache, proxies, config, diff, plan, inspect, report)
 """Modules with a ``register`` each, in the order of the help. None of them imports torch before it runs."""
 
 FAILED = 1

@@ -29,7 +29,7 @@ from pytest_qsens.collect import (
     updating,
     wants_total,
 )
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, told
 from pytest_qsens.files import write_atomically
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pytest_qsens.options import Options
     from pytest_qsens.profile import Profile
     from pytest_qsens.rank_gates import RankVerdict
-    from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.results import OpResult, Payload, RunResult
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
 
@@ -83,6 +83,10 @@ class Run:
     """Lines of the snapshot that are of no op of the model."""
     lost: set[str] = field(default_factory=set)
     """Ops whose worker died."""
+    failing: set[str] = field(default_factory=set)
+    """Ops with a failed test."""
+    recorded: Snapshot | None = None
+    """The snapshot before it was updated, if there is going to be a report."""
     ranks: list[RankVerdict] = field(default_factory=list)
     """What gates of the order of ops found, once all ops are through."""
     spent: dict[str, float] = field(default_factory=dict)
@@ -232,6 +236,7 @@ class Run:
         op = next((op for op in self.ops if op.name == name), Op(TOTAL, TOTAL) if name == TOTAL else None)
         if op is not None:
             self.lost.add(name)
+            self.failing.add(name)
             self.results[name] = _without_score(op, "failed", reason)
             self.verdicts.pop(name, None)
             self.entries.pop(name, None)
@@ -345,6 +350,10 @@ class Controller:
 
     def _check(self) -> None:
         options = base_options(self.config)
+        if options.report is not None and not self.config.option.collectonly:
+            from pytest_qsens.report.directory.write import check_directory
+
+            check_directory(options.report, options.origins["report"])
         if options.model is None:
             for argument in selection(self.config)[:1]:
                 raise QsensError(f"{argument} needs a model: add --qsens-model MODEL")
@@ -478,13 +487,15 @@ class Controller:
             raise QsensError(planned["refusal"])
         self._show_progress()
         options = base_options(self.config)
-        if options.json is None:
+        path = options.json or options.report
+        if path is None:
             return
         chosen = self._chosen(options)
         if chosen not in self.runs and len(self.runs) > 1:
             names = ", ".join(map(_named, self.runs))
+            what = "a result file" if options.json else "a report"
             raise QsensError(
-                f"{options.json} cannot be written: a result file holds one model and scheme, this run has {names}. "
+                f"{path} cannot be written: {what} holds one model and scheme, this run has {names}. "
                 "Select the tests of one with -k, or name the one to write with --qsens-model, and --qsens-scheme or "
                 "--qsens-config"
             )
@@ -535,7 +546,9 @@ class Controller:
                         run.profiles[told["process"]] = told["profile"]
             self.warnings |= dict.fromkeys(payload["warnings"])
             for record in payload["records"]:
-                self._run(_subject(record)).add(record, passed=report.passed)
+                run = self._run(_subject(record))
+                run.add(record, passed=report.passed)
+                run.failing.update([record["result"]["op"]] * report.failed)
         elif report.when not in ("setup", "call", "teardown") and report.failed:
             # xdist's report of a worker that died: "worker 'gw0' crashed while running ...". A plugin that repeats
             # the test makes another outcome of it.
@@ -590,6 +603,7 @@ class Controller:
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
         for run in active:
+            self._guarded(partial(self._remember, run))
             self._guarded(partial(self._predict, run))
             self._guarded(partial(self._judge_ranks, run))
             self._guarded(partial(self._write_snapshot, run))
@@ -601,6 +615,8 @@ class Controller:
             result.status in ("measured", "estimated") for run in active for result in run.results.values()
         ):
             self.problems.append("nothing was measured")
+        if active and self._reported is not None:
+            self._guarded(partial(self._write_report, self._reported, session))
         self._trim_cache()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -720,12 +736,40 @@ class Controller:
         return {result.op for result in run.measured}
 
     def _write_results(self, run: Run) -> None:
-        from pytest_qsens.results import Cost, RunInfo, RunResult, write
+        from pytest_qsens.results import write
+
+        path = base_options(self.config).json
+        if path is not None:
+            write(path, self.result(run))
+            self.written[path] = ""
+
+    def _remember(self, run: Run) -> None:
+        """Keep the snapshot as it is, for a report to compare with."""
+        if base_options(self.config).report is not None:
+            from pytest_qsens.snapshot import load
+
+            run.recorded = load(run.path, model=run.model, scheme=run.scheme, granularity=run.granularity)
+
+    def _write_report(self, run: Run, session: pytest.Session) -> None:
+        options = base_options(self.config)
+        if options.report is not None:
+            from pytest_qsens.report.directory.of_run import report_of
+            from pytest_qsens.report.directory.write import write_report
+
+            interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
+            try:
+                write_report(options.report, report_of(self, run, interrupted=interrupted))
+            except QsensError:
+                raise
+            except Exception as error:  # scores are written, the summary is yet to come: worth more than a picture
+                raise QsensError(f"no report could be made: {told(error)}") from error
+            self.written[options.report / "report.html"] = ""
+
+    def result(self, run: Run) -> RunResult:
+        """Put what is known of a run together as result files have it."""
+        from pytest_qsens.results import Cost, RunInfo, RunResult
 
         options = base_options(self.config)
-        path = options.json
-        if path is None:
-            return
         chosen: set[str] = set()
         if (run.model, run.scheme, run.granularity) == self._chosen(options):
             chosen = {op.name for op in select(self._model(options), options)}
@@ -756,8 +800,7 @@ class Controller:
             granularity=run.granularity,
             config=run.config["about"] if run.config else None,
         )
-        write(path, RunResult(info, run.listed(reason), total))
-        self.written[path] = ""
+        return RunResult(info, run.listed(reason), total)
 
     def _write_gitlab(self, active: list[Run]) -> None:
         path = base_options(self.config).gitlab

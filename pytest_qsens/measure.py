@@ -107,6 +107,11 @@ class Bench:
             self._warnings += [] if told is None else [f"{model.label}: {told}"]
         return self._calibrated
 
+    def release(self) -> None:
+        """Let go of the calibrated model; it is loaded again if it is needed."""
+        self._spec, self._calibrated = None, None
+        gc.collect()
+
     def score(self, spec: RunSpec, model: Model, op: Op, modes: Sequence[Mode]) -> Measured:
         """Tell what is known of one op, measured once however many tests ask for it.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens import profile
 from pytest_qsens.compare import count
+from pytest_qsens.details import joined
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, load
@@ -252,7 +253,7 @@ def _merged(parts: Sequence[Part]) -> RunResult:
         from pytest_qsens.interactions import with_prediction
 
         total = with_prediction(total, ops, str(parts[0].path))
-    return RunResult(info, ops, total)
+    return RunResult(info, ops, total, joined(part.result.details for part in parts))
 
 
 def _environment(runs: Sequence[RunInfo]) -> dict[str, str]:

@@ -176,6 +176,7 @@ _DECLARATIONS = (
     ),
     _Declaration("json", "path", "write every score to FILE", "FILE"),
     _Declaration("gitlab", "path", "write what got worse to FILE, as a Code Quality report of GitLab", "FILE"),
+    _Declaration("report", "path", "write a report with charts to DIR: a page, Markdown, JSON and CSV", "DIR"),
     _Declaration("profile", "flag", "tell where the time went, in the summary and in the file of --qsens-json"),
     _Declaration("cache", "path", "where scores and op lists are cached (default: the user's cache directory)", "DIR"),
     _Declaration("no_cache", "flag", "measure anew: neither read nor write the cache"),
@@ -262,6 +263,7 @@ class Options:
     shard: Shard | None
     json: Path | None
     gitlab: Path | None
+    report: Path | None
     profile: bool
     cache: Path | None
     no_cache: bool

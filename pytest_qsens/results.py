@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from pytest_qsens.details import Details, read_details
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import (
     Fields,
@@ -179,11 +180,15 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A result file: one entry per op of the model in model order, and the whole model's."""
+    """A result file: one entry per op of the model in model order, and the whole model's.
+
+    ``details`` are there if a report was asked for.
+    """
 
     run: RunInfo
     ops: tuple[OpResult, ...]
     total: OpResult | None = None
+    details: Details | None = None
 
 
 def joined(results: Sequence[OpResult]) -> OpResult:
@@ -351,7 +356,10 @@ def dump(result: RunResult) -> str:
     ops = ",\n    ".join(_line(op) for op in result.ops)
     total = "null" if result.total is None else _line(result.total)
     listed = f"[\n    {ops}\n  ]" if ops else "[]"
-    return f'{{\n  "schema": {SCHEMA},\n  "run": {run},\n  "ops": {listed},\n  "total": {total}\n}}\n'
+    more = ""
+    if result.details is not None:
+        more = f',\n  "details": {json.dumps(asdict(result.details), ensure_ascii=False, allow_nan=False)}'
+    return f'{{\n  "schema": {SCHEMA},\n  "run": {run},\n  "ops": {listed},\n  "total": {total}{more}\n}}\n'
 
 
 def _line(result: OpResult) -> str:
@@ -382,8 +390,13 @@ def from_document(document: object, path: Path) -> RunResult:
     fields.schema(SCHEMA)
     run = _read_run(Fields(fields.take("run"), fields.at("run")))
     ops = tuple(from_payload(op, f"{path}, op") for op in typed(fields.take("ops"), list, fields.at("ops")))
-    total = fields.take("total")
-    result = RunResult(run, ops, None if total is None else from_payload(total, fields.at("total")))
+    total, more = fields.take("total"), fields.take("details")
+    result = RunResult(
+        run,
+        ops,
+        None if total is None else from_payload(total, fields.at("total")),
+        None if more is None else read_details(more, fields.at("details")),
+    )
     fields.end()
     return result
 

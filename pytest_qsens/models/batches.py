@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qsens.errors import QsensError
 from pytest_qsens.models import outputs, processors
 from pytest_qsens.models.data import Data, Sample, default_calibration, default_evaluation
-from pytest_qsens.models.tasks import TAKES_IMAGES, Task
+from pytest_qsens.models.tasks import TAKES_IMAGES, TAKES_SOUND, Task
 from pytest_qsens.models.waveforms import FULL_SCALE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def make_batches(task: Task, model: PreTrainedModel, directory: Path, data: Data
         QsensError: If the checkpoint's tokenizer or processor cannot be used, or the data does not suit the model.
 
     """
-    if task in (Task.SPEECH_SEQ2SEQ, Task.SPEECH_CTC):
+    if task in TAKES_SOUND:
         return _speech_batches(task, model, directory, data)
     calibration, evaluation = select_samples(task, data, type(model).__name__)
     make: Callable[[Samples], list[Batch]]

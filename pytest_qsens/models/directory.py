@@ -12,7 +12,7 @@ from pytest_qsens.models.identity import checkpoint_identity
 from pytest_qsens.models.outputs import ROWS
 from pytest_qsens.models.processors import explained
 from pytest_qsens.models.spec import ModelSpec
-from pytest_qsens.models.tasks import TAKES_IMAGES, task_of
+from pytest_qsens.models.tasks import TAKES_IMAGES, TAKES_SOUND, task_of
 from pytest_qsens.models.transformers_model import load_class, load_model, on_meta
 from pytest_qsens.models.weights import checkpoint_digest, weight_bytes
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytest_qsens.models.checkpoint import Checkpoint
-    from pytest_qsens.models.data import Data
+    from pytest_qsens.models.data import Data, Samples
 
 
 class DirectorySource:
@@ -78,6 +78,12 @@ class DirectorySource:
         task_of(model_class, config)
         with explained("model", self.checkpoint.directory):
             return on_meta(lambda: model_class(config))
+
+    def samples(self) -> tuple[Samples, Samples] | None:
+        """Return the user's samples, or those for the model's task; ``None`` for one that takes sound."""
+        model_class, config = load_class(self.checkpoint)
+        task = task_of(model_class, config)
+        return None if task in TAKES_SOUND else select_samples(task, self.data, model_class.__name__)
 
     def load(self) -> ModelSpec:
         """Load the weights as they are stored, and make the batches."""

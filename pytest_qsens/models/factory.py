@@ -61,6 +61,9 @@ class FactorySource:
         model = self._spec.model
         return model if _is_module(model) else self._built(lambda: on_meta(model))
 
+    def samples(self) -> None:
+        """Return ``None``: a factory brings its own batches."""
+
     def load(self) -> ModelSpec:
         """Call the factory, and the model if it is a callable; in evaluation mode, without gradients."""
         spec = self._spec

@@ -13,7 +13,7 @@ from pytest_qsens.models.directory import DirectorySource
 if TYPE_CHECKING:
     from torch import nn
 
-    from pytest_qsens.models.data import Data
+    from pytest_qsens.models.data import Data, Samples
     from pytest_qsens.models.spec import ModelSpec
 
 TIMEOUT = 5.0
@@ -117,6 +117,10 @@ class HubSource:
     def skeleton(self) -> nn.Module:
         """Build the model on the meta device."""
         return (self.cached or self._remote_config).skeleton()
+
+    def samples(self) -> tuple[Samples, Samples] | None:
+        """Return what the model is given; its config is enough to tell."""
+        return (self.cached or self._remote_config).samples()
 
     def load(self) -> ModelSpec:
         """Download what is missing, load the weights and make the batches."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from pytest_qsens.models.data import Samples
     from pytest_qsens.models.spec import ModelSpec
 
 
@@ -68,6 +69,14 @@ class ModelSource(Protocol):
 
     def skeleton(self) -> torch.nn.Module:
         """Build the module on the meta device where the source allows it; no weights are loaded."""
+
+    def samples(self) -> tuple[Samples, Samples] | None:
+        """Return the samples for calibration and evaluation; ``None`` where batches are not made of texts or images.
+
+        Raises:
+            QsensError: If they cannot be read.
+
+        """
 
     def load(self) -> ModelSpec:
         """Load the weights as they are stored, and build the batches.

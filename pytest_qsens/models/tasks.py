@@ -32,6 +32,7 @@ class Task(StrEnum):
 
 
 TAKES_IMAGES = frozenset({Task.IMAGE_CLASSIFIER, Task.IMAGE_ENCODER, Task.IMAGE_TEXT, Task.DUAL_ENCODER})
+TAKES_SOUND = frozenset({Task.SPEECH_SEQ2SEQ, Task.SPEECH_CTC})
 _ENCODER_DECODER = frozenset({Task.SEQ2SEQ, Task.SPEECH_SEQ2SEQ})
 
 # Names of mappings in transformers.models.auto.modeling_auto. A class may be in several: the first one wins.

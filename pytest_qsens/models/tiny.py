@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from pytest_qsens.models.data import Data, Sample
+    from pytest_qsens.models.data import Data, Sample, Samples
     from pytest_qsens.models.spec import Batch
 
 SEED = 20250219
@@ -81,7 +81,7 @@ class TinyQwen25VL:
     def check(self) -> None:
         """Check the user's data files; there is nothing else to go wrong."""
         self.data.check()
-        self._samples()
+        self.samples()
 
     def fingerprint(self) -> str:
         """Hash of the config and the seed."""
@@ -119,7 +119,7 @@ class TinyQwen25VL:
             model = _build()
         model.train(mode=False)
         model.requires_grad_(requires_grad=False)
-        calibration, evaluation = self._samples()
+        calibration, evaluation = self.samples()
         return ModelSpec(
             model,
             [_batch(s) for s in calibration],
@@ -129,7 +129,8 @@ class TinyQwen25VL:
             rows=ROWS[token_logits],
         )
 
-    def _samples(self) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    def samples(self) -> tuple[Samples, Samples]:
+        """Return the user's samples, or pictures with questions and plain texts."""
         return select_samples(Task.IMAGE_TEXT, self.data, self.label)
 
 

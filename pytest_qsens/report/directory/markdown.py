@@ -1,0 +1,158 @@
+"""The report in Markdown: what a comment on a pull request, or a terminal, shows of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qsens.report.directory.contents import SAID, STATUSES, ranked, score
+from pytest_qsens.report.markdown import escaped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qsens.diff import Diff
+    from pytest_qsens.report.directory.contents import Report
+
+MARK = "<!-- pytest-qsens report -->"
+"""First line of the file, by which it is known as ours."""
+
+_WORST = 20
+_CHANGES = 40
+_SIGNS = {"passed": "✅", "failed": "❌", "open": "⚪"}
+
+
+def as_markdown(report: Report) -> str:
+    """Give the text of the file."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    run, judgement = report.result.run, report.judgement
+    yield MARK
+    yield f"# {escaped(report.title)}"
+    yield ""
+    yield f"**{_SIGNS[judgement.level]} {escaped(judgement.headline)}**"
+    yield ""
+    yield from (f"- {escaped(reason)}" for reason in judgement.reasons if reason)
+    yield from (f"- {escaped(what)}: {_code(command)}" for what, command in judgement.commands)
+    yield ""
+    counts = ", ".join(f"{number} {status}" for status, number in report.counts.items())
+    groups = "" if run.granularity == "op" else f", granularity {escaped(run.granularity)}"
+    units = f"{len(report.result.ops)} {'groups' if groups else 'ops'}"
+    yield f"{units}: {counts}. Mode {run.mode}, engine {escaped(run.engine)}{groups}."
+    total = report.result.total
+    if total is not None and total.isolated is not None:
+        yield f"Everything quantized at once: NMSE {_number(total.isolated.get('nmse'))}, SQNR {_sqnr(total.isolated)}."
+    yield ""
+    yield from _worst(report)
+    yield from _changes(report)
+    yield from _statuses(report)
+    yield from _environment(report)
+
+
+def _worst(report: Report) -> Iterator[str]:
+    measure, ops = report.measure, ranked(report.result)
+    if measure is None:
+        return
+    yield f"## Most sensitive of {len(ops)}"
+    yield ""
+    yield f"{measure.meaning} Higher is worse; all are in `report.csv`."
+    yield ""
+    yield f"| # | op | type | {measure.mode} {measure.metric} | SQNR | status |"
+    yield "|--:|---|---|--:|--:|---|"
+    for place, op in enumerate(ops[:_WORST], 1):
+        scores = op.modes[measure.mode]
+        value = _number(score(op, measure))
+        if measure.mode in op.intervals:
+            low, high = op.intervals[measure.mode]
+            value += f" (nmse {low:.3g} to {high:.3g})"
+        yield f"| {place} | {escaped(op.op)} | {escaped(op.type)} | {value} | {_sqnr(scores)} | {op.status} |"
+    yield ""
+
+
+def _changes(report: Report) -> Iterator[str]:
+    yield "## What changed"
+    yield ""
+    if report.changes is None:
+        yield f"{escaped(report.uncompared or 'Nothing to compare with')}"
+    else:
+        yield from _listed_changes(report, report.changes)
+    yield ""
+
+
+def _listed_changes(report: Report, changes: Diff) -> Iterator[str]:
+    rules = f", by {escaped(', '.join(map(str, report.thresholds)))}" if report.thresholds else ""
+    counts = ", ".join(f"{number} {said}" for said, number in report.change_counts)
+    yield f"Against {escaped(changes.old.name)}{rules}: {counts or 'no op to compare'}."
+    yield from (f"- {escaped(note)}" for note in changes.notes)
+    found = report.changed
+    if found:
+        yield ""
+        yield "| change | op | scores |"
+        yield "|---|---|---|"
+    for change in found[:_CHANGES]:
+        yield f"| {SAID[change.kind]} | {escaped(change.op)} | {'<br>'.join(map(escaped, change.lines))} |"
+    if len(found) > _CHANGES:
+        yield ""
+        yield f"and {len(found) - _CHANGES} more; all are in `report.csv`"
+
+
+def _statuses(report: Report) -> Iterator[str]:
+    without = [op for op in report.result.ops if op.status not in ("measured", "estimated")]
+    if not without:
+        return
+    yield "## Without a score"
+    yield ""
+    for status, number in report.counts.items():
+        if status not in ("measured", "estimated"):
+            yield f"- {number} {status}: {STATUSES[status]}"
+    yield ""
+    yield "| op | status | reason |"
+    yield "|---|---|---|"
+    shown = [op for op in without if op.status not in ("unrun", "unquantized")]
+    yield from (f"| {escaped(op.op)} | {op.status} | {escaped(op.reason or '')} |" for op in shown[:_WORST])
+    if len(shown) > _WORST:
+        yield ""
+        yield f"and {len(shown) - _WORST} more"
+    yield ""
+
+
+def _environment(report: Report) -> Iterator[str]:
+    run = report.result.run
+    yield "## Where"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    facts = {**run.environment, **{f"config {name}": value for name, value in (run.config or {}).items()}}
+    yield from (f"| {escaped(name)} | {escaped(value)} |" for name, value in facts.items())
+    yield f"| wall time | {run.cost.wall_seconds:.1f} s |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _sqnr(scores: dict[str, float | None]) -> str:
+    if "sqnr_db" not in scores:
+        return ""
+    value = scores["sqnr_db"]
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def _code(command: str) -> str:
+    """Code span that no backtick in it ends."""
+    fence = "`" * (1 + max((len(run) for run in _runs(command)), default=0))
+    inside = command.replace("\n", " ")
+    return f"{fence} {inside} {fence}" if "`" in inside else f"{fence}{inside}{fence}"
+
+
+def _runs(text: str) -> Iterator[str]:
+    found = ""
+    for character in text:
+        if character == "`":
+            found += character
+        elif found:
+            yield found
+            found = ""
+    if found:
+        yield found

@@ -1,0 +1,102 @@
+"""The report of a run that has just ended, from the process that sees all of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_qsens.collect import base_options, catalogue, updating
+from pytest_qsens.compare import count
+from pytest_qsens.details import Details
+from pytest_qsens.diff import of_snapshot
+from pytest_qsens.measure import accept_command, bench
+from pytest_qsens.ops import TOTAL
+from pytest_qsens.report.directory.channel_charts import wanted
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_qsens.controller import Controller, Run
+    from pytest_qsens.results import RunResult
+    from pytest_qsens.thresholds import Kind
+
+_SAID: dict[Kind, str] = {"regressed": "got worse", "new": "not in the snapshot yet"}
+
+
+def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
+    """Put the report of a run together; the model is loaded once more for ranges of channels, and samples of its data.
+
+    Args:
+        controller: What has seen the run.
+        run: One model and scheme of it.
+        interrupted: Whether the user has ended it: then nothing is loaded.
+
+    """
+    config = controller.config
+    thresholds = base_options(config).gates.thresholds
+    result = controller.result(run)
+    if interrupted:
+        details = Details(notes=("The run was interrupted, so ranges and samples of the data were not collected.",))
+    else:
+        details = _details(config, run, result)
+    result = replace(result, details=details)
+    place = _place(config, run)
+    changes, uncompared = None, f"There was no snapshot {place} before this run, so there is nothing to compare with."
+    if run.recorded is not None and run.recorded.ops:
+        changes, why = compared(result, of_snapshot(run.recorded, place), thresholds, run.verdicts)
+        uncompared = why or ""
+    judgement = _judgement(controller, run, result, interrupted=interrupted)
+    return Report(result, judgement, changes, uncompared or None, thresholds)
+
+
+def _details(config: pytest.Config, run: Run, result: RunResult) -> Details:
+    """Look at what matters most in the model; without it the report is written all the same."""
+    model = next((model for model in catalogue(config).models if model.label == run.model), None)
+    if model is None:
+        return Details(notes=("Ranges and samples are collected of a model that --qsens-model names, and not here.",))
+    from pytest_qsens.ranges import details
+
+    bench(config).release()  # two models may not fit
+    return details(model.source, wanted(result), base_options(config).device)
+
+
+def _place(config: pytest.Config, run: Run) -> str:
+    """Tell where the snapshot is, from the root directory."""
+    root = config.rootpath
+    return str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
+
+
+def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupted: bool) -> Judgement:
+    """Say what became of the tests."""
+    ops, place, unit = run.failing - {TOTAL}, _place(controller.config, run), unit_of(result)
+    kinds = Counter(run.verdicts[op].kind for op in ops if op in run.verdicts)
+    parts = [f"{count(kinds[kind], unit)} {_SAID[kind]}" for kind in _SAID if kinds[kind]]
+    if without := len(ops) - sum(kinds[kind] for kind in _SAID):
+        parts.append(f"{count(without, unit)} without a score")
+    reasons = [f"{len(run.failing)} of {count(len(run.results), 'test')} failed."] if run.failing else []
+    if TOTAL in run.failing:
+        verdict = run.verdicts.get(TOTAL)
+        reasons.append(f"The whole model: {_SAID.get(verdict.kind, verdict.kind) if verdict else 'no score'}.")
+    reasons += [f"{problem[0].upper()}{problem[1:]}." for problem in controller.problems]
+    commands = suggestions(result)
+    accepts = [verdict.kind for op, verdict in run.verdicts.items() if op in run.failing]
+    if accepts:
+        accept = accept_command(controller.config.invocation_params.args, base_options(controller.config))
+        commands = (("Accept these scores, if they are as they should be", accept), *commands)
+    if interrupted:
+        left = sum(op.status == "unrun" for op in result.ops)
+        return Judgement("failed", "Interrupted", (f"{count(left, unit)} not run.", *reasons), commands)
+    if run.failing or controller.problems:
+        headline = "Failed" + (f": {', '.join(parts)}" if parts else "")
+        return Judgement("failed", headline, tuple(reasons), commands)
+    if updating(controller.config) and run.path in controller.written:
+        return Judgement("passed", "Accepted", (f"Written to {place}{controller.written[run.path]}.",), commands)
+    improved = sum(verdict.kind == "improved" for verdict in run.verdicts.values())
+    better = f"; {count(improved, unit)} better" if improved else ""
+    compared_ops = sum(op != TOTAL for op in run.verdicts)
+    if not run.verdicts:
+        return Judgement("open", "Nothing was compared", (f"No test compared a score with {place}.",), commands)
+    told = f"{count(compared_ops, unit)} compared with {place}{better}."
+    return Judgement("passed", f"Passed: no {unit} got worse", (told,), commands)
