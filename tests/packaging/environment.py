@@ -14,6 +14,7 @@ from zipfile import ZipFile
 from packaging.requirements import Requirement
 
 EXTRAS = ("xdist", "report")
+_CUDA = ("nvidia-", "cuda-", "triton")
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Environment:
 
     def run(self, program: str, *arguments: str, code: int = 0) -> str:
         """Run one of its programs away from any checkout; returns what it prints."""
-        outside = ("PYTHON", "PYTEST_", "CI", "QSENS_")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
-        kept |= {"PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
+        kept = _surroundings() | {"PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
         command = [str(self.directory / "bin" / program), *arguments]
         done = subprocess.run(command, cwd=self.work, env=kept, capture_output=True, text=True)
         assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
@@ -48,7 +47,7 @@ def create(wheel: Path, directory: Path, constraints: list[str]) -> Environment:
     limits.write_text("\n".join([*linked, *constraints]) + "\n")
     target = f"pytest-qsens[{','.join(EXTRAS)}] @ {wheel.as_uri()}"
     pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", str(limits), target]
-    subprocess.run(pip, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    subprocess.run(pip, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_surroundings())
     work = directory / "work"
     work.mkdir()
     return Environment(place, work)
@@ -69,12 +68,19 @@ def lowest(wheel: Path) -> list[str]:
     return found
 
 
+def _surroundings() -> dict[str, str]:
+    """Leave out what would bring in a checkout, or what this run of pytest was told."""
+    outside = ("PYTHON", "PYTEST_", "CI", "QSENS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(outside)}
+
+
 def _link_torch(site_packages: Path) -> list[str]:
     """Link torch and the CUDA packages that its build comes with, if any: gigabytes that the test is not about."""
     parts = [distribution("torch")]
-    for found in distributions():
-        if found.name.lower().startswith(("nvidia-", "triton", "cuda-")):
-            parts.append(found)
+    for part in parts:  # grows while it is read: what comes with CUDA needs more of the kind
+        names = {Requirement(text).name for text in part.requires or ()}
+        known = {other.name for other in parts}
+        parts += [distribution(name) for name in sorted(names - known) if name.startswith(_CUDA) and _installed(name)]
     linked = set()
     for part in parts:
         for top in _top_level(part):
@@ -83,6 +89,10 @@ def _link_torch(site_packages: Path) -> list[str]:
                 (site_packages / top).symlink_to(target)
                 linked.add(top)
     return [f"{part.name}=={part.version}" for part in parts]
+
+
+def _installed(name: str) -> bool:
+    return any(True for _ in distributions(name=name))
 
 
 def _top_level(part: Distribution) -> set[str]:

@@ -49,6 +49,14 @@ def test_it_measures_and_gates(installed: environment.Environment) -> None:
     assert "worse than the snapshot of lm_head" in installed.run("pytest", *SUITE, code=1)
 
 
+def test_it_plans(installed: environment.Environment) -> None:
+    """The solver and the plot take what we give them."""
+    installed.run("pytest", *SUITE, "--snapshot-update", "--qsens-interactions", "--qsens-json", "qsens.json")
+    for aim in (("--keep", "20%"), ("--budget-bits", "12")):
+        installed.run("qsens", "plan", "qsens.json", *aim, "--out", "plan.yaml", "--plot", "plan.svg")
+    assert "measured" in installed.run("qsens", "show", "qsens.json")
+
+
 def test_every_module_is_importable(installed: environment.Environment) -> None:
     """No module needs what is not declared, and none warns."""
     count, place = installed.run("python", "-W", "error", "-c", IMPORT_ALL).split()
