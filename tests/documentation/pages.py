@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))  # what builds the site is no package
 
+from _site import generated  # noqa: E402
 from _site.blocks import MARKS, Block, blocks  # noqa: E402
 
-__all__ = ["DOCS", "MARKS", "PAGES", "ROOT", "Block", "blocks_of", "every_block"]
+__all__ = ["DOCS", "MARKS", "PAGES", "ROOT", "Block", "blocks_of", "every_block", "generated"]
 
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 
