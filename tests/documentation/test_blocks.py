@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -148,7 +149,11 @@ def test_data_is_understood(block: Block, project: Path, tmp_path: Path) -> None
     """Samples and configs are read by what reads them in a run; files of others are well-formed at least."""
     if "output" in block.marks:
         return
-    if block.language == "json":
+    if "file" in block.marks:  # of this or another tool, as its name says; later blocks of the page use it
+        path = tmp_path / block.marks["file"]
+        path.write_text(block.text)
+        assert read_config(path).format if block.language == "yaml" else json.loads(block.text)
+    elif block.language == "json":
         path = project / "sample.jsonl"
         path.write_text(block.text)
         assert read_samples(path, "--qsens-eval")

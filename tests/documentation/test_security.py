@@ -38,7 +38,7 @@ def test_what_is_imported_by_name() -> None:
 
 
 def test_what_is_started() -> None:
-    """Only git, by ``qsens diff``; processes of Python are started by multiprocessing and execnet."""
+    """Only git, by ``qsens diff``; workers are started by pytest-xdist."""
     assert set().union(*(calls().get(name, set()) for name in STARTS)) == {"diff.py"}
 
 
