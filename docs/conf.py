@@ -1,4 +1,4 @@
-"""The documentation site: ``sphinx-build -W --keep-going docs build/site``. Nothing is fetched while it is built or read."""
+"""The site: ``sphinx-build -W --keep-going docs build/site``. Nothing is fetched while it is built or read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ copybutton_exclude = ".linenos, .gp, .go, .c1"
 copybutton_prompt_text = "$ "
 
 
-def _name_languages(app: Sphinx, tree: nodes.document) -> None:
+def _name_languages(_: Sphinx, tree: nodes.document) -> None:
     """Give indented blocks the language that `blocks` reads them as, which Markdown has no place for."""
     from docutils import nodes
 

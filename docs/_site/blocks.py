@@ -1,6 +1,6 @@
 """The code blocks of a page of Markdown: fenced ones, indented ones, and what a comment before them says about them.
 
-Extraction is that of markdown-it-py, the parser that MyST builds the site with. A comment right before a block is a mark::
+Extraction is that of markdown-it-py, the parser that MyST builds the site with. A comment before a block is a mark::
 
     <!-- not run: needs a cluster -->      why tests do not run it
     <!-- output -->                        what a command printed

@@ -79,7 +79,7 @@ def api() -> Iterator[str]:
     for name, scope, text in fixtures():
         yield f"| `{name}` | {scope} | {text} |"
     yield "\n## The marker\n"
-    yield f"`{options.MARKER_HELP.split(':')[0]}`\n\n{options.MARKER_HELP.split(': ', 1)[1]}"
+    yield f"`{options.MARKER_HELP.partition(':')[0]}`\n\n{options.MARKER_HELP.partition(': ')[2]}"
     yield "\n## What fixtures give"
     members = {
         "ops.Op": "members",
@@ -130,6 +130,6 @@ def _help(*command: str) -> str:
 
 def _choices(text: str) -> list[str]:
     """Subcommands in the help of a parser that has some: its positional ``{a,b}``."""
-    usage = re.sub(r"\[.*?\]", "", text.split("\n\n")[0], flags=re.DOTALL)
+    usage = re.sub(r"\[.*?\]", "", text.split("\n\n", maxsplit=1)[0], flags=re.DOTALL)
     found = re.search(r"\{([\w,\s-]+)\}\s+\.\.\.", usage)
     return [name.strip() for name in found[1].split(",")] if found else []

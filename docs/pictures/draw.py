@@ -1,7 +1,7 @@
 """Draw the pictures of docs/concepts.md: ``python docs/pictures/draw.py`` writes the SVG files beside it.
 
-Each file has its light and its dark colours, chosen by ``prefers-color-scheme``, and asks for nothing else: it is shown on GitHub as
-on the site.
+Each file has its light and its dark colours, chosen by ``prefers-color-scheme``, and asks for nothing else: it is
+shown on GitHub as on the site.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Picture:
 
 
 def flip_one_op() -> Picture:
-    """What is computed again for one op."""
+    """Show what is computed again for one op."""
     p = Picture(
         760,
         262,
@@ -103,7 +103,7 @@ def flip_one_op() -> Picture:
 
 
 def modes() -> Picture:
-    """What is quantized in each mode."""
+    """Show what is quantized in each mode."""
     p = Picture(
         760,
         270,
@@ -145,7 +145,7 @@ def modes() -> Picture:
 
 
 def side_by_side() -> Picture:
-    """How engine delta computes the ops of a block together."""
+    """Show how engine delta computes the ops of a block together."""
     p = Picture(
         760,
         350,
@@ -173,7 +173,12 @@ def side_by_side() -> Picture:
         p.arrow((546, y + 16), (570, y + 16), kind="arrow-hot")
         p.arrow((676, y + 16), (696, y + 16))
         p.text(702, y + 21, "nmse", "mono")
-    linear = ("y + W · [δ₁ δ₂ δ₃ δ₄]", "in a difference nothing", "cancels: bf16 where the", "CPU and the weight have it")
+    linear = (
+        "y + W · [δ₁ δ₂ δ₃ δ₄]",
+        "in a difference nothing",
+        "cancels: bf16 where the",
+        "CPU and the weight have it",
+    )
     p.box(190, 62, 170, 176, *linear, kind="warm", ink="ink-warm")
     other = ("f(x + δᵢ)", "activations, norms,", "attention, in-place", "writes: as in a replay")
     p.box(386, 62, 160, 176, *other, kind="warm", ink="ink-warm")
@@ -181,13 +186,18 @@ def side_by_side() -> Picture:
     p.box(20, 262, 656, 32, "clean values x, y of the unquantized model: one run, shared by all lanes and blocks")
     for x in (275, 466, 624):
         p.arrow((x, 260), (x, 241))
-    p.text(20, 322, "The first op and the last but one are also replayed exactly. If the two do not agree, all ops are replayed,", "small")
+    p.text(
+        20,
+        322,
+        "The first op and the last but one are also replayed exactly. If the two do not agree, all ops are replayed,",
+        "small",
+    )
     p.text(20, 338, "and the summary says why.", "small")
     return p
 
 
 def gate() -> Picture:
-    """How a score is judged by its snapshot."""
+    """Show how a score is judged by its snapshot."""
     p = Picture(
         760,
         330,

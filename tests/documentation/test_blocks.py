@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a page's directory starts as."""
+    """Make what a page's directory starts as."""
     return world.build(tmp_path_factory.mktemp("documentation") / "project")
 
 
@@ -139,7 +139,7 @@ def test_an_ini_file_is_understood(pytester: pytest.Pytester, block: Block) -> N
     config = pytester.parseconfigure()
     Options.from_config(config)
     known = set(config._parser._inidict)
-    assert {name for name in re.findall(r"^(\w+) *=", block.text, re.MULTILINE)} <= known
+    assert set(re.findall(r"^(\w+) *=", block.text, re.MULTILINE)) <= known
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ OPTIONS = (DOCS / "options.md").read_text()
 def test_every_option_is_explained(pytester: pytest.Pytester) -> None:
     """docs/options.md has every option and every key of the ini file; no page has an option that there is not."""
     parser = pytester.parseconfig()._parser
-    flags = {name for name in re.findall(r"--qsens-[a-z-]+", parser.optparser.format_help())}
+    flags = set(re.findall(r"--qsens-[a-z-]+", parser.optparser.format_help()))
     assert {declared.flag for declared in options._DECLARATIONS} == flags
     assert flags <= set(re.findall(r"--qsens-[a-z-]*[a-z]", OPTIONS))
     twins = {declared.key for declared in options._DECLARATIONS}

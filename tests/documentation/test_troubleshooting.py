@@ -32,7 +32,8 @@ def messages() -> tuple[str, ...]:
 
 def quoted() -> list[str]:
     """Messages in the headings, each a code span: with two backquotes where the message has some of its own."""
-    return [span[1] for heading in HEADINGS for span in re.finditer(r"(?<!`)(?:`{2}|`(?!`))(.+?)(?:`{2}|(?<!`)`)(?=$|,)", heading)]
+    span = re.compile(r"(?<!`)(?:`{2}|`(?!`))(.+?)(?:`{2}|(?<!`)`)(?=$|,)")
+    return [text for heading in HEADINGS for text in span.findall(heading)]
 
 
 def is_in(fragment: str, message: str) -> bool:

@@ -1,4 +1,4 @@
-"""The directory that the pages' commands are run in: what they take for granted to be there, under the names that they use."""
+"""The directory that the pages' commands are run in: what they take for granted, under the names that they use."""
 
 from __future__ import annotations
 

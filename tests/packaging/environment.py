@@ -28,13 +28,13 @@ class Environment:
         """Run one of its programs away from any checkout; returns what it prints."""
         kept = _surroundings() | {"PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
         command = [str(self.directory / "bin" / program), *arguments]
-        done = subprocess.run(command, cwd=self.work, env=kept, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.work, env=kept, capture_output=True, text=True, check=False)
         assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
 
 def create(wheel: Path, directory: Path, constraints: list[str]) -> Environment:
-    """Install the wheel, nothing else, under these constraints. torch is that of this environment: it is linked, not copied.
+    """Install the wheel, nothing else, under these constraints. torch is that of this environment, linked.
 
     Raises:
         subprocess.CalledProcessError: If pip cannot do it; ``stdout`` says why.

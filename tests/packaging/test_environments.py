@@ -25,8 +25,10 @@ SUITE = ("-q", "--qsens-model", "tiny_qwen2_5_vl")
 
 
 @pytest.fixture(scope="module", params=["lowest", "newest"])
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> environment.Environment:
-    """The wheel in an environment of its own."""
+def installed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wheel: Path
+) -> environment.Environment:
+    """Install the wheel in an environment of its own."""
     constraints = environment.lowest(wheel) if request.param == "lowest" else []
     try:
         return environment.create(wheel, tmp_path_factory.mktemp(request.param), constraints)
