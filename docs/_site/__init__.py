@@ -1,0 +1,1 @@
+"""What builds the site, and reads its pages in tests."""
