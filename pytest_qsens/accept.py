@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from pytest_qsens.gates import Gates
     from pytest_qsens.rank_gates import RankGate, RankVerdict
     from pytest_qsens.results import OpResult, RunResult
     from pytest_qsens.snapshot import Snapshot
-    from pytest_qsens.thresholds import Gates, Threshold
+    from pytest_qsens.thresholds import Threshold
 
 
 def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool = False) -> tuple[Path, list[str]]:

@@ -18,6 +18,7 @@ from pytest_qsens.collect import (
     base_options,
     catalogue,
     check_interactions,
+    check_limits,
     check_ranks,
     check_refinement,
     check_selection,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
     from pytest_qsens.collect import Model
+    from pytest_qsens.joint_gates import JointVerdict
     from pytest_qsens.options import Options
     from pytest_qsens.profile import Profile
     from pytest_qsens.rank_gates import RankVerdict
@@ -83,6 +85,8 @@ class Run:
     """Ops whose worker died."""
     ranks: list[RankVerdict] = field(default_factory=list)
     """What gates of the order of ops found, once all ops are through."""
+    joint: list[JointVerdict] = field(default_factory=list)
+    """What gates of interactions found, likewise."""
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""
     granularity: str = "op"
@@ -336,6 +340,7 @@ class Controller:
         check_selection(self.config, model, options)
         check_shard(model, options)
         check_ranks(self.config, model, options)
+        check_limits(self.config, model, options)
         check_refinement(model, options)
         for name, sha256 in model.config_hashes.items():
             self._files[f"{name} of {model.label}"] = "this process", {"config": sha256}
@@ -556,6 +561,7 @@ class Controller:
         active = [run for run in self.runs.values() if run.results]
         for run in active:
             self._guarded(partial(self._predict, run))
+            self._judge_joint(run)
             self._guarded(partial(self._judge_ranks, run))
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
@@ -589,6 +595,13 @@ class Controller:
 
             ops = run.listed(lambda _: "not run")
             run.results[TOTAL] = with_prediction(run.total, ops, run.model) or run.total
+
+    def _judge_joint(self, run: Run) -> None:
+        """Judge what single ops say of the whole model."""
+        run.joint = [gate.judge(run.total) for gate in base_options(self.config).gates.joint]
+        for verdict in run.joint:
+            if verdict.state != "held":
+                self.problems.append(f"{run.model}: {verdict.gate} {verdict.state}, see above")
 
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""

@@ -114,7 +114,8 @@ def _noun(run: Run) -> str:
 def _compared(run: Run) -> str:
     verdicts = Counter(verdict.kind for verdict in run.verdicts.values())
     found = [f"{verdicts[kind]} {kind}" for kind in ("regressed", "improved", "new") if verdicts[kind]]
-    return f"; against the snapshot: {', '.join(found)}" if found else ""
+    past = f"; {verdicts['exceeded']} past a limit" if verdicts["exceeded"] else ""
+    return f"{past}; against the snapshot: {', '.join(found)}" if found else past
 
 
 def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
@@ -203,8 +204,9 @@ def _number(value: float | None) -> float:
 
 
 def _order(run: Run) -> Iterator[str]:
-    """Tell what gates of the order of ops found, if nobody has to do anything about it."""
-    return (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
+    """Tell what gates of the whole run found, if nobody has to do anything about it."""
+    yield from (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
+    yield from (f"interactions: {verdict}" for verdict in run.joint if verdict.state == "held")
 
 
 def _table(
@@ -276,6 +278,7 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
     yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
+    yield from (f"INTERACTIONS: {verdict}" for verdict in run.joint if verdict.state != "held")
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
     if run.engine_reason:

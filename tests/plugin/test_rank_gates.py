@@ -254,7 +254,7 @@ def test_shards_are_judged_when_they_are_merged(
     )
     assert "wrote all.json" in out
     assert main([*merge, "--fail", "nmse:5%"]) == 4
-    assert "no gate of the order of ops" in capsys.readouterr().err
+    assert "no gate of all ops together" in capsys.readouterr().err
     assert main([*merge, "--fail", "top3:3", "--snapshot-dir", "elsewhere"]) == 1
     assert "not judged" in capsys.readouterr().out
     assert main(["accept", "all.json", "--fail", f"{ANY},top3:2"]) == 0
