@@ -731,7 +731,12 @@ class Controller:
             granularity=run.granularity,
             config=run.config["about"] if run.config else None,
         )
-        write(path, RunResult(info, run.listed(reason), total))
+        ops, joint = run.listed(reason), None
+        if options.interactions:
+            from pytest_qsens.interactions import matrix
+
+            joint = matrix(ops, run.model)
+        write(path, RunResult(info, ops, total, joint))
         self.written[path] = ""
 
     def _model(self, options: Options) -> Model:

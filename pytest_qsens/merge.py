@@ -247,12 +247,12 @@ def _merged(parts: Sequence[Part]) -> RunResult:
         shard=None,
         cached=sum(run.cached for run in runs),
     )
-    total = found.get(TOTAL)
-    if total is not None and any(op.sketch for op in ops):
-        from pytest_qsens.interactions import with_prediction
+    total, joint = found.get(TOTAL), None
+    if any(op.sketch for op in ops):
+        from pytest_qsens.interactions import matrix, with_prediction
 
-        total = with_prediction(total, ops, str(parts[0].path))
-    return RunResult(info, ops, total)
+        total, joint = with_prediction(total, ops, str(parts[0].path)), matrix(ops, str(parts[0].path))
+    return RunResult(info, ops, total, joint)
 
 
 def _environment(runs: Sequence[RunInfo]) -> dict[str, str]:
