@@ -875,7 +875,9 @@ def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
         return
     from pytest_qsens.rank_gates import recorded_scores
 
-    origin, names, units = options.origins["fail"], ", ".join(map(str, gates)), model.measurable(options)
+    assignment = model.assigned(options.run_spec).assignment
+    units = [unit for unit in model.measurable(options) if not assignment.adds(unit)]
+    origin, names = options.origins["fail"], ", ".join(map(str, gates))
     for gate in gates:
         if len(units) < gate.needed:
             raise QsensError(

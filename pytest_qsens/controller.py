@@ -33,6 +33,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
+from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.time_budget import LATE, LEFT, NOT_MEASURED, left
 from pytest_qsens.workers import SHARE, SNAPSHOTS, apart, check_distribution, machine, named, position, workers_beside
@@ -559,10 +560,11 @@ class Controller:
             return
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
-        for run in active:
+        for run in self.runs.values():  # of one without any result, too: gates that saw nothing do not hold
             self._guarded(partial(self._predict, run))
             self._judge_joint(run)
             self._guarded(partial(self._judge_ranks, run))
+        for run in active:
             self._guarded(partial(self._write_snapshot, run))
         if active and self._reported is not None:
             self._guarded(partial(self._write_results, self._reported))
@@ -613,7 +615,8 @@ class Controller:
 
         recorded = load(run.path, model=run.model, scheme=run.scheme, granularity=run.granularity).ops
         mode = run.mode if run.facts else base_options(self.config).mode
-        ops = [op for op in run.ops if op.name not in run.unquantized]
+        # what would be added to a config has no place in the order of what is in it
+        ops = [op for op in run.ops if op.name not in run.unquantized and ADDED_AS not in run.schemes.get(op.name, "")]
         found = judge_ranks(gates, ops, recorded, run.measured, MODES[mode])
         if updating(self.config):  # a part can be accepted, too, and what is not recorded has no order yet
             found = [verdict for verdict in found if verdict.state != "not judged"]

@@ -62,6 +62,11 @@ class Pattern:
     suffixes: tuple[str, ...] = ("",)
     types: tuple[str, ...] = ()
 
+    @property
+    def is_rest(self) -> bool:
+        """Whether it means every op, as that of a rule for what the others leave."""
+        return self.kind == "any" or (self.kind in ("glob", "wildcard") and set(self.text) == {"*"})
+
     def matches(self, op: Op) -> bool:
         """Whether this op is meant."""
         if self.types and op.type not in self.types:

@@ -35,6 +35,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     config = controller.config
     for run in controller.runs.values():
         if not run.results:
+            _nothing(terminal, run)
             continue
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
@@ -59,6 +60,12 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
         if _to_accept(run) and run.path not in controller.written:
             terminal.write_line(f"accept with: {accept_command(config.invocation_params.args)}", bold=True)
     _end(terminal, controller)
+
+
+def _nothing(terminal: pytest.TerminalReporter, run: Run) -> None:
+    """Tell of gates that saw nothing."""
+    for line in _whole_run(run):
+        terminal.write_line(f"qsens: model {run.model}, {run.scheme}: {line}", yellow=True)
 
 
 def _config(run: Run, config: Payload) -> str:
@@ -277,8 +284,7 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
     for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
-    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
-    yield from (f"INTERACTIONS: {verdict}" for verdict in run.joint if verdict.state != "held")
+    yield from _whole_run(run)
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
     if run.engine_reason:
@@ -296,6 +302,12 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
+
+
+def _whole_run(run: Run) -> Iterator[str]:
+    """Tell which gates of the whole run do not hold, and why."""
+    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
+    yield from (f"INTERACTIONS: {verdict}" for verdict in run.joint if verdict.state != "held")
 
 
 def _about_config(run: Run) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""ModelOpt quantizes as the files that are written for it say, in these ops alone, with the errors of our simulation."""
+"""ModelOpt quantizes the ops that the files written for it name, and no others, and errs as our simulation does."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_disabled_layers() -> None:
     ("scheme", "bits", "kind"), [("fp8_static_tensor", 8, "float"), ("nvfp4_local", 4, "float"), ("w8a16", 8, "int")]
 )
 def test_hf_quant_config(scheme: str, bits: int, kind: str) -> None:
-    """What it makes of ``hf_quant_config.json`` for a checkpoint's ``config.json`` has the scheme and what is left out."""
+    """What it makes of ``hf_quant_config.json`` for ``config.json`` has the scheme and what is left out."""
     convert = required("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
     names = ["layers.0", "layers.1", "layers.2"]
     found = convert(json.loads(write_config(assigned(named(scheme, "here"), names), OPS, "modelopt")))
