@@ -1,4 +1,4 @@
-"""A small residual MLP trained on scikit-learn's digits, in seconds: layers that groups of 32 and 128 weights divide."""
+"""A small residual MLP trained on scikit-learn's digits, in seconds: groups of 32 and 128 weights divide its layers."""
 
 from __future__ import annotations
 

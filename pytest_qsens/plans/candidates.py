@@ -224,13 +224,15 @@ def _refusal(entry: OpResult, wishes: Wishes) -> str | None:
 
 
 def _why(names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> str:
-    found = {
-        (f"{name} is " if len(names) > 1 else "") + refusal: None
-        for file in files
-        for name in names
-        if (refusal := _refusal(file.entries[name], wishes)) is not None
-    }
-    return "; ".join(found)
+    found: dict[str, dict[str, None]] = {}
+    for file in files:
+        for name in names:
+            if (refusal := _refusal(file.entries[name], wishes)) is not None:
+                found.setdefault(refusal, {})[name] = None
+    return "; ".join(
+        refusal if len(which) == len(names) else "; ".join(f"{name} is {refusal}" for name in which)
+        for refusal, which in found.items()
+    )
 
 
 def _notes(files: Sequence[_File], candidates: Sequence[Candidate]) -> Iterator[str]:
