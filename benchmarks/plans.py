@@ -237,8 +237,8 @@ def tables(models: Sequence[str], schemes: Sequence[str], subsets: int) -> Itera
     yield "|---|---|---|---|---|---|---|---|"
     yield from rows["predictions"]
     yield ""
-    yield "Measured joint nmse of the plan by additive scores, and how much less or more that of the plan with interactions"
-    yield "is (`=`: it is the same plan), where a share of the ops is quantized:"
+    yield "Measured joint nmse of the plan by additive scores, and how much less or more that of the plan with"
+    yield "interactions is (`=`: it is the same plan), where a share of the ops is quantized:"
     yield ""
     yield f"| model | scheme | {' | '.join(f'{share:.1%}' for share in BUDGETS)} |"
     yield f"|---|---|{'---|' * len(BUDGETS)}"

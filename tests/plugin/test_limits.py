@@ -142,3 +142,16 @@ def test_interactions(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[s
     assert main([*merge, "--fail", "total.additive_gap<=90%"]) == 0
     assert main([*merge, "--fail", "total.quadratic_gap<=0%"]) == 1
     assert "interactions: total.quadratic_gap<=0% failed: " in capsys.readouterr().out
+
+
+def test_estimates(pytester: pytest.Pytester) -> None:
+    """An estimate is past a limit if all of its interval is, and if estimates count; else it gates nothing."""
+    write_model(pytester)
+    estimated = ("--qsens-engine", "probe", FAIL, "nmse<=1e-12", "-rf")
+    ran = run(pytester, *estimated, "--qsens-gate-estimates")
+    assert ran.ret == pytest.ExitCode.TESTS_FAILED
+    ran.stdout.fnmatch_lines(["*isolated, estimated to be at least: nmse * is past the limit of 1e-12 (nmse<=1e-12)"])
+    ran.assert_outcomes(failed=len(OPS) + 1)
+    outcomes = run(pytester, *estimated).parseoutcomes()
+    assert outcomes["skipped"] > 0  # some are measured, as the engine needs them
+    assert outcomes["skipped"] + outcomes["failed"] == len(OPS) + 1
