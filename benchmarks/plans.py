@@ -268,7 +268,7 @@ def main() -> None:
         page = HERE.parent / "docs" / "plan.md"
         before, _, rest = page.read_text().partition(MARKS[0])
         _, _, after = rest.partition(MARKS[1])
-        page.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
+        page.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]))
 
 
 if __name__ == "__main__":
