@@ -438,6 +438,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         model = catalogue(metafunc.config).model(options)
         check_refinement(model, options)
         check_interactions(options)
+        _check_own_limits(model, options, base_options(metafunc.config))
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
@@ -856,6 +857,22 @@ def check_limits(config: pytest.Config, model: Model, options: Options) -> None:
                 f"{origin}: {gate} is of all ops together, and {options.origins['shard']} {options.shard} measures a "
                 f"part of them. Judge it where all parts are together: qsens merge --fail '{gate}'"
             )
+
+
+def _check_own_limits(model: Model, options: Options, base: Options) -> None:
+    """Check that the limits of a marker are of what its test measures; those of a run may be of several models.
+
+    Raises:
+        QsensError: Naming the first that is not.
+
+    """
+    if options.fail == base.fail:
+        return
+    chosen = select(model, options)
+    for limit in options.gates.limits:
+        if limit.glob and not any(limit.is_of(unit.name, unit.member_names) for unit in (*chosen, Op(TOTAL, TOTAL))):
+            near = _near(limit.glob, [unit.name for unit in chosen])
+            raise QsensError(f"{options.origins['fail']}: {limit} limits nothing that is measured{near}. Correct it")
 
 
 def _left_out(options: Options) -> str:

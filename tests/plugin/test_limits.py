@@ -84,6 +84,11 @@ def test_overrides_and_markers(pytester: pytest.Pytester, scores: dict[str, floa
     ran = pytester.runpytest_inprocess("test_own.py", "-rf")
     ran.assert_outcomes(passed=len(OPS) - 1, failed=1)
     ran.stdout.fnmatch_lines(["FAILED *embed]*"])
+    own = pytester.path / "test_own.py"
+    own.write_text(own.read_text().replace("embed.nmse", "embde.nmse"))
+    ran = pytester.runpytest_inprocess("test_own.py")
+    assert ran.ret == pytest.ExitCode.USAGE_ERROR
+    ran.stdout.fnmatch_lines(["*fail= of @pytest.mark.qsens: embde.nmse<=* limits nothing *(near: embed). Correct it"])
 
 
 @pytest.mark.parametrize(
