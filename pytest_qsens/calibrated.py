@@ -116,9 +116,8 @@ class CalibratedModel:
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
         """Products of activations, which no scheme quantizes yet."""
-        title = self._assignment.title
-        return tuple(
-            _result(Op(name, kind), "unquantizable", reason=f"{title} does not quantize {kind} products")
+        return tuple(  # in words that fit every scheme and config: runs under the same schemes share what is cached
+            _result(Op(name, kind), "unquantizable", reason=f"{kind} products are not quantized")
             for name, kind in self._engine.functional
         )
 

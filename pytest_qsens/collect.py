@@ -319,19 +319,22 @@ def check_fused(options: Options, models: Iterable[Model]) -> None:
 
 
 def check_overrides(options: Options, models: Iterable[Model], units: Iterable[Op]) -> None:
-    """Check that every glob of ``qsens_fail_overrides`` means something in this run.
+    """Check that every glob of ``qsens_fail_overrides``, and of a limit in ``--qsens-fail``, means something here.
 
     Raises:
         QsensError: Naming the first that matches neither an op of any model nor a group of ``units`` nor ``total``.
 
     """
     names = list(dict.fromkeys(op.name for op in (*(op for model in models for op in model.ops), *units)))
-    for glob, _ in options.overrides().rules:
+    ini = "Correct the line, or give this run others with -o qsens_fail_overrides=..."
+    globs = [("qsens_fail_overrides", glob, ini) for glob, _ in options.overrides().rules]
+    origin = options.origins["fail"]
+    globs += [(f"{origin}, {limit}", limit.glob, "Correct it") for limit in options.gates.limits if limit.glob]
+    for where, glob, advice in globs:
         if not any(matches(name, glob) for name in (*names, TOTAL)):
             raise QsensError(
-                f"qsens_fail_overrides: {glob!r} matches neither an op of this run's models nor {TOTAL}"
-                f"{_near(glob, names)}, so it would gate nothing. Correct the line, or give this run "
-                "others with -o qsens_fail_overrides=..."
+                f"{where}: {glob!r} matches neither an op of this run's models nor {TOTAL}{_near(glob, names)}, so it "
+                f"would gate nothing. {advice}"
             )
 
 
@@ -458,6 +461,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         model = catalogue(metafunc.config).model(options)
         check_refinement(model, options)
         check_interactions(options)
+        _check_own_limits(model, options, base_options(metafunc.config))
     except QsensError as error:
         raise UnusableTest(f"qsens: {error}{place(metafunc.config)}") from error
     metafunc.config.stash.setdefault(_PLANNED, {})[metafunc.definition.nodeid] = options
@@ -823,10 +827,10 @@ def check_refinement(model: Model, options: Options) -> None:
             f"{options.origins['gate_estimates']}: engine {options.engine} measures all, and there are no estimates "
             "to gate. Add --qsens-engine probe, --qsens-time-budget, --qsens-top or --qsens-representatives"
         )
-    if options.gate_estimates and not any(threshold.metric == "nmse" for threshold in options.gates.thresholds):
+    if options.gate_estimates and "nmse" not in options.gates.metrics:
         raise QsensError(
             f"{options.origins['gate_estimates']}: only nmse is estimated with an interval, and "
-            f"{options.origins['fail']} has no threshold for it. Add one, such as nmse:5%"
+            f"{options.origins['fail']} has no threshold and no limit for it. Add one, such as nmse:5%"
         )
     if options.top is None:
         return
@@ -843,6 +847,62 @@ def check_refinement(model: Model, options: Options) -> None:
         )
 
 
+def check_limits(config: pytest.Config, model: Model, options: Options) -> None:
+    """Check that limits of named ops, and gates of interactions, can be judged with all that the options ask for.
+
+    Raises:
+        QsensError: If what they are of is not measured.
+
+    """
+    if config.option.collectonly:
+        return
+    origin, total = options.origins["fail"], wants_total(options)
+    chosen = select(model, options)
+    for limit in options.gates.limits:
+        exists = any(limit.is_of(op.name) for op in (*model.ops, *model.units(options))) or limit.is_of(TOTAL)
+        known = any(limit.is_of(unit.name, unit.member_names) for unit in chosen) or (total and limit.is_of(TOTAL))
+        if limit.glob is not None and exists and not known:  # what does not exist at all is told with what is near
+            raise QsensError(
+                f"{origin}: {limit} limits nothing that is measured{_left_out(options)}. Measure it, or leave the "
+                "limit out"
+            )
+    for gate in options.gates.joint:
+        if not options.interactions:
+            raise QsensError(
+                f"{origin}: {gate} is of how errors of ops meet, which only --qsens-interactions tells. Add it"
+            )
+        if options.selective:
+            raise QsensError(
+                f"{origin}: {gate} is of all ops together{_left_out(options)}. Measure all, or leave the gate out"
+            )
+        if options.shard is not None and options.shard.count > 1:
+            raise QsensError(
+                f"{origin}: {gate} is of all ops together, and {options.origins['shard']} {options.shard} measures a "
+                f"part of them. Judge it where all parts are together: qsens merge --fail '{gate}'"
+            )
+
+
+def _check_own_limits(model: Model, options: Options, base: Options) -> None:
+    """Check that the limits of a marker are of what its test measures; those of a run may be of several models.
+
+    Raises:
+        QsensError: Naming the first that is not.
+
+    """
+    if options.fail == base.fail:
+        return
+    chosen = select(model, options)
+    for limit in options.gates.limits:
+        if limit.glob and not any(limit.is_of(unit.name, unit.member_names) for unit in (*chosen, Op(TOTAL, TOTAL))):
+            near = _near(limit.glob, [unit.name for unit in chosen])
+            raise QsensError(f"{options.origins['fail']}: {limit} limits nothing that is measured{near}. Correct it")
+
+
+def _left_out(options: Options) -> str:
+    given = [options.origins[name] for name in ("ops", "max_ops") if getattr(options, name)]
+    return f", as {' and '.join(given)} leaves it out" if given else ""
+
+
 def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
     """Check that gates of the order of ops can be judged with all that the options ask for.
 
@@ -855,7 +915,9 @@ def check_ranks(config: pytest.Config, model: Model, options: Options) -> None:
         return
     from pytest_qsens.rank_gates import recorded_scores
 
-    origin, names, units = options.origins["fail"], ", ".join(map(str, gates)), model.measurable(options)
+    assignment = model.assigned.assignment
+    units = [unit for unit in model.measurable(options) if not assignment.adds(unit)]
+    origin, names = options.origins["fail"], ", ".join(map(str, gates))
     for gate in gates:
         if len(units) < gate.needed:
             raise QsensError(

@@ -19,6 +19,7 @@ from pytest_qsens.collect import (
     base_options,
     catalogue,
     check_interactions,
+    check_limits,
     check_ranks,
     check_refinement,
     check_selection,
@@ -34,6 +35,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.options import MODES
+from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.time_budget import LATE, LEFT, NOT_MEASURED, left
 from pytest_qsens.workers import SHARE, SNAPSHOTS, apart, check_distribution, machine, named, position, workers_beside
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
     from pytest_qsens.collect import Model
+    from pytest_qsens.joint_gates import JointVerdict
     from pytest_qsens.options import Options
     from pytest_qsens.profile import Profile
     from pytest_qsens.rank_gates import RankVerdict
@@ -89,6 +92,8 @@ class Run:
     """The snapshot before it was updated, if there is going to be a report."""
     ranks: list[RankVerdict] = field(default_factory=list)
     """What gates of the order of ops found, once all ops are through."""
+    joint: list[JointVerdict] = field(default_factory=list)
+    """What gates of interactions found, likewise."""
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""
     granularity: str = "op"
@@ -380,6 +385,7 @@ class Controller:
         check_selection(self.config, model, options)
         check_shard(model, options)
         check_ranks(self.config, model, options)
+        check_limits(self.config, model, options)
         check_refinement(model, options)
         for name, sha256 in model.config_hashes.items():
             self._files[f"{name} of {model.label}"] = "this process", {"config": sha256}
@@ -602,11 +608,7 @@ class Controller:
             return
         self.wall_seconds = time.perf_counter() - self._start
         active = [run for run in self.runs.values() if run.results]
-        for run in active:
-            self._guarded(partial(self._remember, run))
-            self._guarded(partial(self._predict, run))
-            self._guarded(partial(self._judge_ranks, run))
-            self._guarded(partial(self._write_snapshot, run))
+        self._judge(active)
         if active and self._reported is not None:
             self._guarded(partial(self._write_results, self._reported))
         if active:
@@ -620,6 +622,17 @@ class Controller:
         self._trim_cache()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _judge(self, active: list[Run]) -> None:
+        """Ask the gates of whole runs, and write the snapshots."""
+        for run in active:
+            self._guarded(partial(self._remember, run))
+        for run in self.runs.values():  # of one without any result, too: gates that saw nothing do not hold
+            self._guarded(partial(self._predict, run))
+            self._judge_joint(run)
+            self._guarded(partial(self._judge_ranks, run))
+        for run in active:
+            self._guarded(partial(self._write_snapshot, run))
 
     def _trim_cache(self) -> None:
         """Keep the cache within its size, by what was not used for the longest time."""
@@ -643,6 +656,13 @@ class Controller:
             ops = run.listed(lambda _: "not run")
             run.results[TOTAL] = with_prediction(run.total, ops, run.model) or run.total
 
+    def _judge_joint(self, run: Run) -> None:
+        """Judge what single ops say of the whole model."""
+        run.joint = [gate.judge(run.total) for gate in base_options(self.config).gates.joint]
+        for verdict in run.joint:
+            if verdict.state != "held":
+                self.problems.append(f"{run.model}: {verdict.gate} {verdict.state}, see above")
+
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""
         gates = base_options(self.config).gates.ranks
@@ -653,7 +673,8 @@ class Controller:
 
         recorded = load(run.path, model=run.model, scheme=run.scheme, granularity=run.granularity).ops
         mode = run.mode if run.facts else base_options(self.config).mode
-        ops = [op for op in run.ops if op.name not in run.unquantized]
+        # what would be added to a config has no place in the order of what is in it
+        ops = [op for op in run.ops if op.name not in run.unquantized and ADDED_AS not in run.schemes.get(op.name, "")]
         found = judge_ranks(gates, ops, recorded, run.measured, MODES[mode])
         if updating(self.config):  # a part can be accepted, too, and what is not recorded has no order yet
             found = [verdict for verdict in found if verdict.state != "not judged"]
@@ -800,7 +821,12 @@ class Controller:
             granularity=run.granularity,
             config=run.config["about"] if run.config else None,
         )
-        return RunResult(info, run.listed(reason), total)
+        ops, joint = run.listed(reason), None
+        if options.interactions:
+            from pytest_qsens.interactions import matrix
+
+            joint = matrix(ops, run.model)
+        return RunResult(info, ops, total, joint)
 
     def _write_gitlab(self, active: list[Run]) -> None:
         path = base_options(self.config).gitlab

@@ -12,6 +12,7 @@ from pytest_qsens import results, snapshot
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import parse_json, read_text
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.quant.schemes import noun
 from pytest_qsens.snapshot import EVALUATION, environment_diff, on_other_data
 from pytest_qsens.thresholds import applied, combine, judge
 
@@ -163,7 +164,8 @@ def _modes(side: Side) -> str:
 
 def _notes(old: Side, new: Side, modes: Sequence[Mode]) -> Iterator[str]:
     if old.scheme != new.scheme:
-        yield f"scheme {old.scheme} → {new.scheme}"
+        nouns = noun(old.scheme), noun(new.scheme)
+        yield f"{nouns[0]} {old.scheme} → {f'{nouns[1]} ' if nouns[0] != nouns[1] else ''}{new.scheme}"
     yield from environment_diff(old.environment, new.environment)
     for side in (old, new):
         left_out = [mode for mode in results.MODES if _has(side, mode) and mode not in modes]

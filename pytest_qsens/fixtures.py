@@ -18,12 +18,12 @@ from pytest_qsens.workers import place
 
 if TYPE_CHECKING:
     from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.gates import OpGates
     from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op
     from pytest_qsens.options import Options, RunSpec
     from pytest_qsens.results import OpResult, Payload, Scores
     from pytest_qsens.syrupy_extension import Score
-    from pytest_qsens.thresholds import Threshold
 
 _RECORDS = pytest.StashKey["list[_Record]"]()
 
@@ -90,8 +90,7 @@ def qsens_score(request: pytest.FixtureRequest, _qsens_spec: RunSpec, qsens_op: 
     options = _options(request)
     model = catalogue(request.config).model(options)
     measured = bench(request.config).score(_qsens_spec, model, qsens_op, options.modes)
-    thresholds = options.thresholds_for(qsens_op.name, qsens_op.member_names)
-    return _score(request, options, model, measured, thresholds)
+    return _score(request, options, model, measured, options.gates_for(qsens_op.name, qsens_op.member_names))
 
 
 @pytest.fixture
@@ -102,10 +101,11 @@ def qsens_total(request: pytest.FixtureRequest, _qsens_spec: RunSpec) -> Score:
     measured = bench(request.config).total(_qsens_spec, model)
     known = {metric for scores in measured.result.modes.values() for metric in scores}
     # these two are of single ops only. What is left gates the whole model, or the default if that is nothing.
-    thresholds = tuple(
-        t for t in options.thresholds_for(TOTAL) if t.metric in known or t.metric not in ("gain", "loss")
-    )
-    return _score(request, options, model, measured, thresholds or parse_fail(DEFAULT_FAIL))
+    gates = options.gates_for(TOTAL)
+    thresholds = tuple(t for t in gates.thresholds if t.metric in known or t.metric not in ("gain", "loss"))
+    if not thresholds and gates.needs_snapshot:
+        thresholds = parse_fail(DEFAULT_FAIL)
+    return _score(request, options, model, measured, gates._replace(thresholds=thresholds))
 
 
 def _options(request: pytest.FixtureRequest) -> Options:
@@ -130,7 +130,7 @@ def _score(
     options: Options,
     model: Model,
     measured: Measured,
-    thresholds: tuple[Threshold, ...],
+    gates: OpGates,
 ) -> Score:
     record = _Record(options, model, measured)
     result = record.result
@@ -139,7 +139,7 @@ def _score(
     node.user_properties += of_result(model.label, options.label, options.mode, result)
     estimated = tuple(result.intervals)
     if estimated:
-        gated = options.gate_estimates and any(threshold.metric == "nmse" for threshold in thresholds)
+        gated = options.gate_estimates and "nmse" in gates.metrics
         result = _at_least(result, bounds=gated)
         if not result.modes:
             pytest.skip(_told(record.result))
@@ -151,7 +151,7 @@ def _score(
     from pytest_qsens.syrupy_extension import Score
 
     recorded = catalogue(request.config).snapshot(options, model).ops.get(result.op)
-    if (estimated or not options.recording) and recorded is None:
+    if (estimated or not options.recording) and recorded is None and not gates.limits:
         pytest.skip(
             f"{result.op} has no line in the snapshot, and a run that estimates writes none: "
             f"{options.snapshot_path(model.label)}"
@@ -159,7 +159,9 @@ def _score(
     try:
         record.score = Score(
             result,
-            thresholds=thresholds,
+            thresholds=gates.thresholds,
+            limits=gates.limits,
+            needs_snapshot=gates.needs_snapshot and options.recording and not estimated,
             path=options.snapshot_path(model.label),
             model=model.label,
             scheme=options.label,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pytest_qsens.results import OpResult
+    from pytest_qsens.results import Interactions, OpResult
 
     Floats = NDArray[np.float64]
 
@@ -82,13 +82,36 @@ def predict(ops: Sequence[OpResult], where: str = "result") -> Predicted | None:
     quantized = [op for op in quantized if ADDED_AS not in (op.scheme or "")]
     if not quantized or any(op.sketch is None or op.isolated is None or op.status != "measured" for op in quantized):
         return None
-    sketches = [decode(op.sketch or "", f"{where}, op {op.op!r}") for op in quantized]
-    if len({len(sketch) for sketch in sketches}) > 1:
-        raise QsensError(f"{where}: sketches of different lengths, which are not of one output. Measure all ops again")
+    sketches = _decoded(quantized, where)
     additive = math.fsum((op.isolated or {}).get("nmse") or 0.0 for op in quantized)
     joint = np.sum(sketches, axis=0)
     cross = float(joint @ joint) - math.fsum(float(sketch @ sketch) for sketch in sketches)
     return Predicted(additive, max(0.0, additive + cross))
+
+
+def matrix(ops: Sequence[OpResult], where: str = "result") -> Interactions | None:
+    """Make the matrix of the interactions of all ops that have a sketch; ``None`` if none has.
+
+    Raises:
+        QsensError: If a sketch is none, or they are of different outputs; names ``where``.
+
+    """
+    from pytest_qsens.results import Interactions
+
+    known = [op for op in ops if op.sketch is not None and op.isolated is not None and op.status == "measured"]
+    if not known:
+        return None
+    sketches = _decoded(known, where)
+    products = np.stack(sketches) @ np.stack(sketches).T
+    np.fill_diagonal(products, [(op.isolated or {}).get("nmse") or 0.0 for op in known])
+    return Interactions(tuple(op.op for op in known), tuple(map(tuple, products.tolist())))
+
+
+def _decoded(ops: Sequence[OpResult], where: str) -> list[Floats]:
+    sketches = [decode(op.sketch or "", f"{where}, op {op.op!r}") for op in ops]
+    if len({len(sketch) for sketch in sketches}) > 1:
+        raise QsensError(f"{where}: sketches of different lengths, which are not of one output. Measure all ops again")
+    return sketches
 
 
 def with_prediction(total: OpResult | None, ops: Sequence[OpResult], where: str = "result") -> OpResult | None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import platform
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +16,7 @@ from pytest_qsens.artifact import Artifact
 from pytest_qsens.cache import default_cache_dir
 from pytest_qsens.collect import base_options, expected
 from pytest_qsens.engines.availability import KERNEL_ENGINES
+from pytest_qsens.environment import environment
 from pytest_qsens.errors import QsensError
 from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
@@ -35,6 +33,7 @@ from pytest_qsens.workers import SHARE, limit_threads, workers_here
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from pathlib import Path
 
     from pytest_qsens.calibrated import CalibratedModel
     from pytest_qsens.collect import Model
@@ -384,35 +383,6 @@ def bench(config: pytest.Config) -> Bench:
     if _BENCH not in config.stash:
         config.stash[_BENCH] = Bench(config)
     return config.stash[_BENCH]
-
-
-def _cpu_vendor() -> str:
-    """Vendor of the CPU: libraries choose other kernels for each, of the same instruction set."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-def environment(device: str, engine: str) -> dict[str, str]:
-    """Collect what moves scores in their last digits between machines. No host name, time or thread count."""
-    import torch
-
-    kind = torch.device(device).type
-    kernels = {}  # the other engines simulate them, the same everywhere
-    if engine == "fx":
-        kernels["kernels"] = f"torch {torch.backends.quantized.engine}"
-    elif engine == "inc":
-        kernels["kernels"] = f"neural-compressor {version('neural-compressor')}"
-    return kernels | {
-        "cpu": f"{_cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}".strip(),
-        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
-        "machine": platform.machine(),
-        "pytest-qsens": version("pytest-qsens"),
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-    }
 
 
 def _calibrate(

@@ -13,10 +13,11 @@ from pytest_qsens.details import joined
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, load
+from pytest_qsens.same_run import SAME_RUN, difference, difference_of_ops, listed, machine_difference
 from pytest_qsens.shards import ELSEWHERE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_qsens.profile import Profile
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 
 NOT_RUN = "not run"
 """Reason of an op that this very run should have measured, and did not come to."""
-
-OF_THE_MACHINE = frozenset({"cpu", "device", "machine"})
-"""What of an environment may differ if that is asked for. All else is of the packages and the data."""
-
-_NAMED = 3
-"""Ops named in a message."""
 
 
 @dataclass(frozen=True)
@@ -113,29 +108,13 @@ def _check_same_run(first: Part, other: Part) -> None:
         QsensError: Naming the first difference.
 
     """
-
-    def facts(part: Part) -> dict[str, object]:
-        run = part.result.run
-        versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
-        names = ("model", "scheme", "granularity", "mode", "engine", "data", "checkpoint")
-        same = {name: getattr(run, name) for name in names}
-        config = {f"config {name}": value for name, value in (run.config or {}).items() if name != "path"}
-        return {"number of shards": part.shard.count, **same, **config, **versions}
-
-    one, two = facts(first), facts(other)
-    for name in dict.fromkeys((*one, *two)):
-        if one.get(name) != two.get(name):
-            raise _foreign(first, other, f"{name} {_shown(one, name)} and {_shown(two, name)}")
-    ops, others = (tuple((op.op, op.type, op.ops) for op in part.result.ops) for part in (first, other))
-    if ops != others:
-        differing = [name for name, *_ in (*(set(ops) - set(others)), *(set(others) - set(ops)))]
-        what = f"in one of them only: {_listed(sorted(differing))}" if differing else "the same in another order"
-        raise _foreign(first, other, f"ops of the model, {len(ops)} and {len(others)}, {what}")
-
-
-def _shown(facts: Mapping[str, object], name: str) -> str:
-    value = facts.get(name)
-    return "not recorded" if value is None else repr(value)
+    one, two = first.shard.count, other.shard.count
+    what = (
+        f"number of shards {one} and {two}" if one != two else difference(first.result.run, other.result.run, SAME_RUN)
+    )
+    what = what or difference_of_ops(first.result.ops, other.result.ops)
+    if what is not None:
+        raise _foreign(first, other, what)
 
 
 def _foreign(first: Part, other: Part, what: str) -> QsensError:
@@ -211,14 +190,10 @@ def _check_same_place(first: Part, other: Part, *, mixed: bool) -> None:
     if mixed:
         return
     one, two = first.result.run, other.result.run
-    differing = [
-        f"{name} {one.environment.get(name)!r} and {two.environment.get(name)!r}"
-        for name in sorted(OF_THE_MACHINE)
-        if one.environment.get(name) != two.environment.get(name)
-    ]
-    if differing:
+    differing = machine_difference(one.environment, two.environment)
+    if differing is not None:
         raise QsensError(
-            f"{first} and {other} were measured in different environments: {', '.join(differing)}. Numbers differ by "
+            f"{first} and {other} were measured in different environments: {differing}. Numbers differ by "
             "about 1e-4 of themselves for that alone. Merge them all the same with --mixed-environments"
         )
     if one.reference != two.reference:
@@ -248,12 +223,12 @@ def _merged(parts: Sequence[Part]) -> RunResult:
         shard=None,
         cached=sum(run.cached for run in runs),
     )
-    total = found.get(TOTAL)
-    if total is not None and any(op.sketch for op in ops):
-        from pytest_qsens.interactions import with_prediction
+    total, joint = found.get(TOTAL), None
+    if any(op.sketch for op in ops):
+        from pytest_qsens.interactions import matrix, with_prediction
 
-        total = with_prediction(total, ops, str(parts[0].path))
-    return RunResult(info, ops, total, joined(part.result.details for part in parts))
+        total, joint = with_prediction(total, ops, str(parts[0].path)), matrix(ops, str(parts[0].path))
+    return RunResult(info, ops, total, joint, joined(part.result.details for part in parts))
 
 
 def _environment(runs: Sequence[RunInfo]) -> dict[str, str]:
@@ -289,7 +264,7 @@ def _check_complete(parts: Sequence[Part], merged: RunResult) -> None:
     if missing := _not_run(merged):
         owner = next(part for part in parts if missing[0] in part.reports)
         raise QsensError(
-            f"{owner} is not complete: {count(len(missing), 'op')} of all shards not run, {_listed(missing)}. Run it "
+            f"{owner} is not complete: {count(len(missing), 'op')} of all shards not run, {listed(missing)}. Run it "
             "again to its end, or merge what there is with --partial"
         )
 
@@ -300,13 +275,9 @@ def _notes(parts: Sequence[Part], merged: RunResult) -> Iterator[str]:
     statuses = ", ".join(f"{number} {status}" for status, number in counts.items())
     yield f"{count(len(merged.ops), 'op')} of {count(len(parts), 'shard')}: {statuses}"
     if missing := _not_run(merged):
-        yield f"not complete: {count(len(missing), 'op')} not run in their shards, {_listed(missing)}"
+        yield f"not complete: {count(len(missing), 'op')} not run in their shards, {listed(missing)}"
     for result in (*merged.ops, *filter(None, (merged.total,))):
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
     if "+" in (merged.run.reference or ""):
         yield "measured in different environments: scores differ by about 1e-4 of themselves for that alone"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pytest_qsens.configs.gate import ConfigRequest
+    from pytest_qsens.gates import Gates, OpGates, Overrides
     from pytest_qsens.results import Mode
-    from pytest_qsens.thresholds import Gates, Overrides, Threshold
 
 Kind = Literal["text", "path", "count", "flag", "list", "shard"]
 
@@ -135,8 +135,8 @@ _DECLARATIONS = (
     _Declaration(
         "fail",
         "text",
-        "what counts as worse: nmse:5%% (default), nmse:1e-4 (absolute), sqnr_db:0.5; of the order of all ops top10:9, "
-        "kendall:0.95; several with commas",
+        "what counts as worse: nmse:5%% (default), nmse:1e-4 (absolute), sqnr_db:0.5; limits, which need no snapshot, "
+        "total.nmse<=1e-3; of the order of all ops top10:9, kendall:0.95; several with commas",
         "METRIC:TOLERANCE",
         marker=True,
     ),
@@ -340,9 +340,9 @@ class Options:
                 origins[name] = f"{name}= of @pytest.mark.qsens"
                 values[name] = _parse(allowed[name], given, origins[name], self.root)
         if "fail" in values:  # of single tests, which have no ranks
-            from pytest_qsens.thresholds import parse_fail
+            from pytest_qsens.gates import parse_op_gates
 
-            parse_fail(values["fail"], origins["fail"])
+            parse_op_gates(values["fail"], origins["fail"])
         _choose_quantization(values, origins)
         if "scheme" in values:
             values |= _NO_CONFIG
@@ -432,8 +432,8 @@ class Options:
     @property
     def _divergence(self) -> bool:
         """Whether logits are to be compared as distributions: engines that need none, only if that gates."""
-        gated = {threshold.metric for threshold in self.gates.thresholds}
-        gated |= {threshold.metric for _, thresholds in self.overrides().rules for threshold in thresholds}
+        rules = (gates for _, gates in self.overrides().rules)
+        gated = self.gates.metrics.union(*(gates.metrics for gates in rules))
         return self.engine not in ("auto", "delta", "probe") or not gated.isdisjoint(("kl", "top1"))
 
     @property
@@ -472,26 +472,26 @@ class Options:
         return default_cache_dir()
 
     def overrides(self) -> Overrides:
-        """Per-op thresholds of the ini file.
+        """Thresholds and limits of single ops in the ini file.
 
         Raises:
             QsensError: If a line cannot be read.
 
         """
-        from pytest_qsens.thresholds import Overrides
+        from pytest_qsens.gates import Overrides
 
         return Overrides.parse(self.fail_overrides)
 
     @property
     def gates(self) -> Gates:
         """What counts as worse, but for overrides."""
-        from pytest_qsens.thresholds import parse_gates
+        from pytest_qsens.gates import parse_gates
 
         return parse_gates(self.fail)
 
-    def thresholds_for(self, op: str, members: Sequence[str] = ()) -> tuple[Threshold, ...]:
-        """Thresholds that make this op (or ``total``, or a group of these members) count as worse."""
-        return self.overrides().thresholds_for(op, self.gates.thresholds, members)
+    def gates_for(self, op: str, members: Sequence[str] = ()) -> OpGates:
+        """Tell what makes this op (or ``total``, or a group of these members) count as worse."""
+        return self.overrides().gates_for(op, self.gates, members)
 
     def snapshot_path(self, model: str) -> Path:
         """Snapshot file of the model with this label under these options."""
@@ -520,7 +520,8 @@ def declare(parser: pytest.Parser) -> None:
         parser.addini(declared.key, f"the ini twin of {declared.flag}", type=_INI_TYPES[declared.kind], default=default)
     parser.addini(
         "qsens_fail_overrides",
-        "per-op thresholds, one 'GLOB = METRIC:TOLERANCE' a line; the first glob that matches an op decides",
+        "thresholds and limits of single ops, one 'GLOB = METRIC:TOLERANCE' or 'GLOB = METRIC<=LIMIT' a line; the "
+        "first glob that matches an op decides",
         type="linelist",
     )
     parser.addini(
@@ -669,7 +670,7 @@ def _check_scheme(text: str, origin: str) -> None:
 
 
 def _check_fail(text: str, origin: str) -> None:
-    from pytest_qsens.thresholds import parse_gates
+    from pytest_qsens.gates import parse_gates
 
     parse_gates(text, origin)
 

@@ -21,7 +21,7 @@ from pytest_qsens.profile import Profile
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
 SCHEMA = 1
@@ -179,8 +179,24 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
+class Interactions:
+    """How what single ops do to the output meets: the matrix G of the products of their changes, in units of the NMSE.
+
+    The sum over the rows and columns of a set of ops is the predicted NMSE of quantizing all of them at once.
+
+    Attributes:
+        ops: Names of rows and columns: all that were measured with a sketch.
+        matrix: Symmetric. On the diagonal are the isolated errors, which are exact; products are those of sketches.
+
+    """
+
+    ops: tuple[str, ...]
+    matrix: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class RunResult:
-    """A result file: one entry per op of the model in model order, and the whole model's.
+    """A result file: one entry per op of the model in model order, the whole model's, and how ops meet if asked for.
 
     ``details`` are there if a report was asked for.
     """
@@ -188,6 +204,7 @@ class RunResult:
     run: RunInfo
     ops: tuple[OpResult, ...]
     total: OpResult | None = None
+    interactions: Interactions | None = None
     details: Details | None = None
 
 
@@ -356,10 +373,16 @@ def dump(result: RunResult) -> str:
     ops = ",\n    ".join(_line(op) for op in result.ops)
     total = "null" if result.total is None else _line(result.total)
     listed = f"[\n    {ops}\n  ]" if ops else "[]"
-    more = ""
+    more = "" if result.interactions is None else f',\n  "interactions": {_matrix(result.interactions)}'
     if result.details is not None:
-        more = f',\n  "details": {json.dumps(asdict(result.details), ensure_ascii=False, allow_nan=False)}'
+        more += f',\n  "details": {json.dumps(asdict(result.details), ensure_ascii=False, allow_nan=False)}'
     return f'{{\n  "schema": {SCHEMA},\n  "run": {run},\n  "ops": {listed},\n  "total": {total}{more}\n}}\n'
+
+
+def _matrix(found: Interactions) -> str:
+    rows = ",\n      ".join(json.dumps([round_score(value) for value in row], allow_nan=False) for row in found.matrix)
+    ops = json.dumps(found.ops, ensure_ascii=False)
+    return f'{{\n    "ops": {ops},\n    "matrix": [\n      {rows}\n    ]\n  }}'
 
 
 def _line(result: OpResult) -> str:
@@ -395,10 +418,27 @@ def from_document(document: object, path: Path) -> RunResult:
         run,
         ops,
         None if total is None else from_payload(total, fields.at("total")),
+        _optional_interactions(fields, {op.op for op in ops}),
         None if more is None else read_details(more, fields.at("details")),
     )
     fields.end()
     return result
+
+
+def _optional_interactions(fields: Fields, known: Collection[str]) -> Interactions | None:
+    value, where = fields.take("interactions"), fields.at("interactions")
+    if value is None:
+        return None
+    inner = Fields(value, where)
+    names = tuple(typed(name, str, inner.at("ops")) for name in typed(inner.take("ops"), list, inner.at("ops")))
+    rows = typed(inner.take("matrix"), list, inner.at("matrix"))
+    matrix = tuple(tuple(finite(x, inner.at("matrix")) for x in typed(row, list, inner.at("matrix"))) for row in rows)
+    inner.end()
+    if strangers := [name for name in names if name not in known]:
+        raise QsensError(f"{where}, 'ops': {strangers[0]!r} is no op of the file")
+    if [len(row) for row in matrix] != [len(names)] * len(names):
+        raise QsensError(f"{where}, 'matrix': a row and a column for each of {len(names)} ops are needed")
+    return Interactions(names, matrix)
 
 
 def _read_run(fields: Fields) -> RunInfo:

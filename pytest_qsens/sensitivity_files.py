@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import Fields, parse_json, read_text, typed
+from pytest_qsens.quant.schemes import noun
 from pytest_qsens.results import MODES, from_document, lost_in_noise
 from pytest_qsens.thresholds import METRICS
 
@@ -172,7 +173,7 @@ def _chosen(
     return Sensitivities(
         path=str(file.path),
         tool="pytest-qsens",
-        about=f"model {info.model}, scheme {info.scheme}, engine {info.engine}",
+        about=f"model {info.model}, {noun(info.scheme)} {info.scheme}, engine {info.engine}",
         mode=mode,
         metric=metric,
         larger_is_sensitive=_larger_is_sensitive(mode, metric),

@@ -17,6 +17,7 @@ from syrupy.extensions.amber import AmberDataSerializer, AmberDataSerializerPlug
 from syrupy.extensions.base import AbstractSyrupyExtension
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.limits import judge_limits
 from pytest_qsens.snapshot import Entry, accepted, load, on_other_data
 from pytest_qsens.thresholds import Verdict, applied, combine, judge
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
+    from pytest_qsens.limits import Limit
     from pytest_qsens.results import Mode, OpResult, Scores
     from pytest_qsens.thresholds import Threshold
 
@@ -42,6 +44,8 @@ class Score:
     Args:
         result: The op's result.
         thresholds: What gates it.
+        limits: What it has to be within, whatever the snapshot says.
+        needs_snapshot: Whether the test fails if there is nothing to compare with.
         path: The snapshot file.
         model: Label the file must have.
         scheme: Scheme the file must have.
@@ -58,6 +62,8 @@ class Score:
         result: OpResult,
         *,
         thresholds: Sequence[Threshold],
+        limits: Sequence[Limit] = (),
+        needs_snapshot: bool = True,
         path: Path,
         model: str,
         scheme: str,
@@ -68,6 +74,8 @@ class Score:
     ) -> None:
         self.result = result
         self.thresholds = tuple(thresholds)
+        self.limits = tuple(limits)
+        self.needs_snapshot = needs_snapshot
         self.path = path
         self.model = model
         self.scheme = scheme
@@ -129,7 +137,8 @@ class Score:
             else judge(self._old.get(mode), scores, self.thresholds, mode, other_data=other_data)
             for mode, scores in self.result.modes.items()
         }
-        self.verdict = combine(self._verdicts.values())
+        limited = judge_limits(self.result, self.limits, estimated=self.estimated)
+        self.verdict = combine([limited, *self._verdicts.values()])
         if recorded is not None and self._recorded is None:
             line = f"recorded as {recorded.type}, but it is {self.result.type}"
             self.verdict = replace(self.verdict, lines=(line, *self.verdict.lines))
@@ -151,6 +160,9 @@ class Score:
 
     def _matches(self, snapshot: SnapshotAssertion) -> bool:
         verdict = self.judge()
+        updating = snapshot.update_snapshots, snapshot.update_new_snapshots_only
+        if verdict.kind == "new" and not self.needs_snapshot and not any(updating):
+            verdict = self.verdict = Verdict("ok")
 
         class Extension(ScoreExtension):
             score = self
@@ -161,7 +173,12 @@ class Score:
         execution = snapshot.num_executions
         # On the fixture itself: a copy from `use_extension` would leave it without the execution that syrupy's
         # `pytest_assertrepr_compare` looks up. Extension and name hold for this comparison only.
-        passed = _stock_eq(snapshot(extension_class=Extension, name=self.result.op), self)
+        try:
+            if verdict.kind == "exceeded":  # nothing accepts that
+                snapshot.update_snapshots = snapshot.update_new_snapshots_only = False
+            passed = _stock_eq(snapshot(extension_class=Extension, name=self.result.op), self)
+        finally:
+            snapshot.update_snapshots, snapshot.update_new_snapshots_only = updating
         outcome = snapshot.executions[execution]
         if outcome.exception is not None:
             raise outcome.exception
@@ -178,6 +195,9 @@ class Score:
     def explain(self) -> list[str]:
         """Why the comparison failed, and the command that accepts the present scores."""
         verdict = self.verdict or self.judge()
+        if verdict.kind == "exceeded":
+            past = [f"{self.result.op} is past its limits", *(f"  {line}" for line in verdict.lines)]
+            return [*past, "no update of the snapshot accepts that: quantize less, or give another limit"]
         headline = "no snapshot yet for" if verdict.kind == "new" else "worse than the snapshot of"
         lines = (f"  {line}" for line in verdict.lines)
         return [f"{headline} {self.result.op} in {self.path}", *lines, f"accept with: {self.accept}"]

@@ -11,21 +11,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import matches
-from pytest_qsens.rank_gates import is_rank, parse_rank
+from pytest_qsens.rank_gates import is_rank
 from pytest_qsens.results import round_score
 from pytest_qsens.uncertainty import allowance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from pytest_qsens.rank_gates import RankGate
     from pytest_qsens.results import Scores
 
-Kind = Literal["regressed", "new", "improved", "ok"]
-"""What a comparison found, the gravest first."""
+Kind = Literal["exceeded", "regressed", "new", "improved", "ok"]
+"""What was found, the gravest first; ``exceeded``: past a limit (`pytest_qsens.limits`), which no update accepts."""
 
-SEVERITY: tuple[Kind, ...] = ("regressed", "new", "improved", "ok")
+SEVERITY: tuple[Kind, ...] = ("exceeded", "regressed", "new", "improved", "ok")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Threshold:
     def amount(self) -> str:
         """The part after the colon, ``5%`` or ``0.0001``."""
         if self.rtol:
-            return f"{Decimal(repr(self.rtol)).scaleb(2).normalize():f}%"
+            return percentage(self.rtol)
         return repr(self.atol)
 
     def limit(self, old: float, slack_sign: int = 1, chance: float = 0.0) -> float:
@@ -110,56 +108,32 @@ def _comparable(metric: Metric, value: float | None) -> float:
 
 DEFAULT_FAIL = "nmse:5%"
 
-_AMOUNT = re.compile(
-    r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<percent>%?)(?P<strict>\s+strict)?", re.ASCII | re.IGNORECASE
-)
+NUMBER = r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)"
+"""A number from 0 on: an expression for ASCII, with letters of any case."""
 
-
-class Gates(NamedTuple):
-    """What counts as worse: of single ops, and of the order of all ops."""
-
-    thresholds: tuple[Threshold, ...]
-    ranks: tuple[RankGate, ...] = ()
-
-
-def parse_gates(text: str, where: str = "--qsens-fail") -> Gates:
-    """Read thresholds such as ``nmse:5%`` and gates of ranks such as ``top10:9``, in any order.
-
-    Raises:
-        QsensError: As `parse_fail`; for a repeated gate of ranks, or one that cannot be.
-
-    """
-    values: list[str] = []
-    ranks: dict[str, RankGate] = {}
-    for part in text.split(","):
-        name, _, amount = (piece.strip() for piece in part.partition(":"))
-        if not is_rank(name):
-            values.append(part)
-        elif name in ranks:
-            raise QsensError(f"{where} {text!r}: {name} is there twice. Give one number for it.")
-        else:
-            ranks[name] = parse_rank(name, amount, f"{where} {text!r}")
-    return Gates(_parsed(values, text, where), tuple(ranks.values()))
+_AMOUNT = re.compile(rf"{NUMBER}\s*(?P<percent>%?)(?P<strict>\s+strict)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_fail(text: str, where: str = "--qsens-fail") -> tuple[Threshold, ...]:
     """Read thresholds such as ``nmse:5%`` (relative), ``sqnr_db:0.5`` (absolute) or ``nmse:5%,kl:1e-3``.
 
     Raises:
-        QsensError: For an unknown or repeated metric, an amount that is no number of at least 0, or a gate of ranks.
+        QsensError: For an unknown or repeated metric, an amount that is no number of at least 0, or another gate.
 
     """
-    return _parsed(text.split(","), text, where)
+    return parse_thresholds(text.split(","), text, where)
 
 
-def _parsed(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...]:
+def parse_thresholds(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...]:
+    """Read those parts of a rule that are thresholds; as `parse_fail`."""
     thresholds: dict[str, Threshold] = {}
     for part in parts:
         name, colon, amount = (piece.strip() for piece in part.partition(":"))
         if is_rank(name):
+            raise QsensError(f"{where} {text!r}: {of_all_ops(name)}")
+        if "<" in part or ">" in part:
             raise QsensError(
-                f"{where} {text!r}: {name} compares the order of all ops of a run, so it gates no single op or test. "
-                "Give it to --qsens-fail, or to qsens_fail in the ini file."
+                f"{where} {text!r}: {part.strip()!r} limits a score, and says nothing about a change. Write nmse:5%."
             )
         if name not in METRICS:
             close = get_close_matches(name, METRICS, n=1)
@@ -171,7 +145,7 @@ def _parsed(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...
         if name in thresholds:
             raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")
         match = _AMOUNT.fullmatch(amount)
-        value = _value(match) if match else math.inf
+        value = value_of(match["number"], percent=bool(match["percent"])) if match else math.inf
         if not colon or match is None or not math.isfinite(value):
             raise QsensError(
                 f"{where} {text!r}: {amount!r} is not an amount for {name}. "
@@ -183,46 +157,26 @@ def _parsed(parts: Iterable[str], text: str, where: str) -> tuple[Threshold, ...
     return tuple(thresholds.values())
 
 
-def _value(match: re.Match[str]) -> float:
+def of_all_ops(name: str) -> str:
+    """Say where a gate of ranks belongs."""
+    return (
+        f"{name} compares the order of all ops of a run, so it gates no single op or test. Give it to --qsens-fail, or "
+        "to qsens_fail in the ini file."
+    )
+
+
+def value_of(number: str, *, percent: bool) -> float:
+    """Value of a number as it is written, infinite if it is too large."""
     try:
-        number = Decimal(match["number"])
         # In decimal, so that 7% is 0.07 and printing it gives 7% again.
-        return float(number.scaleb(-2) if match["percent"] else number)
+        return float(Decimal(number).scaleb(-2 if percent else 0))
     except ArithmeticError:
         return math.inf
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """Thresholds of single ops: the first rule whose glob matches the op's name replaces the default ones."""
-
-    rules: tuple[tuple[str, tuple[Threshold, ...]], ...] = ()
-
-    @classmethod
-    def parse(cls, lines: Iterable[str], where: str = "qsens_fail_overrides") -> Overrides:
-        """Read lines ``GLOB = THRESHOLDS``, such as ``*.lm_head = nmse:10%,kl:1e-3``.
-
-        Raises:
-            QsensError: If a line has no glob or its thresholds cannot be read.
-
-        """
-        rules = []
-        for line in lines:
-            glob, equals, fail = (piece.strip() for piece in line.partition("="))
-            if not glob or not equals:
-                raise QsensError(f"{where}: {line!r} is not 'GLOB = THRESHOLDS', such as '*.lm_head = nmse:10%'.")
-            rules.append((glob, parse_fail(fail, f"{where}, {glob}:")))
-        return cls(tuple(rules))
-
-    def thresholds_for(
-        self, op: str, default: tuple[Threshold, ...], members: Sequence[str] = ()
-    ) -> tuple[Threshold, ...]:
-        """Thresholds that gate ``op``; a group by its name, or by a glob that matches all of its ``members``."""
-
-        def decides(glob: str) -> bool:
-            return matches(op, glob) or (bool(members) and all(matches(member, glob) for member in members))
-
-        return next((thresholds for glob, thresholds in self.rules if decides(glob)), default)
+def percentage(share: float) -> str:
+    """Text that is read as this share, such as ``5%``."""
+    return f"{Decimal(repr(share)).scaleb(2).normalize():f}%"
 
 
 class Comparison(NamedTuple):
@@ -316,9 +270,10 @@ def combine(verdicts: Iterable[Verdict]) -> Verdict:
 
 def _gravest(verdicts: list[Verdict]) -> Verdict:
     kind = min((verdict.kind for verdict in verdicts), key=SEVERITY.index, default=SEVERITY[-1])
+    told = (kind, "regressed") if kind == "exceeded" else (kind,)
     return Verdict(
         kind,
-        tuple(line for verdict in verdicts if verdict.kind == kind for line in verdict.lines),
+        tuple(line for verdict in verdicts if verdict.kind in told for line in verdict.lines),
         tuple(line for verdict in verdicts for line in verdict.within_noise),
         tuple(comparison for verdict in verdicts for comparison in verdict.compared),
     )

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from pytest_qsens import results, snapshot
 from pytest_qsens.cli import main
 from pytest_qsens.diff import KINDS, Diff, diff, of_result, of_snapshot
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.report import diff as report_diff
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.snapshot import Entry, Snapshot
 from pytest_qsens.thresholds import judge, parse_fail
@@ -112,6 +114,22 @@ def test_what_a_config_changes() -> None:
     assert [change.kind for change in found.changes] == ["worse", "worse"]
     assert found.changes[0].lines[0] == "scheme w8a8 → w4a16"
     assert found.changes[1].lines[0].startswith("added loss 0.1 → 0.2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "note", "heading"),
+    [
+        ("w8a8", "quant", "scheme w8a8 → config quant", "m, config quant: old.json → new.json"),
+        ("one", "two", "config one → two", "m, config two: old.json → new.json"),
+        ("one", "w4a8_dynamic_g128", "config one → scheme w4a8_dynamic_g128", "m, scheme w4a8_dynamic_g128: *"),
+    ],
+)
+def test_configs_are_called_so(old: str, new: str, note: str, heading: str) -> None:
+    """A label is of a config if it is not that of a scheme."""
+    entries = {NAMES[0]: entry(0.1)}
+    found = compared(of(entries, scheme=old), of(entries, scheme=new))
+    assert found.notes == (note,)
+    assert fnmatch(next(report_diff.text(found, FAIL, everything=False)), heading)
 
 
 def test_a_part_of_a_run_takes_no_score_away() -> None:

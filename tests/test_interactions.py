@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,9 +13,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pytest_qsens import QsensError
-from pytest_qsens.interactions import DIMENSIONS, decode, encode, predict, relative_error, with_prediction
+from pytest_qsens.interactions import DIMENSIONS, decode, encode, matrix, predict, relative_error, with_prediction
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import OpResult, from_payload, to_payload
+from pytest_qsens.results import (
+    Cost,
+    Interactions,
+    OpResult,
+    RunInfo,
+    RunResult,
+    from_payload,
+    load,
+    to_payload,
+    write,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VECTORS = arrays.arrays(np.float32, st.integers(1, 50), elements=st.floats(-1e3, 1e3, width=32))
 """Sketches."""
@@ -110,3 +124,26 @@ def test_short_sketches_are_exact() -> None:
     """The error that is told is that of sketches, and none for the changes themselves."""
     assert relative_error(DIMENSIONS - 1) == 0
     assert relative_error(DIMENSIONS) == pytest.approx(1 / 32)
+
+
+def test_the_matrix_of_a_result(tmp_path: Path) -> None:
+    """Errors on the diagonal, products beside it; what was not measured has no row. A broken one is refused."""
+    changes = {"a": (3.0, 0.0), "b": (-1.0, 1.0), "c": (0.5, 2.0)}
+    ops = [measured(name, np.array(change)) for name, change in changes.items()]
+    ops.append(replace(ops[0], op="d", status="failed", isolated=None, sketch=None))
+    found = matrix(ops)
+    assert found == Interactions(("a", "b", "c"), ((9.0, -3.0, 1.5), (-3.0, 2.0, 1.5), (1.5, 1.5, 4.25)))
+    assert matrix(ops[3:]) is None
+    info = RunInfo("m", "w8a8", "delta", "isolated", {}, Cost(1.0))
+    path = tmp_path / "r.json"
+    write(path, RunResult(info, tuple(ops), None, found))
+    assert load(path).interactions == found
+    text = path.read_text()
+    for old, new, told in (
+        ("[9.0, -3.0, 1.5]", "[9.0, -3.0]", "a row and a column for each of 3 ops"),
+        ('["a", "b", "c"]', '["a", "b", "x"]', "'x' is no op of the file"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(QsensError, match=told):
+            load(path)

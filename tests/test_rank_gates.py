@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.gates import Gates, Overrides, parse_gates
 from pytest_qsens.ops import Op
 from pytest_qsens.rank_gates import Kendall, Ranking, Top, judge_ranks
 from pytest_qsens.results import OpResult, Status
 from pytest_qsens.snapshot import Entry
-from pytest_qsens.thresholds import Gates, Overrides, parse_fail, parse_gates
+from pytest_qsens.thresholds import parse_fail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from pytest_qsens.accept import ranks_of
 from pytest_qsens.commands.command import GateFailed
 from pytest_qsens.errors import QsensError
+from pytest_qsens.gates import Gates, parse_gates
 from pytest_qsens.merge import merge
 from pytest_qsens.results import check_overwritable, write
 from pytest_qsens.snapshot import file_name
 from pytest_qsens.snapshot import load as load_snapshot
-from pytest_qsens.thresholds import parse_gates
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -42,8 +42,8 @@ def register(commands: Subparsers) -> None:
     command.add_argument(
         "--fail",
         metavar="RULES",
-        help="gates of the order of all ops, as in --qsens-fail, such as top10:9,kendall:0.95: exit with 1 if one does "
-        "not hold; thresholds are gated by each shard",
+        help="gates of all ops together, as in --qsens-fail, such as top10:9,total.additive_gap<=10%%: exit with 1 if "
+        "one does not hold; thresholds and limits are gated by each shard",
     )
     command.add_argument(
         "--snapshot-dir",
@@ -59,21 +59,22 @@ def run(arguments: Namespace) -> list[str]:
     """Run it; returns the lines to print."""
     if arguments.output.resolve() in [path.resolve() for path in arguments.shards]:
         raise QsensError(f"{arguments.output} is one of the shards. Give the result another name")
-    gates = () if arguments.fail is None else parse_gates(arguments.fail, "--fail").ranks
-    if arguments.fail is not None and not gates:
+    gates = Gates(()) if arguments.fail is None else parse_gates(arguments.fail, "--fail")
+    if arguments.fail is not None and not (gates.ranks or gates.joint):
         raise QsensError(
-            f"--fail {arguments.fail!r}: no gate of the order of ops, such as top10:9 or kendall:0.95. Thresholds are "
-            "gated by each shard"
+            f"--fail {arguments.fail!r}: no gate of all ops together, such as top10:9, kendall:0.95 or "
+            "total.additive_gap<=10%. Thresholds and limits are gated by each shard"
         )
     merged = merge(arguments.shards, mixed_environments=arguments.mixed_environments, partial=arguments.partial)
     run = merged.result.run
     path = arguments.snapshot_dir / run.model / file_name(run.scheme, run.granularity)
     recorded = load_snapshot(path, model=run.model, scheme=run.scheme, granularity=run.granularity)
-    verdicts = ranks_of(merged.result, recorded, gates) if gates else []
+    verdicts = ranks_of(merged.result, recorded, gates.ranks) if gates.ranks else []
+    joint = [gate.judge(merged.result.total) for gate in gates.joint]
     check_overwritable(arguments.output)
     write(arguments.output, merged.result)
     order = [f"order of ops, {path}: {verdict}" for verdict in verdicts]
-    lines = [*merged.notes, *order, f"wrote {arguments.output}"]
-    if any(verdict.state != "held" for verdict in verdicts):
+    lines = [*merged.notes, *order, *(f"interactions: {verdict}" for verdict in joint), f"wrote {arguments.output}"]
+    if any(state != "held" for state in [*(verdict.state for verdict in verdicts), *(each.state for each in joint)]):
         raise GateFailed(lines)
     return lines

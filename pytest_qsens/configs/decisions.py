@@ -11,7 +11,7 @@ from pytest_qsens.op_names import match
 from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_qsens.configs.rules import Config, Decision, Rule
     from pytest_qsens.ops import Op
@@ -27,12 +27,18 @@ def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Prob
         ops: Of the model.
 
     Returns:
-        One decision for each op, in their order; and what is wrong: with the file, with rules that match no op or
-        contradict each other, with schemes that cannot be simulated.
+        One decision for each op, in their order; and what is wrong: with the file, with rules that match no op, decide
+        none or contradict each other, with schemes that cannot be simulated.
 
     """
     decisions = [config.decide(op) for op in ops]
-    problems = [*config.problems, *_unmatched(config, decisions, ops), *_rivals(decisions), *_unsimulated(decisions)]
+    problems = [
+        *config.problems,
+        *_unmatched(config, decisions, ops),
+        *_shadowed(config, decisions),
+        *_rivals(decisions),
+        *_unsimulated(decisions),
+    ]
     return decisions, problems
 
 
@@ -71,6 +77,31 @@ def _unmatched(config: Config, decisions: Sequence[Decision], ops: Sequence[Op])
 def _no_op(rule: Rule, likely: str | None) -> str:
     hint = f"Is {likely!r} meant?" if likely is not None else "Correct it, or take it out."
     return f"{rule.label!r} matches no op of the model. {hint}"
+
+
+def _shadowed(config: Config, decisions: Sequence[Decision]) -> Iterator[Problem]:
+    """Find rules that match ops, say something else of them than what holds, and hold for none.
+
+    A rule for all that others leave is none of them, nor one of which the tool takes a part, or which rivals another.
+    """
+    holding = {decision.rule.where for decision in decisions if decision.rule is not None}
+    rivals = {rule.where for decision in decisions for rule in decision.rivals}
+    told = holding | rivals
+    for rule in config.rules:
+        if rule.where in told or rule.partial or not rule.expected or rule.pattern.is_rest:
+            continue
+        ops = [decision for decision in decisions if any(other.where == rule.where for other in decision.matching)]
+        others = [decision for decision in ops if rule in decision.matching and decision.scheme != rule.scheme]
+        if others and (first := others[0].rule) is not None:
+            told.add(rule.where)
+            names = tuple(decision.op.name for decision in ops)
+            yield Problem(
+                rule.where,
+                f"{rule.label!r} ({scheme_name(rule.scheme)}) holds for no op: {_count(names)} matched by it, and "
+                f"decided by rules that go before it, {first.label!r} ({scheme_name(first.scheme)}) for one. Put it "
+                "before them, or take it out",
+                names,
+            )
 
 
 def _rivals(decisions: Sequence[Decision]) -> list[Problem]:

@@ -74,6 +74,11 @@ class Pattern:
     suffixes: tuple[str, ...] = ("",)
     types: tuple[str, ...] = ()
 
+    @property
+    def is_rest(self) -> bool:
+        """Whether it means every op, as that of a rule for what the others leave."""
+        return self.kind == "any" or (self.kind in ("glob", "wildcard") and set(self.text) == {"*"})
+
     def matches(self, op: Op) -> bool:
         """Whether this op is meant."""
         if op.type not in self.types if self.types else op.type in STATES:

@@ -10,20 +10,17 @@ from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import Fused, grouped
 from pytest_qsens.interactions import decode
-from pytest_qsens.merge import OF_THE_MACHINE
 from pytest_qsens.ops import STATES, Op, matches
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
 from pytest_qsens.results import OpResult, RunInfo, RunResult, load
+from pytest_qsens.same_run import SAME_MODEL, difference, difference_of_ops, machine_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from pytest_qsens.plans.problem import Floats
-
-_NAMED = 3
-"""Ops or groups named in a message."""
 
 
 @dataclass(frozen=True)
@@ -130,25 +127,14 @@ def _check_same(first: _File, other: _File) -> None:
         QsensError: Naming the first difference.
 
     """
-
-    def facts(file: _File) -> dict[str, object]:
-        run = file.result.run
-        versions = {name: value for name, value in run.environment.items() if name not in OF_THE_MACHINE}
-        return {name: getattr(run, name) for name in ("model", "granularity", "data", "checkpoint")} | versions
-
-    one, two = facts(first), facts(other)
-    for name in dict.fromkeys((*one, *two)):
-        if one.get(name) != two.get(name):
-            raise _foreign(first, other, f"{name} {one.get(name)!r} and {two.get(name)!r}")
-    ops, others = ({(op.op, op.type, op.ops, op.weights) for op in file.entries.values()} for file in (first, other))
-    if ops != others:
-        raise _foreign(
-            first, other, f"ops that are in one of them only: {_listed(sorted({o for o, *_ in ops ^ others}))}"
-        )
     here, there = first.result.run, other.result.run
-    machines = [{name: run.environment.get(name) for name in OF_THE_MACHINE} for run in (here, there)]
-    if machines[0] == machines[1] and here.reference != there.reference:
-        raise _foreign(first, other, f"unquantized outputs, reference {here.reference} and {there.reference}")
+    what = difference(here, there, SAME_MODEL)
+    what = what or difference_of_ops(first.entries.values(), other.entries.values())
+    if what is None and machine_difference(here.environment, there.environment) is None:
+        same = here.reference == there.reference
+        what = None if same else f"unquantized outputs, reference {here.reference} and {there.reference}"
+    if what is not None:
+        raise _foreign(first, other, what)
 
 
 def _foreign(first: _File, other: _File, what: str) -> QsensError:
@@ -243,13 +229,15 @@ def _refusal(entry: OpResult, wishes: Wishes) -> str | None:
 
 
 def _why(names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> str:
-    found = {
-        (f"{name} is " if len(names) > 1 else "") + refusal: None
-        for file in files
-        for name in names
-        if (refusal := _refusal(file.entries[name], wishes)) is not None
-    }
-    return "; ".join(found)
+    found: dict[str, dict[str, None]] = {}
+    for file in files:
+        for name in names:
+            if (refusal := _refusal(file.entries[name], wishes)) is not None:
+                found.setdefault(refusal, {})[name] = None
+    return "; ".join(
+        refusal if len(which) == len(names) else "; ".join(f"{name} is {refusal}" for name in which)
+        for refusal, which in found.items()
+    )
 
 
 def _notes(files: Sequence[_File], candidates: Sequence[Candidate]) -> Iterator[str]:
@@ -268,7 +256,3 @@ def _notes(files: Sequence[_File], candidates: Sequence[Candidate]) -> Iterator[
     references = {file.result.run.reference for file in files}
     if len(references) > 1:
         yield "measured on different machines: scores differ by about 1e-4 of themselves for that alone"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}"

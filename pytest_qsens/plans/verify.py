@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_qsens.calibrated import calibrate
+from pytest_qsens.environment import environment
 from pytest_qsens.errors import QsensError
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
@@ -52,6 +53,7 @@ class Verifier:
         spec = source.load()
         model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
         self._spec = replace(spec, model=model)
+        self._path, self._run = path, run
 
     def nmse(self, assignment: Mapping[str, str | None]) -> float:
         """Measure the joint NMSE.
@@ -72,10 +74,31 @@ class Verifier:
             {op: name or "unquantized" for op, name in assignment.items()},
             {op: ("unquantized", "the plan leaves it unquantized") for op, name in assignment.items() if name is None},
         )
-        total = calibrate(self._spec, self._ops, planned, engine=_ENGINE, divergence=False).total()
+        calibrated = calibrate(self._spec, self._ops, planned, engine=_ENGINE, divergence=False)
+        self._check_reference(calibrated.reference_digest)
+        total = calibrated.total()
         if total.isolated is None:
             raise QsensError(f"the plan cannot be measured: {total.reason}")
         return total.isolated["nmse"] or 0.0
+
+    def _check_reference(self, found: str) -> None:
+        """Compare the unquantized outputs with those of the result, which is all that tells one factory from another.
+
+        Raises:
+            QsensError: If they are others, although everything that they are made with is the same.
+
+        """
+        run = self._run
+        here = environment("cpu", _ENGINE)
+        elsewhere = any(run.environment.get(name) != value for name, value in here.items())
+        if run.reference is None or elsewhere or None not in (run.checkpoint, run.data):
+            return
+        if found not in run.reference.split("+"):
+            raise QsensError(
+                f"{self._path}: the unquantized outputs of {run.model} are not those of the result (reference {found}, "
+                f"not {run.reference}): its code, weights or data have changed, or it is another one each time. "
+                "Measure again, and seed what is random"
+            )
 
 
 def _check_ops(path: Path, ops: Sequence[Op], problem: Problem) -> None:

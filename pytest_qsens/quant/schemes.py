@@ -173,6 +173,11 @@ CACHE_SCHEMES: dict[str, Scheme] = {
 """The usual ones of keys and values, and of these and queries."""
 
 
+def noun(label: str) -> str:
+    """Tell what a label in results and snapshots is of: a ``scheme``, or a ``config``, which is never called as one."""
+    return "scheme" if label in SCHEMES or parse(label) is not None else "config"
+
+
 def scheme_named(name: str, where: str) -> Scheme:
     """Scheme with this canonical name.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.compare import count
 from pytest_qsens.diff import KINDS
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.quant.schemes import noun
 from pytest_qsens.report.markdown import escaped
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _SAID |= {"appeared": "new", "vanished": "gone", "unrun": "not run"}
 
 def text(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:
     """Lines for the terminal; ops that are as before only if ``everything`` is asked for."""
-    yield f"{found.new.model}, scheme {found.new.scheme}: {found.old.name} → {found.new.name}"
+    yield f"{found.new.model}, {noun(found.new.scheme)} {found.new.scheme}: {found.old.name} → {found.new.name}"
     yield f"by {_rules(thresholds)}, {' and '.join(found.modes)}; higher is worse, but for sqnr_db and top1"
     yield from (f"note: {note}" for note in found.notes)
     yield f"{_counts(found)}"

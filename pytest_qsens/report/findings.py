@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from pytest_qsens.results import OpResult
     from pytest_qsens.thresholds import Comparison
 
-Kind = Literal["regressed", "failed", "lost", "new", "unexercised"]
-"""``lost``: an op of the snapshot that has no score any more, which fails; ``unexercised``: one that never had one."""
+Kind = Literal["exceeded", "regressed", "failed", "lost", "new", "unexercised"]
+"""``exceeded``: past a limit; ``lost``: an op of the snapshot that has no score any more, which fails;
+``unexercised``: one that never had one."""
 
-FAILING: tuple[Kind, ...] = ("regressed", "failed", "lost", "new")
+FAILING: tuple[Kind, ...] = ("exceeded", "regressed", "failed", "lost", "new")
 """In the order in which they matter; what is left fails nothing."""
+
+_JUDGED: tuple[Kind, ...] = ("exceeded", "regressed", "new")
+"""What a gate found, with an explanation of its own."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,10 @@ def findings(run: Run) -> list[Finding]:
         if kind is None:
             continue
         verdict = run.verdicts.get(op)
-        lines = verdict.lines if verdict is not None and kind in ("regressed", "new") else (result.reason or "",)
+        lines = verdict.lines if verdict is not None and kind in _JUDGED else (result.reason or "",)
         compared = () if verdict is None else verdict.compared
         finding = Finding(op, kind, lines, compared, run.schemes.get(op), places.at(op))
-        weight = -_growth(compared) if kind == "regressed" else -_error(result)
+        weight = -_growth(compared) if kind in ("exceeded", "regressed") else -_error(result)
         found.append(((_rank(kind), weight, place), finding))
     return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
 
@@ -70,9 +74,9 @@ def _kind(run: Run, op: str, result: OpResult, recorded: Mapping[str, int]) -> K
         if op in recorded and not run.pruned:
             return "lost"
         return "unexercised" if result.status == "unexercised" else None
-    if verdict is not None and verdict.kind in ("regressed", "new") and op not in run.entries:
-        return verdict.kind
-    return None
+    if verdict is None or (op in run.entries and verdict.kind != "exceeded"):  # no update accepts that
+        return None
+    return next((kind for kind in _JUDGED if kind == verdict.kind), None)
 
 
 def _rank(kind: Kind) -> int:
@@ -101,11 +105,13 @@ def _error(result: OpResult) -> float:
 
 
 def counts(run: Run, found: list[Finding]) -> dict[str, int]:
-    """Count the ops, without the whole model, by what came of them; zeros are there, too."""
+    """Count the ops, without the whole model, by what came of them; zeros are there, too, but for limits."""
     kinds = [finding.kind for finding in found if finding.op != TOTAL]
     verdicts = [verdict.kind for op, verdict in run.verdicts.items() if op != TOTAL]
     statuses = [result.status for op, result in run.results.items() if op != TOTAL]
+    exceeded = kinds.count("exceeded")
     return {
+        **({"exceeded": exceeded} if exceeded else {}),
         "regressed": kinds.count("regressed"),
         "improved": verdicts.count("improved"),
         "new": kinds.count("new"),

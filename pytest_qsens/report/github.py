@@ -25,6 +25,7 @@ SHOWN = 10
 """Annotations of one level that GitHub shows of a step."""
 
 _TITLES = {
+    "exceeded": "past a limit",
     "regressed": "worse than the snapshot",
     "failed": "failed",
     "lost": "no score any more",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_qsens.report.findings import Finding, Kind
 
 _SEVERITY: dict[Kind, str] = {
+    "exceeded": "critical",
     "regressed": "major",
     "failed": "critical",
     "lost": "major",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qsens.plans.problem import Problem
 
 SUFFIXES = (".svg", ".png", ".pdf")
+_PLAN = "#d62728"
 
 
 def check_plot(path: Path) -> None:
@@ -36,7 +37,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(found: Plans, suffix: str) -> bytes:
-    """Draw the best plans of all sizes, and those that were made.
+    """Draw the best plans of all sizes by their predicted errors, and those that were made by their measured ones, too.
 
     Args:
         found: With a frontier.
@@ -57,24 +58,11 @@ def plot(found: Plans, suffix: str) -> bytes:
         _line(axes, rivals, color="#999999", marker="x", linestyle="--", label="plans by additive scores")
     label = "plans with interactions" if problem.interacting else "plans"
     _line(axes, _points(problem, found.frontier), color="#1f77b4", marker="o", linestyle="-", label=label)
-    least, most = axes.get_xlim()
-    middle = (least + most) / 2
-    for plan, (bits, error) in zip(found.plans, _points(problem, found.plans), strict=True):
-        if error > 0:
-            axes.plot([bits], [error], "D", color="#d62728", markersize=9, fillstyle="none", zorder=3)
-            side = "right" if bits > middle else "left"  # of the text, which stays inside
-            axes.annotate(
-                plan.name,
-                (bits, error),
-                xytext=(-10 if side == "right" else 10, -3),
-                textcoords="offset points",
-                horizontalalignment=side,
-                color="#d62728",
-                fontsize=8,
-            )
+    _plans(axes, found)
     axes.set_yscale("log")
     axes.set_xlabel(f"bits a weight (unquantized: {problem.unquantized:g})")
-    axes.set_ylabel("predicted nmse of the output")
+    measured = any(plan.measured is not None for plan in found.plans)
+    axes.set_ylabel("nmse of the output" if measured else "predicted nmse of the output")
     axes.set_title(f"{problem.model}: {', '.join(problem.schemes)}", fontsize=10)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(fontsize=8)
@@ -83,6 +71,33 @@ def plot(found: Plans, suffix: str) -> bytes:
     with mpl.rc_context({"svg.hashsalt": "qsens", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=suffix[1:], dpi=150, metadata=metadata)
     return drawn.getvalue()
+
+
+def _plans(axes: Axes, found: Plans) -> None:
+    """Draw the plans that were made: open where they are predicted, filled where they were measured."""
+    middle = sum(axes.get_xlim()) / 2
+    labels = {"none": "plan, predicted", "full": "plan, measured"}
+    for plan, (bits, predicted) in zip(found.plans, _points(found.problem, found.plans), strict=True):
+        drawn = {"none": predicted, "full": plan.measured or 0.0}
+        for fill, error in drawn.items():
+            if error > 0:
+                label = labels.pop(fill, None)
+                size = 9 if fill == "none" else 5  # both are seen where they are in one place
+                style = {"color": _PLAN, "markersize": size, "zorder": 3, "linestyle": "none", "label": label}
+                axes.plot([bits], [error], marker="D", fillstyle=fill, **style)  # type: ignore[arg-type] # as below
+        if min(drawn.values()) > 0:
+            axes.plot([bits, bits], [*drawn.values()], color=_PLAN, linestyle=":", linewidth=1)
+        if max(drawn.values()) > 0:
+            side = "right" if bits > middle else "left"  # of the text, which stays inside
+            axes.annotate(
+                plan.name,
+                (bits, predicted or drawn["full"]),
+                xytext=(-10 if side == "right" else 10, -3),
+                textcoords="offset points",
+                horizontalalignment=side,
+                color=_PLAN,
+                fontsize=8,
+            )
 
 
 def _points(problem: Problem, plans: Sequence[Plan]) -> list[tuple[float, float]]:

@@ -32,6 +32,7 @@ _REASON = 300
 
 _WORST_BY: dict[Mode, str] = {"isolated": "nmse", "fallback": "gain", "added": "loss"}
 _COUNTED = {
+    "exceeded": "past a limit",
     "regressed": "got worse",
     "failed": "failed",
     "lost": "lost their scores",
@@ -100,7 +101,8 @@ def _section(controller: Controller, run: Run, found: list[Finding]) -> Iterator
         yield ""
         yield escaped(config_line(run, run.config))
     yield ""
-    yield from table(list(counts(run, found)), [list(map(str, counts(run, found).values()))], numbers=7)
+    counted = counts(run, found)
+    yield from table(list(counted), [list(map(str, counted.values()))], numbers=len(counted))
     failing = [finding for finding in found if finding.kind in FAILING]
     accepted = [op for op, verdict in run.verdicts.items() if verdict.kind != "ok" and op in run.entries]
     if accepted:

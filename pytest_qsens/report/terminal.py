@@ -38,6 +38,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     lines = Lines(terminal)
     for run in controller.runs.values():
         if not run.results:
+            _nothing(lines, run)
             continue
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
@@ -65,6 +66,12 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
                 bold=True,
             )
     _end(lines, controller)
+
+
+def _nothing(lines: Lines, run: Run) -> None:
+    """Tell of gates that saw nothing."""
+    for line in _whole_run(run):
+        lines.write(f"qsens: model {run.model}, {run.scheme}: {line}", yellow=True)
 
 
 def config_line(run: Run, config: Payload) -> str:
@@ -120,7 +127,8 @@ def _noun(run: Run) -> str:
 def _compared(run: Run) -> str:
     verdicts = Counter(verdict.kind for verdict in run.verdicts.values())
     found = [f"{verdicts[kind]} {kind}" for kind in ("regressed", "improved", "new") if verdicts[kind]]
-    return f"; against the snapshot: {', '.join(found)}" if found else ""
+    past = f"; {verdicts['exceeded']} past a limit" if verdicts["exceeded"] else ""
+    return f"{past}; against the snapshot: {', '.join(found)}" if found else past
 
 
 def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
@@ -209,8 +217,9 @@ def _number(value: float | None) -> float:
 
 
 def _order(run: Run) -> Iterator[str]:
-    """Tell what gates of the order of ops found, if nobody has to do anything about it."""
-    return (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
+    """Tell what gates of the whole run found, if nobody has to do anything about it."""
+    yield from (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
+    yield from (f"interactions: {verdict}" for verdict in run.joint if verdict.state == "held")
 
 
 def _table(
@@ -277,9 +286,9 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
 
 def _worse(run: Run) -> Iterator[str]:
     """Name the ops that got worse, and by how much: pytest's own list of failures is cut at the end of a line."""
-    worse = [finding for finding in findings(run) if finding.kind == "regressed"]
+    worse = [finding for finding in findings(run) if finding.kind in ("exceeded", "regressed")]
     if worse:
-        yield f"WORSE: {len(worse)} of {len(run.verdicts)} scores are past their thresholds"
+        yield f"WORSE: {len(worse)} of {len(run.verdicts)} scores are past their thresholds or limits"
     for finding in worse[:LISTED]:
         yield from (f"  {finding.op}: {line}" for line in finding.lines)
     if len(worse) > LISTED:
@@ -304,7 +313,7 @@ def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
             yield f"  {reason}"
-    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
+    yield from _whole_run(run)
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
     if run.engine_reason:
@@ -322,6 +331,12 @@ def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
+
+
+def _whole_run(run: Run) -> Iterator[str]:
+    """Tell which gates of the whole run do not hold, and why."""
+    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
+    yield from (f"INTERACTIONS: {verdict}" for verdict in run.joint if verdict.state != "held")
 
 
 def _about_config(run: Run) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.quant.simulate import Simulator
 from tests.schemes import INTEGER
 
@@ -276,3 +277,22 @@ def test_kernels_have_one_scheme(engine: str) -> None:
     """Engines with torch's kernels measure no config."""
     with pytest.raises(QsensError, match=f"engine {engine} measures scheme w8a8 only"):
         calibrate(spec(), list_ops(net()), assigned(MIXED), engine=engine)
+
+
+def test_products_are_told_alike_under_every_scheme() -> None:
+    """What is cached of a model is shared by runs under the same schemes, whatever they are called."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(self.q(x), x, x)
+
+    batches = [{"x": torch.randn(2, 4, 8)}]
+    own = ModelSpec(Attention().eval(), batches, batches, lambda output, _: output)
+    uniform = Assignment.uniform(scheme_named("w8a8", "here"), list_ops(own.model))
+    told = [calibrate(own, list_ops(own.model), replace(uniform, title=title)).functional_ops for title in ("a", "b")]
+    assert told[0] == told[1]
+    assert [op.reason for op in told[0]] == ["qk products are not quantized", "pv products are not quantized"]

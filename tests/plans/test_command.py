@@ -187,7 +187,7 @@ def test_interactions_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         ({"model": "n"}, "model 'm' and 'n'"),
         ({"data": "e"}, "data 'd' and 'e'"),
-        ({"checkpoint": "c"}, "checkpoint None and 'c'"),
+        ({"checkpoint": "c"}, "checkpoint not recorded and 'c'"),
         ({"granularity": "block"}, "granularity 'op' and 'block'"),
         ({"environment": {"torch": "2.14", "cpu": "x"}}, "torch '2.13' and '2.14'"),
         ({"reference": "s"}, "unquantized outputs, reference r and s"),
@@ -213,7 +213,7 @@ def test_other_machines_and_other_ops(tmp_path: Path, capsys: pytest.CaptureFixt
     for listed in (ops()[:-1], changed("head", weights=7)):
         other = result(tmp_path / "b.json", listed, scheme="w8a8_dynamic")
         assert main(["plan", first, other, "--keep", "20%", "--out", out]) == 4
-        assert "ops that are in one of them only: head" in capsys.readouterr().err
+        assert "5 and 5, not the same in both: head" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qsens.measure import environment
+from pytest_qsens.environment import environment
 from pytest_qsens.results import round_score
 from pytest_qsens.snapshot import dumps, load
 from tests.plugin.harness import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from pytest_qsens.cli import main
@@ -52,6 +53,14 @@ def test_side_by_side(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[s
     predicted = predict(first.ops)
     assert predicted is not None
     assert first.total.isolated == plain.total.isolated | predicted._asdict()
+    assert plain.interactions is None
+    assert first.interactions is not None
+    assert first.interactions.ops == OPS  # in the order of the model, without what was not measured
+    matrix = np.array(first.interactions.matrix)
+    assert (matrix == matrix.T).all()
+    assert matrix.sum() == pytest.approx(predicted.quadratic, rel=1e-4)
+    assert matrix.trace() == pytest.approx(predicted.additive, rel=1e-5)
+    assert [op.isolated["nmse"] for op in first.ops if op.isolated] == pytest.approx(matrix.diagonal(), rel=1e-5)
     nmse = first.total.isolated["nmse"] or 0.0
     line = f"total nmse: {nmse:.4g} measured; sum of isolated {predicted.additive:.4g} (*%), with interactions *"
     ran.stdout.fnmatch_lines([line])
@@ -77,6 +86,7 @@ def test_side_by_side(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[s
     merged = load(pytester.path / "merged.json")
     assert merged.total is not None
     assert merged.total.isolated == first.total.isolated
+    assert merged.interactions == first.interactions
     assert [replace(op, seconds=0.0) for op in merged.ops] == [replace(op, seconds=0.0) for op in first.ops]
 
 

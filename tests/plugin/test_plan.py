@@ -70,3 +70,16 @@ def test_other_formats(pytester: pytest.Pytester, results: list[str], capsys: py
         assert main(["plan", *results, "--keep", "0%", "--out", "plan.yaml", *arguments]) == 4
         assert message in capsys.readouterr().err
         assert not (pytester.path / "plan.yaml").exists()
+
+
+def test_a_factory_that_makes_another_model(
+    pytester: pytest.Pytester, results: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its unquantized outputs are not those of the results, which is all that tells: refused, nothing written."""
+    (pytester.path / "worse").write_text("30")
+    plan = ["plan", *results, "--budget-bits", "7", "--verify", "--model", MODEL, "--out", "plan.yaml"]
+    assert main(plan) == 4
+    assert "the unquantized outputs of net.spec are not those of the result (reference " in capsys.readouterr().err
+    assert not (pytester.path / "plan.yaml").exists()
+    (pytester.path / "worse").unlink()
+    assert main(plan) == 0

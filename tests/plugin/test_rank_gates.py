@@ -28,12 +28,12 @@ def recorded(pytester: pytest.Pytester) -> list[str]:
     return sorted(ops, key=lambda op: -ops[op]["isolated"]["nmse"])
 
 
-def swap(pytester: pytest.Pytester, one: str, other: str) -> None:
+def swap(pytester: pytest.Pytester, one: str, other: str, scheme: str = "w8a8") -> None:
     """Record of each of two ops what the other has."""
-    content: dict[str, Any] = json.loads(snapshot_file(pytester).read_text())
+    content: dict[str, Any] = json.loads(snapshot_file(pytester, scheme).read_text())
     ops = content["ops"]
     ops[one]["isolated"], ops[other]["isolated"] = ops[other]["isolated"], ops[one]["isolated"]
-    snapshot_file(pytester).write_text(json.dumps(content))
+    snapshot_file(pytester, scheme).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -254,10 +254,51 @@ def test_shards_are_judged_when_they_are_merged(
     )
     assert "wrote all.json" in out
     assert main([*merge, "--fail", "nmse:5%"]) == 4
-    assert "no gate of the order of ops" in capsys.readouterr().err
+    assert "no gate of all ops together" in capsys.readouterr().err
     assert main([*merge, "--fail", "top3:3", "--snapshot-dir", "elsewhere"]) == 1
     assert "not judged" in capsys.readouterr().out
     assert main(["accept", "all.json", "--fail", f"{ANY},top3:2"]) == 0
     assert snapshot_ops(pytester) != truth
     assert main(["accept", "all.json", "--fail", f"{ANY},top3:3"]) == 0
     assert snapshot_ops(pytester) == truth
+
+
+def test_a_run_of_skipped_tests_is_not_judged(pytester: pytest.Pytester, recorded: list[str]) -> None:
+    """Tests that are skipped before they measure anything leave nothing that a gate could hold on: the run fails."""
+    assert recorded
+    pytester.makeconftest(
+        """
+        import pytest
+
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item.add_marker(pytest.mark.skip(reason="not today"))
+        """
+    )
+    for workers in ("0", "2"):
+        result = run(pytester, "--qsens-fail", "nmse:5%,top3:1", "-n", workers)
+        result.assert_outcomes(skipped=len(OPS) + 1)
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        result.stdout.fnmatch_lines(
+            ["qsens: model *: ORDER OF OPS: top3:1 not judged, isolated nmse: 8 of the 8 ops * were not measured *"]
+        )
+    assert run(pytester, "--qsens-fail", "nmse:5%").ret == 0  # thresholds are of single tests, as pytest's own
+
+
+def test_what_would_be_added_to_a_config_has_no_rank(pytester: pytest.Pytester) -> None:
+    """The order is that of the ops which the config quantizes, however sensitive the others are."""
+    write_model(pytester)
+    (pytester.path / "quant.yaml").write_text(
+        "{schema: 1, rules: [{ops: [head, blocks.0.up], scheme: unquantized}, {ops: '*', scheme: w8a8}]}"
+    )
+    arguments = ("--qsens-config", "quant.yaml", "--qsens-config-down", "w8a8", "--qsens-json", "all.json")
+    fail = ("--qsens-fail", f"{ANY},top3:3,kendall:1")
+    assert run(pytester, *arguments, *fail, "--snapshot-update").ret == 0
+    assert set(snapshot_ops(pytester, "quant")) == set(OPS)
+    swap(pytester, "head", "blocks.0.up", "quant")  # of the two that would be added
+    result = run(pytester, *arguments, *fail)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["order of ops: top3:3 held, *(of 6 ops)", "order of ops: kendall:1.0 held, *"])
+    few = run(pytester, *arguments, "--qsens-fail", "nmse:5%,top6:6")
+    assert few.ret == pytest.ExitCode.USAGE_ERROR
+    few.stderr.fnmatch_lines(["*top6:6 needs 7 ops at least, or it says nothing, and net.spec has 6.*"])

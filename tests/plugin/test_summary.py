@@ -146,7 +146,10 @@ def test_worse_ops_are_named_with_their_numbers(pytester: pytest.Pytester) -> No
     (pytester.path / "worse").write_text("30")
     result = pytester.runpytest_inprocess("--qsens-model", MODEL, "-q")
     result.stdout.re_match_lines(
-        [r"WORSE: \d of 9 scores are past their thresholds", r"  blocks\.1\.\w+: isolated nmse \S+ → \S+ \(\+.*"],
+        [
+            r"WORSE: \d of 9 scores are past their thresholds or limits",
+            r"  blocks\.1\.\w+: isolated nmse \S+ → \S+ \(\+.*",
+        ],
         consecutive=True,
     )
     accepted = pytester.runpytest_inprocess("--qsens-model", MODEL, "--snapshot-update")

@@ -198,7 +198,13 @@ def compared(
 
 
 def _judged(change: Change, verdict: Verdict) -> Change:
-    kinds: dict[str, Kind] = {"regressed": "worse", "improved": "better", "ok": "same", "new": "appeared"}
+    kinds: dict[str, Kind] = {
+        "exceeded": "worse",
+        "regressed": "worse",
+        "improved": "better",
+        "ok": "same",
+        "new": "appeared",
+    }
     return replace(change, kind=kinds[verdict.kind], lines=verdict.lines or change.lines)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_qsens.results import RunResult
     from pytest_qsens.thresholds import Kind
 
-_SAID: dict[Kind, str] = {"regressed": "got worse", "new": "not in the snapshot yet"}
+_SAID: dict[Kind, str] = {"exceeded": "past a limit", "regressed": "got worse", "new": "not in the snapshot yet"}
 
 
 def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:

@@ -1,0 +1,23 @@
+"""Tools that take what is written for them, where they are installed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def required(name: str) -> ModuleType:
+    """Import a module of a tool; skip where it is not installed, which fails in CI."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if os.environ.get("QSENS_CI"):
+            return import_module(name)
+        module: ModuleType = pytest.importorskip(name)
+    return module
