@@ -24,21 +24,23 @@ print(len(names), pytest_qsens.__file__)
 SUITE = ("-q", "--qsens-model", "tiny_qwen2_5_vl")
 
 
-@pytest.fixture(scope="module", params=["lowest", "newest"])
-def installed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wheel: Path
-) -> environment.Environment:
-    """Install the wheel in an environment of its own."""
-    constraints = environment.lowest(wheel) if request.param == "lowest" else []
+@pytest.mark.parametrize("versions", ["lowest", "newest"])
+def test_the_wheel_works(tmp_path: Path, wheel: Path, versions: str) -> None:
+    """Alone, in an environment of its own: one test, as an environment takes a while to make."""
+    constraints = environment.lowest(wheel) if versions == "lowest" else []
     try:
-        return environment.create(wheel, tmp_path_factory.mktemp(request.param), constraints)
+        installed = environment.create(wheel, tmp_path, constraints)
     except subprocess.CalledProcessError as error:
         if "QSENS_CI" in os.environ or "ResolutionImpossible" in error.stdout:
             pytest.fail(f"pip: {error.stdout}")
         pytest.skip(f"pip cannot install: {error.stdout[-300:]}")
+    entry_points_work(installed)
+    every_module_is_importable(installed)
+    it_measures_and_gates(installed)
+    it_plans(installed)
 
 
-def test_it_measures_and_gates(installed: environment.Environment) -> None:
+def it_measures_and_gates(installed: environment.Environment) -> None:
     """Scores are recorded, compared by two workers, and a worse one fails; all with what the wheel brought along."""
     assert "30 passed" in installed.run("pytest", *SUITE, "--snapshot-update")
     passed = installed.run("pytest", *SUITE, "--qsens-no-cache", "-n", "2")
@@ -51,22 +53,22 @@ def test_it_measures_and_gates(installed: environment.Environment) -> None:
     assert "worse than the snapshot of lm_head" in installed.run("pytest", *SUITE, code=1)
 
 
-def test_it_plans(installed: environment.Environment) -> None:
-    """The solver and the plot take what we give them."""
+def it_plans(installed: environment.Environment) -> None:
+    """See that the solver and the plot take what we give them."""
     installed.run("pytest", *SUITE, "--snapshot-update", "--qsens-interactions", "--qsens-json", "qsens.json")
     for aim in (("--keep", "20%"), ("--budget-bits", "12")):
         installed.run("qsens", "plan", "qsens.json", *aim, "--out", "plan.yaml", "--plot", "plan.svg")
     assert "measured" in installed.run("qsens", "show", "qsens.json")
 
 
-def test_every_module_is_importable(installed: environment.Environment) -> None:
+def every_module_is_importable(installed: environment.Environment) -> None:
     """No module needs what is not declared, and none warns."""
     count, place = installed.run("python", "-W", "error", "-c", IMPORT_ALL).split()
     assert int(count) > 100
     assert str(installed.directory) in place
 
 
-def test_the_console_script(installed: environment.Environment) -> None:
+def entry_points_work(installed: environment.Environment) -> None:
     """Entry points are those of the wheel, and what is installed fits together."""
     assert "merge" in installed.run("qsens", "--help")
     assert "No broken requirements" in installed.run("python", "-m", "pip", "check")
