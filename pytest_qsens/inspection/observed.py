@@ -48,7 +48,7 @@ class Together(Calibration):
 
     def passes(self) -> Iterator[None]:
         """Ask for the calibration data as often as one of them does; one that has seen enough sees no more."""
-        asked = [(calibration, _passes(calibration)) for calibration in self._calibrations]
+        asked = [(calibration, calibration.passes()) for calibration in self._calibrations]
         while True:
             self._asking = [calibration for calibration, more in asked if next(more, _NO_MORE) is not _NO_MORE]
             if not self._asking:
@@ -64,12 +64,6 @@ class Together(Calibration):
 
 
 _NO_MORE = object()
-
-
-def _passes(calibration: Calibration) -> Iterator[None]:
-    """Run once for each time that a calibration needs the data; once for one that does not say."""
-    passes: Callable[[], Iterator[None]] | None = getattr(calibration, "passes", None)
-    return iter((None,)) if passes is None else passes()
 
 
 class Evaluated:

@@ -13,7 +13,7 @@ from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -211,8 +211,7 @@ def add_lost_input(
 
 
 def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibration: Calibration) -> int | None:
-    smoothing: Callable[[str], Tensor | None] | None = getattr(calibration, "smoothing", None)
-    smoothed_by = None if smoothing is None else smoothing(op)
+    smoothed_by = calibration.smoothing(op)
     rows = rows if smoothed_by is None else rows / smoothed_by  # what is clipped is what is rounded
     if activation.kind == "static" and activation.dtype == "int8":
         return clipped_uint8(rows, *calibration.input_qparams(op))

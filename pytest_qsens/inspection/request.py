@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
 from pytest_qsens.inspection.found import Recorded
-from pytest_qsens.ops import TOTAL
+from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.results import OpResult, load
 
@@ -154,6 +154,10 @@ def _check_status(op: OpResult, asked: str | None, path: Path) -> None:
         raise QsensError(
             f"{op.op} is unexercised in {path}: {op.reason}. Nothing was measured, so there is nothing to explain. "
             "Measure it with data that reach it (--qsens-calib, --qsens-eval)."
+        )
+    if op.type in STATES:
+        raise QsensError(
+            f"{op.op} is what attention is given, and has no weight. Give a linear, a convolution or an embedding."
         )
     functional = op.weights is None and ":" in op.op
     if functional:

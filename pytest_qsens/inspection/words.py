@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
+    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, SmoothQuant, WeightScheme
 
 
 def told(parts: OpScheme, op_type: str) -> str:
@@ -14,23 +14,35 @@ def told(parts: OpScheme, op_type: str) -> str:
     >>> from pytest_qsens.quant.op_scheme import parse
     >>> told(parse("w8a8_dynamic"), "linear")
     'weight int8 per channel; input int8 per token, dynamic'
+    >>> told(parse("w8a8_static_minmax_smoothquant"), "linear")
+    'weight int8 per channel; input int8 per tensor, static, by minmax; SmoothQuant, alpha 0.5'
     >>> told(parse("w8a8"), "embedding")
     'weight int8 per row'
     """
+    if parts.cache is not None:
+        what = "queries, keys and values" if parts.queries else "keys and values"
+        return f"{what} {_activation(parts.cache)}"
     if op_type == "embedding":
-        return "weight int8 per row"
+        return f"weight {'int8 per row' if parts.weight is None else _weight(parts.weight, 'row')}"
     found = [] if parts.weight is None else [f"weight {_weight(parts.weight)}"]
     found += [] if parts.activation is None else [f"input {_activation(parts.activation)}"]
     found += ["output requantized"] if parts.output else []
+    found += [] if parts.smoothing is None else [_smoothing(parts.smoothing)]
     return "; ".join(found)
 
 
-def _weight(weight: WeightScheme) -> str:
-    return f"{weight.dtype} {_per(weight)}" + ", with zero points" * (not weight.symmetric)
+def _weight(weight: WeightScheme, channel: str = "channel") -> str:
+    extent = f"per {channel}" if weight.granularity == "channel" else _per(weight)
+    return f"{weight.dtype} {extent}" + ", with zero points" * (not weight.symmetric)
 
 
 def _activation(activation: ActivationScheme) -> str:
-    return f"{activation.dtype} {_per(activation)}, {activation.kind}"
+    found = f"{activation.dtype} {_per(activation)}, {activation.kind}"
+    return f"{found}, by {activation.observer}" if activation.observer else found
+
+
+def _smoothing(smoothing: SmoothQuant) -> str:
+    return f"SmoothQuant, alpha {smoothing.alpha:g}" + ", of its own" * (not smoothing.shared)
 
 
 def _per(part: WeightScheme | ActivationScheme) -> str:
