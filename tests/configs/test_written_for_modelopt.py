@@ -10,7 +10,7 @@ import yaml
 
 from pytest_qsens.configs.write import write_config
 from pytest_qsens.quant.op_scheme import named
-from tests.configs.installed import required
+from tests.installed import required
 from tests.configs.test_written_for_tools import IDS, OPS, Net, assigned, nmse, simulated
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # its own, of torch and transformers
