@@ -16,9 +16,9 @@ from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import named
-from tests.installed import required
 from tests.configs.ops import says
 from tests.configs.test_written_for_tools import nmse
+from tests.installed import required
 
 if TYPE_CHECKING:
     from pathlib import Path

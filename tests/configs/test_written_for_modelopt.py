@@ -10,8 +10,8 @@ import yaml
 
 from pytest_qsens.configs.write import write_config
 from pytest_qsens.quant.op_scheme import named
-from tests.installed import required
 from tests.configs.test_written_for_tools import IDS, OPS, Net, assigned, nmse, simulated
+from tests.installed import required
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # its own, of torch and transformers
 
