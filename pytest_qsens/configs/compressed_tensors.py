@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
-from pytest_qsens.configs.observers import check_averaging, named_by_llm_compressor
+from pytest_qsens.configs.observers import LLM_COMPRESSORS_DEFAULT, check_averaging, named_by_llm_compressor
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import CACHED
@@ -103,13 +103,16 @@ def read(document: Document) -> Config:
     return Config(str(document.path), NAME, about, rules, tuple(problems))
 
 
-def read_cache(fields: ConfigFields, key: str) -> list[Rule]:
-    """Read how keys and values of all attention modules are quantized; no rule if they are not."""
+def read_cache(fields: ConfigFields, key: str, default: str = LLM_COMPRESSORS_DEFAULT) -> list[Rule]:
+    """Read how keys and values of all attention modules are quantized; no rule if they are not.
+
+    ``default`` is the observer of a tool that names none, by its name in llm-compressor.
+    """
     if fields.peek(key) in (None, "NONE", "none"):
         fields.take(key)
         return []
     inside = fields.inner(key)
-    return [] if inside is None else [cache_rule(_cache(inside), key, inside.where)]
+    return [] if inside is None else [cache_rule(_cache(inside, default), key, inside.where)]
 
 
 def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
@@ -117,9 +120,12 @@ def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
     return Rule(Pattern("any", "", types=CACHED), scheme, label, where)
 
 
-def _cache(fields: ConfigFields) -> OpScheme | Unknown:
+def _cache(fields: ConfigFields, default: str = LLM_COMPRESSORS_DEFAULT) -> OpScheme | Unknown:
     dtype, strategy, size, symmetric, dynamic = _arguments(fields)
-    _observer(fields, None)  # static scales are of the extremes
+    kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
+    observer = _observer(fields, kind, default)
+    if observer == "mse":  # was told; keys and values have none that is near
+        observer = "minmax"
     fields.changes_numbers("actorder", "keys and values have none", False)
     fields.finish()
     if strategy == "tensor_group" and dtype != "nvfp4":
@@ -133,8 +139,8 @@ def _cache(fields: ConfigFields) -> OpScheme | Unknown:
         granularity = "head"
     elif strategy != "tensor":
         raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
-    kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
-    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric))
+    observer = "" if observer == "minmax" else observer  # the usual one, whatever the dtype
+    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric, observer))
 
 
 Group = tuple[list[tuple[str, str]], "OpScheme | Unknown | None", str]
@@ -238,9 +244,12 @@ def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
     return ActivationScheme(dtype, kind, granularity, size, symmetric, observer)
 
 
-def _observer(fields: ConfigFields, kind: Kind | None) -> str:
+def _observer(fields: ConfigFields, kind: Kind | None, default: str = LLM_COMPRESSORS_DEFAULT) -> str:
     """Read ``observer``; without a kind, as that of a weight."""
-    found = named_by_llm_compressor(fields, "observer", fields.optional_text("observer"), kind)
+    name = fields.optional_text("observer")
+    if name is None and kind in ("static", "local"):
+        name = default
+    found = named_by_llm_compressor(fields, "observer", name, kind)
     check_averaging(fields, found)
     return found
 

@@ -34,7 +34,7 @@ ALGORITHMS: dict[str, str | None] = {
     "W4A16_AWQ": "w4a16_g{}",
     "W4A8_AWQ": None,
     "W8A16": "w8a16",
-    "W8A8_SQ_PER_CHANNEL": "w8a8_static_act_sym",
+    "W8A8_SQ_PER_CHANNEL": "w8a8_static_act_sym_minmax",
     "NVFP4": "nvfp4_local",
     "NVFP4_AWQ": "nvfp4_local",
     "NVFP4_SVD": None,
@@ -126,7 +126,7 @@ def _exported(document: Document, inside: dict[str, Any], path: tuple[str, ...],
         outer.finish()
     # groups and a scheme of the cache repeat, in other words, what the algorithms say
     fields.skip("producer", "quant_method", "config_groups")
-    cached = _cache(fields) or read_cache(fields, "kv_cache_scheme")
+    cached = _cache(fields) or read_cache(fields, "kv_cache_scheme", "static_minmax")
     fields.skip("kv_cache_scheme")  # the same in other words
     excluded = [*fields.texts_of("exclude_modules"), *fields.texts_of("ignore")]
     layers = fields.table("quantized_layers")

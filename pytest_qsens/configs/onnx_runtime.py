@@ -151,10 +151,10 @@ PERCENTILE = 99.999
 
 
 def _observer(fields: ConfigFields, options: ConfigFields) -> str:
-    """Read ``calibrate_method``, a name or what Python prints of it; empty if the file has none."""
+    """Read ``calibrate_method``, a name or what Python prints of it; that of ``quantize_static`` if there is none."""
     value = fields.optional_text("calibrate_method")
     if value is None:
-        return ""
+        return "minmax"
     name = value.removeprefix("CalibrationMethod.")
     if name not in _METHODS:
         raise QsensError(f"{fields.at('calibrate_method')}: {value!r} is not one of {', '.join(_METHODS)}")
@@ -167,7 +167,6 @@ def _observer(fields: ConfigFields, options: ConfigFields) -> str:
     why = _METHODS[name]
     if why is not None:
         fields.problem("calibrate_method", f"{value!r} changes numbers and is not simulated: {why}")
-        return ""
     return "minmax"
 
 

@@ -187,7 +187,14 @@ def _cache(fields: ConfigFields) -> ActivationScheme:
     kind = fields.choice("kind", ("static", "dynamic", "local"))
     known = ("tensor", "head", "channel", "token", "group")
     granularity, size = cast("Any", _extent(fields, known, *usual_cache(dtype, kind)))
-    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=True))
+    symmetric = fields.flag("symmetric", default=True)
+    observer = named_by_us(fields, kind)
+    if observer not in ("", "minmax", "moving_average"):
+        raise QsensError(
+            f"{fields.at('observer')}: {observer!r} is not one of minmax, moving_average, which keys and values have"
+        )
+    observer = "" if observer == "minmax" else observer
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer)
     fields.finish()
     return scheme
 

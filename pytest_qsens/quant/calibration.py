@@ -118,7 +118,7 @@ class Calibration:
 
     def _state(self, op: str, scheme: Scheme) -> StateRange:
         assert scheme.parts.cache is not None  # noqa: S101 - no other is given to keys and values
-        return self._states.setdefault(op, StateRange(scheme.parts.cache.granularity))
+        return self._states.setdefault(op, StateRange(scheme.parts.cache))
 
     def _output(self, op: str, scheme: Scheme) -> Observer:
         if op not in self._outputs:

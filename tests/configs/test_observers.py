@@ -32,7 +32,7 @@ def compressed(**inputs: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("inputs", "scheme", "problem"),
     [
-        ({}, "w8a8_static_act_sym", None),
+        ({}, "w8a8_static_act_sym_moving_average", None),  # as llm-compressor does
         ({"observer": "static_minmax"}, "w8a8_static_act_sym_minmax", None),
         ({"observer": "minmax"}, "w8a8_static_act_sym_moving_average", None),
         (
@@ -50,7 +50,7 @@ def compressed(**inputs: object) -> dict[str, Any]:
             "w8a8_static_act_sym_mse",
             "'mse' changes numbers and is not simulated: it takes a moving",
         ),
-        ({"observer": "memoryless_minmax"}, "w8a8_static_act_sym", "the extremes of the last batch"),
+        ({"observer": "memoryless_minmax"}, "w8a8_static_act_sym_minmax", "the extremes of the last batch"),
         ({"observer": "minmax", "dynamic": True, "strategy": "token"}, "w8a8_dynamic", None),
         ({"observer": "mse", "dynamic": True, "strategy": "token"}, "w8a8_dynamic", "'mse' changes numbers"),
     ],
@@ -154,7 +154,7 @@ INT8 = [
 @pytest.mark.parametrize(
     ("algorithm", "scheme"),
     [
-        ({}, "w8a8_static_act_sym"),
+        ({}, "w8a8_static_act_sym_minmax"),  # ``max`` is its default
         ({"algorithm": "max"}, "w8a8_static_act_sym_minmax"),
         ({"algorithm": {"method": "max"}}, "w8a8_static_act_sym_minmax"),
         ({"algorithm": "smoothquant"}, "w8a8_static_act_sym_minmax_smoothquant1_unshared"),
@@ -193,14 +193,14 @@ def test_modelopts_other_algorithms_are_told(tmp_path: Path) -> None:
             "w8a8_tensor_percentile",
             None,
         ),
-        ({"calibrate_method": "Entropy"}, "w8a8_tensor", "it compares no thresholds"),
-        ({"calibrate_method": "Distribution"}, "w8a8_tensor", "the mean and the deviation"),
+        ({"calibrate_method": "Entropy"}, "w8a8_tensor_minmax", "it compares no thresholds"),
+        ({"calibrate_method": "Distribution"}, "w8a8_tensor_minmax", "the mean and the deviation"),
         (
             {"calibrate_method": "MinMax", "extra_options": {"CalibMovingAverage": True}},
             "w8a8_tensor_minmax",
             "'CalibMovingAverage': true changes numbers",
         ),
-        ({"per_channel": True}, "w8a8", None),
+        ({"per_channel": True}, "w8a8_minmax", None),  # `quantize_static`'s default,
     ],
 )
 def test_onnx_runtime(tmp_path: Path, arguments: dict[str, object], scheme: str, problem: str | None) -> None:
