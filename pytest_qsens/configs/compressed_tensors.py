@@ -99,7 +99,7 @@ def read(document: Document) -> Config:
     ignore = fields.texts_of("ignore")
     fields.finish()
     about = "quantization_config of compressed-tensors"
-    rules = (*attention_rules(entries), *cached, *ordered(groups, ignore, problems))
+    rules = (*attention_rules(entries, ignore, cached), *cached, *ordered(groups, ignore, problems))
     return Config(str(document.path), NAME, about, rules, tuple(problems))
 
 
@@ -160,29 +160,67 @@ def read_group(name: str, value: object, where: str, problems: list[Problem]) ->
     return targets, scheme, name
 
 
-def attention_rules(entries: Iterable[tuple[str, object, str]]) -> list[Rule]:
+def attention_rules(
+    entries: Sequence[tuple[str, object, str]], ignore: Iterable[tuple[str, str]], cached: Sequence[Rule]
+) -> list[Rule]:
     """Read which entries of ``config_groups`` mean attention modules, and quantize queries, keys and values.
 
-    They go before the scheme of the cache. A class is that of attention modules if its name says so.
+    They go before the scheme of the cache, which remains where a module is ignored, or where what matches first is no
+    target of attention. A class is that of attention modules if its name says so.
     """
-    rules = []
+    targets: dict[str, tuple[OpScheme | Unknown | None, str, str]] = {}
     for name, value, where in entries:
+        fields = ConfigFields(value if isinstance(value, dict) else {"targets": value}, where, [])  # told elsewhere
         inputs = value.get("input_activations") if isinstance(value, dict) and not value.get("weights") else None
-        if not isinstance(inputs, dict):
-            continue
-        fields = ConfigFields(value, where, [])  # what is wrong with it is told when it is read for layers
-        scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), []))
-        of_queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
-        for text, place in fields.texts_of("targets"):
-            kind: Literal["module", "module_regex", "any"] = "module"
-            if text.startswith(_REGEX):
-                kind = "module_regex"
-            elif "attention" in text.lower() and text.isidentifier():
-                kind = "any"
-            pattern = Pattern(kind, text.removeprefix(_REGEX), types=CACHED)
-            rules.append(Rule(pattern, scheme, f"{name}: {text}", place))
-            rules.append(Rule(replace(pattern, types=("q",)), of_queries, f"{name}: {text}", place))
+        scheme = None
+        if isinstance(inputs, dict):
+            scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), fields.problems))
+        targets |= {text: (scheme, f"{name}: {text}", place) for text, place in fields.texts_of("targets")}
+    if all(scheme is None for scheme, _, _ in targets.values()):
+        return []
+    rest = cached[0].scheme if cached else None
+    rules = [
+        rule for text, where in ignore for rule in _of_attention(_of_module(text), rest, None, f"ignore: {text}", where)
+    ]
+    for text in sorted(targets, key=lambda text: (_rank(text), text)):
+        scheme, label, place = targets[text]
+        pattern = _of_module(text)
+        if scheme is not None:
+            narrow = replace(pattern, kind="module_narrow") if pattern.kind == "module_start" else pattern
+            queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
+            rules += _of_attention(narrow, scheme, queries, label, place, _rank(text))
+        if pattern.kind == "module_start" or (pattern.kind == "module" and scheme is None):
+            rules += _of_attention(pattern, rest, None, label, place)
     return rules
+
+
+def _rank(text: str) -> int:
+    """Place in the order in which targets of attention hold: names, expressions, classes."""
+    return 1 if text.startswith(_REGEX) else 2 if _is_class_of_attention(text) else 0
+
+
+def _is_class_of_attention(text: str) -> bool:
+    return "attention" in text.lower() and text.isidentifier()
+
+
+def _of_module(text: str) -> Pattern:
+    kind: Literal["module", "module_start", "any"] = "any" if _is_class_of_attention(text) else "module"
+    return Pattern("module_start" if text.startswith(_REGEX) else kind, text.removeprefix(_REGEX))
+
+
+def _of_attention(
+    pattern: Pattern,
+    scheme: OpScheme | Unknown | None,
+    queries: OpScheme | Unknown | None,
+    label: str,
+    where: str,
+    rank: int | None = None,
+) -> list[Rule]:
+    """Rules for keys and values, and for queries, of the modules that a pattern means."""
+    return [
+        Rule(replace(pattern, types=types), each, label, where, rank=rank)
+        for types, each in ((CACHED, scheme), (("q",), queries))
+    ]
 
 
 def preset(name: str, where: str) -> OpScheme | None:

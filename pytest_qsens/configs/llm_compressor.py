@@ -170,7 +170,7 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
         groups = [(of, observed(scheme, observer), group) for of, scheme, group in groups]
     if not groups and not cached:
         raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
-    return [*attention_rules(entries), *cached, *ordered(groups, ignore, fields.problems)]
+    return [*attention_rules(entries, ignore, cached), *cached, *ordered(groups, ignore, fields.problems)]
 
 
 def _observer(fields: ConfigFields) -> str:
