@@ -160,7 +160,7 @@ def _observer(fields: ConfigFields, options: ConfigFields) -> str:
         raise QsensError(f"{fields.at('calibrate_method')}: {value!r} is not one of {', '.join(_METHODS)}")
     if name == "Percentile":
         share = options.optional_number("CalibPercentile")
-        share = PERCENTILE if share is None else share
+        share = PERCENTILE if share is None else round(share, 9)  # as many digits as a name has
         if not 50 <= share < 100:
             raise QsensError(f"{options.at('CalibPercentile')}: {share:g} is not possible, from 50 to below 100 is")
         return percentile_name(share)

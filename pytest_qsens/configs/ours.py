@@ -86,7 +86,8 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
             rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), cached, label, where))
             if scheme.queries:
                 rules.append(Rule(Pattern("glob", glob, types=_only(types, "q")), scheme, label, where))
-        elif is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
+        # these schemes mean embeddings, too, in a way of their own; not where a weight's scheme is given to one of them
+        elif is_simulated(scheme) and (scheme.activation or not (types == ("embedding",) or _is_name(glob))):
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
             types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
             rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
@@ -94,6 +95,11 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
             layers = tuple(name for name in types if name not in STATES)
             rules.append(Rule(Pattern("glob", glob, types=layers or (("",) if types else ())), scheme, label, where))
     return rules
+
+
+def _is_name(glob: str) -> bool:
+    """Whether one op alone is meant, and its scheme as it stands."""
+    return not set("*?[") & set(glob)
 
 
 def _only(types: tuple[str, ...], name: str) -> tuple[str, ...]:

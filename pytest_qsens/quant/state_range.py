@@ -36,6 +36,18 @@ class StateRange:
         else:
             self._observer = PerChannelMinMaxObserver() if apart else MinMaxObserver()
 
+    @property
+    def about(self) -> str:
+        """What has a scale of its own."""
+        return {"head": "a scale per head", "channel": "a scale per channel"}.get(self._granularity, "one scale")
+
+    def fits(self, values: Tensor) -> bool:
+        """Whether these have as many scales as what was seen before."""
+        if self._granularity not in ("head", "channel"):
+            return True
+        seen = self.state()["min_val"].numel()
+        return seen in (0, values.shape[1] * (values.shape[3] if self._granularity == "channel" else 1))
+
     def observe(self, values: Tensor) -> None:
         """Take the values of one call."""
         if self._granularity == "head":

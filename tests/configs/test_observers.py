@@ -193,6 +193,11 @@ def test_modelopts_other_algorithms_are_told(tmp_path: Path) -> None:
             "w8a8_tensor_percentile",
             None,
         ),
+        (
+            {"calibrate_method": "Percentile", "extra_options": {"CalibPercentile": 99.9999999991}},
+            "w8a8_tensor_percentile99.999999999",
+            None,
+        ),
         ({"calibrate_method": "Entropy"}, "w8a8_tensor_minmax", "it compares no thresholds"),
         ({"calibrate_method": "Distribution"}, "w8a8_tensor_minmax", "the mean and the deviation"),
         (
@@ -212,3 +217,11 @@ def test_onnx_runtime(tmp_path: Path, arguments: dict[str, object], scheme: str,
     assert problem is None or problem in found[0]
     with pytest.raises(QsensError, match="'calibrate_method': 'Best' is not one of MinMax, Percentile"):
         read_config(write(tmp_path / "bad.json", {"nodes_to_exclude": [], "calibrate_method": "Best"}))
+
+
+@pytest.mark.parametrize("share", [100, 99.9999999999, 49])
+def test_percentiles_that_cannot_be(tmp_path: Path, share: float) -> None:
+    """Also one that is 100 with as many digits as a name has."""
+    options = {"calibrate_method": "Percentile", "extra_options": {"CalibPercentile": share}}
+    with pytest.raises(QsensError, match=r"'CalibPercentile': \d+ is not possible, from 50 to below 100 is"):
+        read_config(write(tmp_path / "ort.json", {"nodes_to_exclude": [], **options}))
