@@ -16,7 +16,7 @@ from pytest_qsens.configs.modelopt_quantizers import read_quant_cfg
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
-from pytest_qsens.quant.op_scheme import OpScheme, Unknown, parse
+from pytest_qsens.quant.op_scheme import NotTold, OpScheme, Unknown, parse
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -216,8 +216,10 @@ def _searched(document: Document, inside: dict[str, Any], place: str, problems: 
     fields.skip("candidate_formats", "quantization_formats", "cost_excluded_layers", "cost", "cost_model", "verbose")
     fields.changes_numbers("kv_cache", "keys and values of attention are quantized, which is not measured")
     fields.finish()
-    undecided = Unknown(
-        f"{_AUTO}'s choice", f"{_AUTO} chooses the scheme; give the config that it chose (get_auto_quantize_config)"
+    undecided = NotTold(
+        f"{_AUTO}'s choice",
+        f"{_AUTO} chooses the scheme; give the config that it chose (get_auto_quantize_config), or pytest "
+        "--qsens-scheme beside it",
     )
     rules.append(
         Rule(

@@ -17,7 +17,7 @@ from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.quant.observer_names import percentile_name
-from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
+from pytest_qsens.quant.op_scheme import ActivationScheme, NotTold, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -114,10 +114,13 @@ def _rule(name: str, where: str, problems: list[Problem]) -> Rule | None:
     return Rule(Pattern("name", module, types=types), None, f"{_EXCLUDE}: {name}", where)
 
 
+_NOT_TOLD = "the file says what is not quantized, and not how the rest is; pytest takes --qsens-scheme beside it"
+
+
 def _rest(fields: ConfigFields) -> OpScheme | Unknown:
     """How everything is quantized that is not left out; defaults are those of ``quantize_static``."""
     if not any(fields.peek(key) is not None for key in _ARGUMENTS):
-        return Unknown("not told", "the file says what is not quantized, and not how the rest is")
+        return NotTold("not told", _NOT_TOLD)
     options = fields.inner("extra_options") or ConfigFields({}, fields.where, fields.problems)
     weight_type, activation_type = _type(fields, "weight_type", "QInt8"), _type(fields, "activation_type", "QUInt8")
     per_channel = fields.flag("per_channel", default=False)

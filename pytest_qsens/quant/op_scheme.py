@@ -163,6 +163,11 @@ class Unknown:
     reason: str
 
 
+@dataclass(frozen=True)
+class NotTold(Unknown):
+    """An op of which a file only says that it is quantized: it lists what is not."""
+
+
 def parse(name: str) -> OpScheme | None:
     """Scheme with this canonical name; ``None`` if there is none.
 

@@ -243,7 +243,9 @@ def test_models_without_any_are_told(tmp_path: Path) -> None:
 def assignments(draw: st.DrawFn) -> dict[str, OpScheme | None]:
     """Give layers and states schemes: all states alike or not, queries with the others of their module or not."""
     layer = draw(st.sampled_from([None, "w8a8_dynamic", "fp8_static_tensor", "w8a8_static_act_sym_minmax"]))
-    usual = st.sampled_from([None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_fp8_moving_average", "kv_nvfp4_local"))])
+    usual = st.sampled_from(
+        [None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_fp8_moving_average", "kv_nvfp4_local"))]
+    )
     one = draw(st.one_of(usual, cache_schemes()))
     one = None if one is None else replace(one, queries=False)
     found = {op.name: named(layer, "test") if layer and op.type == "linear" else None for op in LLAMA}
@@ -321,7 +323,9 @@ def all_alike(layer: str, cache: str) -> dict[str, OpScheme | None]:
     return found | {op.name: named(cache, "test") for op in KV} | {op.name: None for op in QUERIES}
 
 
-@pytest.mark.parametrize("cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_moving_average", "kv_int8_dynamic_tensor"])
+@pytest.mark.parametrize(
+    "cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_moving_average", "kv_int8_dynamic_tensor"]
+)
 def test_compressed_tensors_takes_what_is_written(cache: str) -> None:
     """It parses the file, and puts quantizers before the caches of a model's attention modules."""
     text = json.loads(write_config(all_alike("w8a8_dynamic", cache), OPS, "compressed-tensors"))

@@ -115,7 +115,9 @@ LAYERS = {"layers": {"weights": {"num_bits": 8, "type": "int", "strategy": "chan
 @example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=False)
 @example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=True)
 @example(groups=[("fp8", "re:.*self_attn$"), ("int8", "model.layers.0.self_attn")], ignore=[], cached=False)
-@example(groups=[("fp8", "LlamaAttention"), ("int8", "re:.*layers.0.self_attn$")], ignore=["LlamaAttention"], cached=True)
+@example(
+    groups=[("fp8", "LlamaAttention"), ("int8", "re:.*layers.0.self_attn$")], ignore=["LlamaAttention"], cached=True
+)
 @example(groups=[("fp8", "LlamaAttention"), ("layers", "re:.*layers.0.*")], ignore=[], cached=True)
 @given(
     groups=st.lists(

@@ -43,7 +43,16 @@ _WEIGHT_ONLY = {
 }
 _COMPRESSED = {
     "linear": [
-        *(NONE, "w8a8_minmax", "w8a8_static_minmax", "w8a8_dynamic", "w8a16", "w4a16_g128_asym", "w3a16_tensor", "wfp8a16_block8x4"),
+        *(
+            NONE,
+            "w8a8_minmax",
+            "w8a8_static_minmax",
+            "w8a8_dynamic",
+            "w8a16",
+            "w4a16_g128_asym",
+            "w3a16_tensor",
+            "wfp8a16_block8x4",
+        ),
         *("fp8_dynamic", "fp8_static_tensor", "fp8_dynamic_block128x128_act_g128", "nvfp4_local", "mxfp4_dynamic"),
         *("wmxfp6amxfp8_dynamic", "wfp4a16_g32", "w4afp8_dynamic_g128"),
         *("w8a8_tensor_minmax", "w8a8_static_act_sym_moving_average", "fp8_static_moving_average"),
@@ -85,7 +94,15 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
     "modelopt": [
         {
             "linear": [
-                *(NONE, "w8a16", "w8a8_static_act_sym_minmax", "w4a16_g128", "w4a16_g64", "fp8_dynamic", "fp8_static_tensor"),
+                *(
+                    NONE,
+                    "w8a16",
+                    "w8a8_static_act_sym_minmax",
+                    "w4a16_g128",
+                    "w4a16_g64",
+                    "fp8_dynamic",
+                    "fp8_static_tensor",
+                ),
                 *("wfp8a16_block128x128", "nvfp4_local", "wnvfp4a16", "wnvfp4afp8_static", "wmxfp4afp8_static"),
                 *("mxfp8_dynamic", "mxfp4_dynamic"),
             ],
@@ -97,7 +114,12 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
         {
             "linear": [
                 *(NONE, "w4a16_g128", "w8a16", "w3a16_tensor", "wfp8a16_block16x32", "w8a8_static_act_sym_minmax"),
-                *("w8a8_tensor_act_sym_minmax", "fp8_static_tensor_requant", "fp8_dynamic", "fp8_dynamic_tensor_act_tensor"),
+                *(
+                    "w8a8_tensor_act_sym_minmax",
+                    "fp8_static_tensor_requant",
+                    "fp8_dynamic",
+                    "fp8_dynamic_tensor_act_tensor",
+                ),
                 *("nvfp4_local", "wnvfp4afp8_static", "mxfp8_dynamic", "wmxfp4a16", "w16afp8_static"),
             ],
             "conv2d": [NONE, "w8a16", "fp8_static_tensor"],

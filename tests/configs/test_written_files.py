@@ -84,6 +84,7 @@ def test_files_of_onnx_runtime() -> None:
     assert {op for op, scheme in named.items() if scheme == "unquantized"} == left_out
     assert set(named.values()) == {"unquantized", "not told"}
     assert full == {op: "unquantized" if op in left_out else "w8a8_minmax" for op in named} | {"embed": "w8a16_tensor"}
+    assert complaints(FILES / "onnxruntime_static.json", ops) == []
     assert "says what is not quantized, and not how the rest is" in complaints(FILES / "onnxruntime_nodes.txt", ops)[0]
 
 
