@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,11 @@ def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
     if name in target.observers:
         return None
     what = "activations" if scheme.cache is None else "keys and values"
-    return f"ranges of {what} are found by {observer}; it has {' and '.join(target.observers)}"
+    why = f"ranges of {what} are found by {observer}; it has {' and '.join(target.observers)}"
+    if observer == "histogram" and scheme.activation is not None:
+        near = replace(scheme, activation=replace(scheme.activation, observer="minmax")).name
+        why += f" (measure {near!r} to write that)"
+    return why
 
 
 def _can(assigned: Sequence[Assigned], target: Target) -> bool:
