@@ -112,6 +112,21 @@ def test_llm_compressor(tmp_path: Path, more: str, scheme: str, problems: list[s
     assert all(problem in text for problem, text in zip(problems, found, strict=True))
 
 
+@pytest.mark.parametrize(("name", "problems"), [("static_minmax", 0), ("minmax", 1)])
+def test_scales_of_tensors_beside_local_ones(tmp_path: Path, name: str, problems: int) -> None:
+    """They are those of the extremes of all batches; a moving average of them is told, in both files."""
+    recipe = RECIPE.replace("scheme: FP8", "scheme: NVFP4") + f"      input_observer: {name}\n"
+    path = write(tmp_path / "recipe.yaml", recipe)
+    assert says(path, LINEAR)["fc1"] == "nvfp4_local"
+    assert len(complaints(path, LINEAR)) == problems
+    nvfp4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    inputs = {**nvfp4, "dynamic": "local", "observer": name}
+    group = {"targets": ["Linear"], "weights": nvfp4, "input_activations": inputs}
+    path = write(tmp_path / "config.json", {"config_groups": {"group_0": group}})
+    assert says(path, LINEAR)["fc1"] == "nvfp4_local"
+    assert len(complaints(path, LINEAR)) == problems
+
+
 def test_smoothquant_of_llm_compressor_is_told(tmp_path: Path) -> None:
     """It is another one than the paper's, for some layers, and the message says so."""
     recipe = RECIPE.replace("      scheme: FP8", "      scheme: W8A8").replace(

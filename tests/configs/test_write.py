@@ -295,7 +295,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8_static_act_sym"},
             (
                 "fc1 (linear): modelopt cannot say 'w8a8_static_act_sym': ranges of activations are found by "
-                "histogram; it has minmax (measure 'w8a8_static_act_sym_minmax' to write that). qsens can say all that is asked for."
+                "histogram; it has minmax (measure 'w8a8_static_act_sym_minmax' to write that). qsens can say all that "
+                "is asked for."
             ),
         ),
         (
