@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.compressed_tensors import Group, attention_rules, ordered, preset, read_cache, read_group
+from pytest_qsens.configs.compressed_tensors import Group, ordered, preset, read_group
+from pytest_qsens.configs.compressed_tensors_states import attention_rules, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.observers import named_by_llm_compressor, observed

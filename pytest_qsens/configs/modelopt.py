@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_qsens.configs.compressed_tensors import cache_rule, read_cache
+from pytest_qsens.configs.compressed_tensors_states import cache_rule, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.modelopt_quantizers import read_quant_cfg
