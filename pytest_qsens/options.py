@@ -279,6 +279,8 @@ class Options:
     root: Path
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Where a value was given, for messages: the option, the ini key or the marker's keyword."""
+    config_rest: str | None = None
+    """Scheme that is given beside the config, in the same place: of what it does not exclude."""
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Options:
@@ -344,8 +346,10 @@ class Options:
 
             parse_op_gates(values["fail"], origins["fail"])
         _choose_quantization(values, origins)
-        if "scheme" in values:
+        if values.get("scheme") is not None:
             values |= _NO_CONFIG
+        else:
+            values.pop("scheme", None)
         options = replace(self, **values, origins=origins)
         options.check_config()
         return options
@@ -412,7 +416,7 @@ class Options:
         from pytest_qsens.configs.gate import ConfigRequest
 
         strict = self.config_problems == "error"
-        return ConfigRequest(str(self.config), self.config_format, strict, self.config_down)
+        return ConfigRequest(str(self.config), self.config_format, strict, self.config_down, self.config_rest)
 
     @property
     def run_spec(self) -> RunSpec:
@@ -532,24 +536,23 @@ def declare(parser: pytest.Parser) -> None:
     )
 
 
-_NO_CONFIG: dict[str, Any] = {"config": None, "config_format": None, "config_down": None}
+_NO_CONFIG: dict[str, Any] = {"config": None, "config_format": None, "config_down": None, "config_rest": None}
 
 
 def _choose_quantization(values: dict[str, Any], origins: Mapping[str, str]) -> None:
     """Take the scheme or the config, whichever is given closer to the test: the command line goes before the ini file.
 
-    Raises:
-        QsensError: If both are given in one place.
-
+    Given in one place, the scheme is of what the config does not exclude; whether it only excludes is in the file.
     """
     given = [name for name in ("scheme", "config") if values.get(name) is not None]
+    if values.get("config") is not None:
+        values["config_rest"] = None
     if len(given) == 2:
         in_ini = [origins[name].endswith(" in the ini file") for name in given]
         if in_ini[0] == in_ini[1]:
-            raise QsensError(
-                f"{origins['config']} says the scheme of each op, and {origins['scheme']} that of all. Leave one out"
-            )
-        values |= {"scheme": None} if in_ini[0] else _NO_CONFIG
+            values |= {"config_rest": values["scheme"], "scheme": None}
+        else:
+            values |= {"scheme": None} if in_ini[0] else _NO_CONFIG
 
 
 def joined(arguments: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import STATES, Op
-from pytest_qsens.quant.op_scheme import Unknown
+from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 from pytest_qsens.results import load
 
 if TYPE_CHECKING:
@@ -50,8 +50,29 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
     if given.strict and problems:
         raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
     if given.to is not None:
+        if given.ops_from is not None:
+            _check_states(config, decisions, given.ops_from)
         _convert(config, decisions, given.to, given.out)
     return config, told(decisions), problems
+
+
+def _check_states(config: Config, decisions: Sequence[Decision], result: Path) -> None:
+    """Refuse to leave out what a config says of keys and values, which results of layers do not list.
+
+    Raises:
+        QsensError: If it says something of them, and there are none.
+
+    """
+    if any(decision.op.type in STATES for decision in decisions):
+        return
+    for rule in config.rules:
+        scheme = rule.scheme
+        if isinstance(scheme, OpScheme) and scheme.cache is not None:
+            raise QsensError(
+                f"{rule.where}: {rule.label!r} quantizes keys and values of attention as {scheme.name}, and "
+                f"{result} lists none, so they would be missing in what is written. Give --model, or the result of a "
+                "run that measured them."
+            )
 
 
 def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:

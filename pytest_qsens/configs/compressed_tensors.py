@@ -8,15 +8,14 @@ linear layers and embeddings are quantized.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
+from pytest_qsens.configs.compressed_tensors_arguments import arguments, read_observer
+from pytest_qsens.configs.compressed_tensors_states import REGEX, attention_rules, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
-from pytest_qsens.configs.observers import check_averaging, named_by_llm_compressor
 from pytest_qsens.configs.rules import Config, Pattern, Problem, Rule, regex
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import CACHED
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme, parse
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ NAME = "compressed-tensors"
 TITLE = "compressed-tensors (config.json with 'quantization_config', or that object alone: 'config_groups')"
 
 QUANTIZED = ("linear", "embedding")
-_REGEX = "re:"
-_STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 
 PRESETS: dict[str, str | None] = {
     "UNQUANTIZED": None,
@@ -99,42 +96,8 @@ def read(document: Document) -> Config:
     ignore = fields.texts_of("ignore")
     fields.finish()
     about = "quantization_config of compressed-tensors"
-    rules = (*attention_rules(entries), *cached, *ordered(groups, ignore, problems))
+    rules = (*attention_rules(entries, ignore, cached), *cached, *ordered(groups, ignore, problems))
     return Config(str(document.path), NAME, about, rules, tuple(problems))
-
-
-def read_cache(fields: ConfigFields, key: str) -> list[Rule]:
-    """Read how keys and values of all attention modules are quantized; no rule if they are not."""
-    if fields.peek(key) in (None, "NONE", "none"):
-        fields.take(key)
-        return []
-    inside = fields.inner(key)
-    return [] if inside is None else [cache_rule(_cache(inside), key, inside.where)]
-
-
-def cache_rule(scheme: OpScheme | Unknown, label: str, where: str) -> Rule:
-    """Return the rule of a scheme of all keys and values."""
-    return Rule(Pattern("any", "", types=CACHED), scheme, label, where)
-
-
-def _cache(fields: ConfigFields) -> OpScheme | Unknown:
-    dtype, strategy, size, symmetric, dynamic = _arguments(fields)
-    _observer(fields, None)  # static scales are of the extremes
-    fields.changes_numbers("actorder", "keys and values have none", False)
-    fields.finish()
-    if strategy == "tensor_group" and dtype != "nvfp4":
-        return Unknown(f"{dtype} tensor_group", f"keys and values are {dtype} with scales of groups and of the tensor")
-    if strategy == "token":
-        return Unknown(f"{dtype} token", "keys and values have a scale for each head of each sample, not of each token")
-    granularity: Granularity = "tensor"
-    if strategy in ("group", "tensor_group"):
-        granularity = "group"
-    elif strategy == "attn_head":
-        granularity = "head"
-    elif strategy != "tensor":
-        raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
-    kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
-    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric))
 
 
 Group = tuple[list[tuple[str, str]], "OpScheme | Unknown | None", str]
@@ -152,31 +115,6 @@ def read_group(name: str, value: object, where: str, problems: list[Problem]) ->
     scheme = read_scheme(fields)
     fields.finish()
     return targets, scheme, name
-
-
-def attention_rules(entries: Iterable[tuple[str, object, str]]) -> list[Rule]:
-    """Read which entries of ``config_groups`` mean attention modules, and quantize queries, keys and values.
-
-    They go before the scheme of the cache. A class is that of attention modules if its name says so.
-    """
-    rules = []
-    for name, value, where in entries:
-        inputs = value.get("input_activations") if isinstance(value, dict) and not value.get("weights") else None
-        if not isinstance(inputs, dict):
-            continue
-        fields = ConfigFields(value, where, [])  # what is wrong with it is told when it is read for layers
-        scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), []))
-        of_queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
-        for text, place in fields.texts_of("targets"):
-            kind: Literal["module", "module_regex", "any"] = "module"
-            if text.startswith(_REGEX):
-                kind = "module_regex"
-            elif "attention" in text.lower() and text.isidentifier():
-                kind = "any"
-            pattern = Pattern(kind, text.removeprefix(_REGEX), types=CACHED)
-            rules.append(Rule(pattern, scheme, f"{name}: {text}", place))
-            rules.append(Rule(replace(pattern, types=("q",)), of_queries, f"{name}: {text}", place))
-    return rules
 
 
 def preset(name: str, where: str) -> OpScheme | None:
@@ -212,8 +150,8 @@ def read_scheme(fields: ConfigFields) -> OpScheme | Unknown | None:
 
 
 def _weight(fields: ConfigFields) -> WeightScheme | Unknown:
-    dtype, strategy, size, symmetric, dynamic = _arguments(fields)
-    _observer(fields, None)
+    dtype, strategy, size, symmetric, dynamic = arguments(fields)
+    read_observer(fields, None)
     fields.changes_numbers("actorder", "columns are quantized in an order of their own", False)
     fields.finish()
     if dynamic or strategy in ("token", "attn_head"):
@@ -225,9 +163,9 @@ def _weight(fields: ConfigFields) -> WeightScheme | Unknown:
 
 
 def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
-    dtype, strategy, size, symmetric, dynamic = _arguments(fields)
+    dtype, strategy, size, symmetric, dynamic = arguments(fields)
     kind: Kind = "local" if dynamic == "local" else "dynamic" if dynamic else "static"
-    observer = _observer(fields, kind)
+    observer = read_observer(fields, kind)
     fields.changes_numbers("actorder", "activations have none", False)
     fields.finish()
     if strategy == "attn_head":
@@ -236,64 +174,6 @@ def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
         return Unknown(f"{dtype} tensor_group", f"activations are {dtype} with scales of groups and of the tensor")
     granularity: Granularity = "group" if strategy == "tensor_group" else cast("Granularity", strategy)
     return ActivationScheme(dtype, kind, granularity, size, symmetric, observer)
-
-
-def _observer(fields: ConfigFields, kind: Kind | None) -> str:
-    """Read ``observer``; without a kind, as that of a weight."""
-    found = named_by_llm_compressor(fields, "observer", fields.optional_text("observer"), kind)
-    check_averaging(fields, found)
-    return found
-
-
-def _arguments(fields: ConfigFields) -> tuple[str, str, tuple[int, ...], bool, bool | str]:
-    """Read ``QuantizationArgs``: dtype, strategy, size of a group or block, symmetric, dynamic."""
-    bits = fields.integer("num_bits")
-    bits = 8 if bits is None else bits
-    kind = fields.known("type", ("int", "float"), "int")
-    symmetric = fields.flag("symmetric", default=True)
-    group = fields.integer("group_size")
-    block = _block(fields)
-    strategy = fields.known("strategy", _STRATEGIES, "")
-    if not strategy:  # inferred, as compressed-tensors does it
-        strategy = "tensor" if group is None else "group" if group > 0 else "channel"
-    if (strategy in ("group", "tensor_group")) != (group is not None and group > 0):
-        raise QsensError(f"{fields.where}: strategy {strategy!r} does not go with group_size {as_text(group)}.")
-    if (strategy == "block") != (block is not None):
-        raise QsensError(f"{fields.where}: strategy {strategy!r} does not go with block_structure {as_text(block)}.")
-    dynamic = fields.take("dynamic")
-    if type(dynamic) is not bool and dynamic not in (None, "local"):
-        raise QsensError(f"{fields.at('dynamic')}: true, false or 'local' is needed, found {as_text(dynamic)}")
-    scale = fields.optional_text("scale_dtype")
-    fields.skip("zp_dtype")
-    dtype = _dtype(fields, bits, kind, strategy, group, scale)
-    size = tuple(block) if block is not None else (group,) if group is not None and group > 0 else ()
-    return dtype, strategy, size, symmetric, bool(dynamic) if dynamic != "local" else "local"
-
-
-def _block(fields: ConfigFields) -> list[int] | None:
-    value = fields.take("block_structure")
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [int(part) if part.isdecimal() and len(part) < 10 else part for part in value.split("x")]
-    if type(value) is not list or len(value) != 2 or any(type(n) is not int or not 0 < n < 10**9 for n in value):
-        raise QsensError(f"{fields.at('block_structure')}: [rows, columns] is needed, found {as_text(value)}")
-    return value
-
-
-def _dtype(fields: ConfigFields, bits: int, kind: str, strategy: str, group: int | None, scale: str | None) -> str:
-    if kind == "int":
-        if not 1 <= bits <= 16:
-            raise QsensError(f"{fields.at('num_bits')}: {bits} is not possible for integers, 1 to 16 are")
-        return f"int{bits}"
-    floats = {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
-    if bits not in floats:
-        raise QsensError(f"{fields.at('num_bits')}: there are floats of 4, 6 and 8 bits, not of {bits}")
-    if strategy == "group" and group == 32 and scale is not None and scale.removeprefix("torch.") == "uint8":
-        return f"mxfp{bits}"  # scales are powers of two, kept as their exponents
-    if strategy == "tensor_group" and bits == 4 and group == 16:
-        return "nvfp4"
-    return floats[bits]
 
 
 def ordered(groups: Sequence[Group], ignore: Iterable[tuple[str, str]], problems: list[Problem]) -> list[Rule]:
@@ -327,6 +207,6 @@ def _with_rank(rule: Rule, rank: int) -> Rule:
 
 def patterns(text: str, where: str) -> list[Pattern]:
     """Take a target or an entry of ``ignore`` apart: an expression, or a name, of a module or of a class."""
-    if text.startswith(_REGEX):
-        return [Pattern("regex_start", regex(text.removeprefix(_REGEX), where))]
+    if text.startswith(REGEX):
+        return [Pattern("regex_start", regex(text.removeprefix(REGEX), where))]
     return [Pattern("name", text), Pattern("class", text)]

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.decisions import decide, scheme_name, told
 from pytest_qsens.configs.read import read_config
-from pytest_qsens.configs.simulated import simulating
+from pytest_qsens.configs.simulated import EMBEDDING, is_simulated, simulating
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES
 from pytest_qsens.quant.assignment import Assigned, Assignment
-from pytest_qsens.quant.op_scheme import parse
+from pytest_qsens.quant.op_scheme import NotTold, parse
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_qsens.configs.rules import Decision
+    from pytest_qsens.configs.rules import Config, Decision
     from pytest_qsens.ops import Op
     from pytest_qsens.results import Status
 
@@ -39,6 +39,7 @@ class ConfigRequest:
         format: Its format, if it is forced.
         strict: Whether what is wrong with it is an error.
         down: Scheme of the ops that it leaves unquantized, if it is measured what quantizing them, too, would cost.
+        rest: Scheme of all that it does not exclude, of a file that only excludes ops.
 
     """
 
@@ -46,6 +47,7 @@ class ConfigRequest:
     format: str | None = None
     strict: bool = True
     down: str | None = None
+    rest: str | None = None
 
 
 def label_of(path: Path, origin: str) -> str:
@@ -77,8 +79,11 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
     """
     path = Path(request.path)
     config = read_config(path, request.format)
+    if request.rest is not None:
+        config = _completed(config, request.rest)
     about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     about |= {} if request.down is None else {"down": request.down}
+    about |= {} if request.rest is None else {"scheme": request.rest}
     decisions, problems = decide(config, ops)
     wrong = tuple(map(str, problems))
     if wrong and request.strict:
@@ -96,6 +101,31 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
             "`qsens config FILE --model MODEL` tells what it says"
         )
     return Assigned(assignment, about, wrong)
+
+
+def _completed(config: Config, rest: str) -> Config:
+    """Give what a file does not exclude a scheme, which means embeddings as it does where it is that of all ops.
+
+    Raises:
+        QsensError: If the file says itself how ops are quantized, or the scheme is not of layers.
+
+    """
+    if not config.only_excludes:
+        raise QsensError(
+            f"{config.path} says the scheme of each op, and the scheme that is given beside it, {rest}, that of all. "
+            "Leave one out"
+        )
+    scheme = scheme_named(rest, "scheme").parts
+    if scheme.cache is not None:
+        raise QsensError(f"{config.path} excludes layers, and the scheme that is given beside it, {rest}, is of none")
+    of_embeddings = EMBEDDING if is_simulated(scheme) else None
+    rules = tuple(
+        replace(rule, scheme=of_embeddings if rule.pattern.types == ("embedding",) else scheme)
+        if isinstance(rule.scheme, NotTold)
+        else rule
+        for rule in config.rules
+    )
+    return replace(config, rules=rules)
 
 
 def _assignment(decisions: Sequence[Decision], down: str | None) -> Assignment:

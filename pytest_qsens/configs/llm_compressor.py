@@ -10,16 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.compressed_tensors import Group, attention_rules, ordered, preset, read_cache, read_group
+from pytest_qsens.configs.compressed_tensors import Group, ordered, preset, read_group
+from pytest_qsens.configs.compressed_tensors_states import attention_rules, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.observers import named_by_llm_compressor, observed
 from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
 from pytest_qsens.errors import QsensError
+from pytest_qsens.quant.op_scheme import OpScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.op_scheme import Unknown
 
 NAME = "llm-compressor"
 TITLE = "llm-compressor (recipe.yaml: '..._stage', '..._modifiers')"
@@ -167,10 +170,17 @@ def _modifier(name: str, fields: ConfigFields) -> list[Rule]:
     groups += _schemes(fields, targets)
     fields.finish()
     if observer:
+        if observer != "minmax" and any(_is_local(scheme) for _, scheme, _ in groups):
+            why = f"scales of tensors beside local ones are found by {observer}, which is not simulated (minmax is)"
+            fields.problems.append(Problem(fields.where, why))
         groups = [(of, observed(scheme, observer), group) for of, scheme, group in groups]
     if not groups and not cached:
         raise QsensError(f"{fields.where}: there is neither 'scheme' nor 'config_groups'. Say how to quantize.")
-    return [*attention_rules(entries), *cached, *ordered(groups, ignore, fields.problems)]
+    return [*attention_rules(entries, ignore, cached), *cached, *ordered(groups, ignore, fields.problems)]
+
+
+def _is_local(scheme: OpScheme | Unknown | None) -> bool:
+    return isinstance(scheme, OpScheme) and scheme.activation is not None and scheme.activation.kind == "local"
 
 
 def _observer(fields: ConfigFields) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_qsens.configs.compressed_tensors import cache_rule, read_cache
+from pytest_qsens.configs.compressed_tensors_states import cache_rule, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.modelopt_quantizers import read_quant_cfg
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
-from pytest_qsens.quant.op_scheme import OpScheme, Unknown, parse
+from pytest_qsens.quant.op_scheme import NotTold, OpScheme, Unknown, parse
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -34,7 +34,7 @@ ALGORITHMS: dict[str, str | None] = {
     "W4A16_AWQ": "w4a16_g{}",
     "W4A8_AWQ": None,
     "W8A16": "w8a16",
-    "W8A8_SQ_PER_CHANNEL": "w8a8_static_act_sym",
+    "W8A8_SQ_PER_CHANNEL": "w8a8_static_act_sym_minmax",
     "NVFP4": "nvfp4_local",
     "NVFP4_AWQ": "nvfp4_local",
     "NVFP4_SVD": None,
@@ -126,7 +126,7 @@ def _exported(document: Document, inside: dict[str, Any], path: tuple[str, ...],
         outer.finish()
     # groups and a scheme of the cache repeat, in other words, what the algorithms say
     fields.skip("producer", "quant_method", "config_groups")
-    cached = _cache(fields) or read_cache(fields, "kv_cache_scheme")
+    cached = _cache(fields) or read_cache(fields, "kv_cache_scheme", "static_minmax")
     fields.skip("kv_cache_scheme")  # the same in other words
     excluded = [*fields.texts_of("exclude_modules"), *fields.texts_of("ignore")]
     layers = fields.table("quantized_layers")
@@ -216,8 +216,10 @@ def _searched(document: Document, inside: dict[str, Any], place: str, problems: 
     fields.skip("candidate_formats", "quantization_formats", "cost_excluded_layers", "cost", "cost_model", "verbose")
     fields.changes_numbers("kv_cache", "keys and values of attention are quantized, which is not measured")
     fields.finish()
-    undecided = Unknown(
-        f"{_AUTO}'s choice", f"{_AUTO} chooses the scheme; give the config that it chose (get_auto_quantize_config)"
+    undecided = NotTold(
+        f"{_AUTO}'s choice",
+        f"{_AUTO} chooses the scheme; give the config that it chose (get_auto_quantize_config), or pytest "
+        "--qsens-scheme beside it",
     )
     rules.append(
         Rule(

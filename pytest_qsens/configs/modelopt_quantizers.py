@@ -65,7 +65,7 @@ class QuantCfg(Config):
     """Entries of ``quant_cfg`` in the order of the file, and how what they leave open is found."""
 
     entries: tuple[_Entry, ...] = ()
-    calibration: _Calibration | None = None
+    calibration: _Calibration = _Calibration()
 
     def decide(self, op: Op) -> Decision:
         """Go through the entries for each of the op's three quantizers; the last one that matches holds."""
@@ -86,9 +86,7 @@ class QuantCfg(Config):
                     deciding = entry.rule if suffix == _WEIGHT else deciding
             parts.append(attributes if enabled else None)
         matching = [*dict.fromkeys(reversed(matching))]
-        scheme = _assembled(op, *parts)
-        if self.calibration is not None:
-            scheme = self.calibration.of(op, scheme)
+        scheme = self.calibration.of(op, _assembled(op, *parts))
         rule = deciding or (matching[0] if matching else None)
         return Decision(op, scheme, rule, tuple(matching))
 
@@ -161,11 +159,9 @@ def read_quant_cfg(document: Document, name: str) -> Config:
     return QuantCfg(str(document.path), name, "quant_cfg of ModelOpt", rules, tuple(problems), entries, calibration)
 
 
-def _calibration(fields: ConfigFields) -> _Calibration | None:
-    """Read ``algorithm``: its name, or an object with it as ``method``; ``None`` if the file has none."""
+def _calibration(fields: ConfigFields) -> _Calibration:
+    """Read ``algorithm``: its name, or an object with it as ``method``; ``max`` if the file has none."""
     value, where = fields.take("algorithm"), fields.at("algorithm")
-    if value is None:
-        return None
     inside = ConfigFields(value if isinstance(value, dict) else {"method": value}, where, fields.problems)
     method = inside.optional_text("method")
     if method == "smoothquant":
@@ -178,7 +174,7 @@ def _calibration(fields: ConfigFields) -> _Calibration | None:
     if method not in (None, "max"):
         known = "'max' and 'smoothquant' are"
         fields.problem("algorithm", f"{as_text(value)} changes numbers and is not simulated: {known}")
-        return None
+        return _Calibration()
     inside.finish()
     return _Calibration()
 

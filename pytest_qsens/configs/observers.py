@@ -22,19 +22,23 @@ COMPRESSED_TENSORS = {"static_minmax": "minmax", "minmax": "moving_average"}
 NEURAL_COMPRESSOR = {"kl": "histogram", "minmax": "minmax"}
 """``algorithm`` of static activations → ours; ``kl`` is torch's `HistogramObserver` (``adaptor/pytorch.py``)."""
 
+LLM_COMPRESSORS_DEFAULT = "minmax"
+"""What finds static scales of activations, and those of tensors in local ones, where no observer is named."""
+
 _WITHOUT_MEMORY = ("minmax", "memoryless_minmax", "static_minmax")
 """All the same where one tensor is seen, as it is of weights and with dynamic scales."""
 
 _LESS = {
     "mse": "it takes a moving average of what fits each batch best, with errors to the power of 2.4; "
     "where it finds static scales, 'mse' is taken, which fits all batches, with squared errors",
+    "minmax": "it takes a moving average of the extremes of each batch, and 'static_minmax' is taken",
     "memoryless_mse": "it takes what fits the last batch best",
     "memoryless_minmax": "it takes the extremes of the last batch",
 }
 
 
 def named_by_llm_compressor(fields: ConfigFields, key: str, name: str | None, kind: Kind | None) -> str:
-    """Read an observer's name: ours, or what comes nearest; empty for the usual one. What has no equal is a problem.
+    """Read an observer's name: ours, or what comes nearest; empty if there is none. What has no equal is a problem.
 
     Args:
         fields: It is from.
@@ -48,11 +52,12 @@ def named_by_llm_compressor(fields: ConfigFields, key: str, name: str | None, ki
     lower = name.lower()
     if kind == "static" and lower in COMPRESSED_TENSORS:
         return COMPRESSED_TENSORS[lower]
-    if kind != "static" and lower in _WITHOUT_MEMORY:
+    of_one = kind in (None, "dynamic") and lower in _WITHOUT_MEMORY
+    if of_one or (kind == "local" and lower == "static_minmax"):
         return ""
     why = _LESS.get(lower, "it finds scales in its own way")
     fields.problem(key, f"{name!r} changes numbers and is not simulated: {why}")
-    return "mse" if kind == "static" and lower == "mse" else ""
+    return "" if kind != "static" else "mse" if lower == "mse" else "minmax"
 
 
 def check_averaging(fields: ConfigFields, observer: str) -> None:

@@ -17,7 +17,7 @@ from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.quant.observer_names import percentile_name
-from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, Unknown, WeightScheme
+from pytest_qsens.quant.op_scheme import ActivationScheme, NotTold, OpScheme, Unknown, WeightScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -114,10 +114,13 @@ def _rule(name: str, where: str, problems: list[Problem]) -> Rule | None:
     return Rule(Pattern("name", module, types=types), None, f"{_EXCLUDE}: {name}", where)
 
 
+_NOT_TOLD = "the file says what is not quantized, and not how the rest is; pytest takes --qsens-scheme beside it"
+
+
 def _rest(fields: ConfigFields) -> OpScheme | Unknown:
     """How everything is quantized that is not left out; defaults are those of ``quantize_static``."""
     if not any(fields.peek(key) is not None for key in _ARGUMENTS):
-        return Unknown("not told", "the file says what is not quantized, and not how the rest is")
+        return NotTold("not told", _NOT_TOLD)
     options = fields.inner("extra_options") or ConfigFields({}, fields.where, fields.problems)
     weight_type, activation_type = _type(fields, "weight_type", "QInt8"), _type(fields, "activation_type", "QUInt8")
     per_channel = fields.flag("per_channel", default=False)
@@ -151,23 +154,22 @@ PERCENTILE = 99.999
 
 
 def _observer(fields: ConfigFields, options: ConfigFields) -> str:
-    """Read ``calibrate_method``, a name or what Python prints of it; empty if the file has none."""
+    """Read ``calibrate_method``, a name or what Python prints of it; that of ``quantize_static`` if there is none."""
     value = fields.optional_text("calibrate_method")
     if value is None:
-        return ""
+        return "minmax"
     name = value.removeprefix("CalibrationMethod.")
     if name not in _METHODS:
         raise QsensError(f"{fields.at('calibrate_method')}: {value!r} is not one of {', '.join(_METHODS)}")
     if name == "Percentile":
         share = options.optional_number("CalibPercentile")
-        share = PERCENTILE if share is None else share
+        share = PERCENTILE if share is None else round(share, 9)  # as many digits as a name has
         if not 50 <= share < 100:
             raise QsensError(f"{options.at('CalibPercentile')}: {share:g} is not possible, from 50 to below 100 is")
         return percentile_name(share)
     why = _METHODS[name]
     if why is not None:
         fields.problem("calibrate_method", f"{value!r} changes numbers and is not simulated: {why}")
-        return ""
     return "minmax"
 
 

@@ -86,7 +86,8 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
             rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), cached, label, where))
             if scheme.queries:
                 rules.append(Rule(Pattern("glob", glob, types=_only(types, "q")), scheme, label, where))
-        elif is_simulated(scheme):  # these schemes mean embeddings, too, in a way of their own
+        # these schemes mean embeddings, too, in a way of their own; not where a weight's scheme is given to one of them
+        elif is_simulated(scheme) and (scheme.activation or not (types == ("embedding",) or _is_name(glob))):
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
             types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
             rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
@@ -94,6 +95,11 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
             layers = tuple(name for name in types if name not in STATES)
             rules.append(Rule(Pattern("glob", glob, types=layers or (("",) if types else ())), scheme, label, where))
     return rules
+
+
+def _is_name(glob: str) -> bool:
+    """Whether one op alone is meant, and its scheme as it stands."""
+    return not set("*?[") & set(glob)
 
 
 def _only(types: tuple[str, ...], name: str) -> tuple[str, ...]:
@@ -187,7 +193,14 @@ def _cache(fields: ConfigFields) -> ActivationScheme:
     kind = fields.choice("kind", ("static", "dynamic", "local"))
     known = ("tensor", "head", "channel", "token", "group")
     granularity, size = cast("Any", _extent(fields, known, *usual_cache(dtype, kind)))
-    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, fields.flag("symmetric", default=True))
+    symmetric = fields.flag("symmetric", default=True)
+    observer = named_by_us(fields, kind)
+    if observer not in ("", "minmax", "moving_average"):
+        raise QsensError(
+            f"{fields.at('observer')}: {observer!r} is not one of minmax, moving_average, which keys and values have"
+        )
+    observer = "" if observer == "minmax" else observer
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer)
     fields.finish()
     return scheme
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import STATES, matches
+from pytest_qsens.quant.op_scheme import NotTold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,8 @@ _IS_MEANT: dict[str, Callable[[str, str], bool]] = {
     "regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "regex_start": lambda name, text: _compiled(text).match(name) is not None,
     "module": operator.eq,
-    "module_regex": _narrowly,
+    "module_start": lambda name, text: _compiled(text).match(name) is not None,
+    "module_narrow": _narrowly,
     "class": lambda name, text: text in (name, "Module"),
     "class_regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "any": lambda _, __: True,
@@ -60,15 +62,26 @@ class Pattern:
     """Which ops a rule means.
 
     ``kind`` is what ``text`` is compared with, and how: ``name``, the op's own; ``glob``, that of ``--qsens-ops``;
-    ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on; ``module``
-    and ``module_regex``, that of the module whose queries, keys or values these are; ``class``, of the module or one
+    ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on;
+    ``module``, ``module_start`` and ``module_narrow``, that of the module whose queries, keys or values these are, the
+    last if neither its parent nor a child is meant; ``class``, of the module or one
     above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
     ``types`` are meant; if there are none, all but queries, keys and values of attention.
     """
 
     kind: Literal[
-        "name", "glob", "wildcard", "regex", "regex_start", "module", "module_regex", "class", "class_regex", "any"
+        "name",
+        "glob",
+        "wildcard",
+        "regex",
+        "regex_start",
+        "module",
+        "module_start",
+        "module_narrow",
+        "class",
+        "class_regex",
+        "any",
     ]
     text: str
     suffixes: tuple[str, ...] = ("",)
@@ -170,6 +183,11 @@ class Config:
     about: str
     rules: tuple[Rule, ...]
     problems: tuple[Problem, ...] = ()
+
+    @property
+    def only_excludes(self) -> bool:
+        """Whether it says which ops are not quantized, and nothing of how the others are."""
+        return any(isinstance(rule.scheme, NotTold) for rule in self.rules)
 
     def decide(self, op: Op) -> Decision:
         """How an op is quantized."""

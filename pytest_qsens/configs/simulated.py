@@ -48,12 +48,13 @@ def simulating(scheme: OpScheme | Unknown, op: Op) -> tuple[Scheme | None, str]:
 
 
 def _obstacles_of_rows(scheme: OpScheme) -> list[str]:
-    """Name what keeps rows of an embedding from being rounded like this: those looked up are all that is known."""
+    """Name what keeps rows of an embedding from being rounded like this: of others the extremes are known at most."""
     weight = scheme.weight
     if scheme.activation is not None or scheme.output or weight is None:
         return [f"rows of embeddings are simulated with weights only, such as {EMBEDDING.name}, not as {scheme.name}"]
-    if weight.granularity not in ("channel", "group") or weight.dtype == "nvfp4":
-        return [*obstacles(scheme), f"rows of embeddings are simulated with scales per row or group, not {scheme.name}"]
+    if weight.granularity not in ("tensor", "channel", "group") or weight.dtype == "nvfp4":
+        known = "per tensor, row or group"
+        return [*obstacles(scheme), f"rows of embeddings are simulated with scales {known}, not {scheme.name}"]
     return obstacles(scheme)
 
 

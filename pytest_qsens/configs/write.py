@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Target:
         syntaxes: That it can be written in, the usual one first.
         exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
         states: Whether it can say how keys and values of attention are quantized.
-        observers: That it can name, beside those that are usual for a dtype; any percentile if it can name one.
+        observers: That it can name; any percentile if it can name one. What has no static scales has them all.
         smooths: Whether it can say that inputs are smoothed.
 
     """
@@ -57,15 +57,17 @@ class Target:
     smooths: bool = False
 
 
+_TORCHS = ("histogram", "minmax")
+
 TARGETS: dict[str, Target] = {
     "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), states=True, observers=OBSERVERS, smooths=True),
-    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=("minmax",)),
-    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=("minmax",)),
-    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=("minmax",)),
-    "torchao": Target(torchao.write),
+    "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=_TORCHS),
+    "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=_TORCHS),
+    "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=_TORCHS),
+    "torchao": Target(torchao.write, observers=OBSERVERS),
     "compressed-tensors": Target(compressed_tensors.write, states=True, observers=("minmax", "moving_average")),
     "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=("minmax", "moving_average")),
-    "modelopt": Target(modelopt.write_exported, states=True),
+    "modelopt": Target(modelopt.write_exported, states=True, observers=("minmax",)),
     "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
     "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML"), observers=("minmax", "percentile")),
@@ -169,12 +171,19 @@ def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
     """Why a file cannot say what is done with the calibration data."""
     if scheme.smoothing is not None and not target.smooths:
         return "inputs are smoothed, which its files do not say"
-    observer = "" if scheme.activation is None else scheme.activation.observer
+    part = scheme.cache or scheme.activation
+    if part is None or part.kind == "dynamic":
+        return None
+    observer = part.observed_by if scheme.cache is None else part.observer or "minmax"
     name = "percentile" if percentile_of(observer) is not None else observer
-    if name and name not in target.observers:
-        known = f"it has {' and '.join(target.observers)}" if target.observers else "its files name none"
-        return f"ranges of activations are found by {observer}; {known}"
-    return None
+    if name in target.observers:
+        return None
+    what = "activations" if scheme.cache is None else "keys and values"
+    why = f"ranges of {what} are found by {observer}; it has {' and '.join(target.observers)}"
+    if observer == "histogram" and scheme.activation is not None:
+        near = replace(scheme, activation=replace(scheme.activation, observer="minmax")).name
+        why += f" (measure {near!r} to write that)"
+    return why
 
 
 def _can(assigned: Sequence[Assigned], target: Target) -> bool:

@@ -101,7 +101,11 @@ class Calibration:
         if call.kind in STATES:
             finite = finite_rows(call.x, call.kind)
             values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
-            self._state(op, scheme).observe(values)
+            range_of = self._state(op, scheme)
+            if range_of.fits(values):
+                range_of.observe(values)
+            else:
+                self.refused[op] = f"{scheme.name} has {range_of.about}, and its calls differ in how many they have"
         elif scheme.refusal(call.kind) is None:
             self._observe_layer(op, scheme, call, output)
 
@@ -118,7 +122,7 @@ class Calibration:
 
     def _state(self, op: str, scheme: Scheme) -> StateRange:
         assert scheme.parts.cache is not None  # noqa: S101 - no other is given to keys and values
-        return self._states.setdefault(op, StateRange(scheme.parts.cache.granularity))
+        return self._states.setdefault(op, StateRange(scheme.parts.cache))
 
     def _output(self, op: str, scheme: Scheme) -> Observer:
         if op not in self._outputs:

@@ -100,6 +100,9 @@ def _of_cache(cache: ActivationScheme) -> list[str]:
         return [f"{dtype} keys and values have scales of two kinds, static and dynamic (simulated: of nvfp4)"]
     usual = ("tensor", "head", "channel") if kind == "static" else ("tensor", "token", "group")
     what = f"{kind} keys and values"
+    if cache.observer and (kind, cache.observer) != ("static", "moving_average"):
+        known = "minmax and moving_average" if kind == "static" else "minmax"
+        return [f"scales of {what} are found by {cache.observer} (simulated: by {known})"]
     return [*_of_extent(what, cache, usual), *_of_zero_points(what, cache)]
 
 

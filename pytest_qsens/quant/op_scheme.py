@@ -114,7 +114,8 @@ class OpScheme:
     """How one op is quantized; ``None`` is what is not rounded, and not all of it is.
 
     ``output``: the output is requantized, too, with scales of its own from calibration. ``smoothing``: what is done to
-    input and weight before. ``cache``: how keys and values of attention are rounded, as they are stored in a cache;
+    input and weight before. ``cache``: how keys and values of attention are rounded, as they are stored in a cache,
+    its static scales those of the extremes of all batches unless its observer is ``moving_average``;
     ``queries``: these are rounded alike, too, so that attention multiplies what is of low precision. A scheme that has
     it has nothing else.
     """
@@ -160,6 +161,11 @@ class Unknown:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NotTold(Unknown):
+    """An op of which a file only says that it is quantized: it lists what is not."""
 
 
 def parse(name: str) -> OpScheme | None:
@@ -297,7 +303,7 @@ _CACHE, _ATTENTION = "kv_", "attn_"
 _CACHED = {dtype if dtype in INTEGERS else _SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
 _CACHE_NAME = re.compile(
     rf"(?:{_CACHE}|{_ATTENTION})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
-    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?",
+    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?(?:_(?P<observer>moving_average))?",
     re.ASCII,
 )
 
@@ -320,6 +326,7 @@ def _cache_name(cache: ActivationScheme) -> str:
     if (cache.granularity, cache.size) != usual_cache(cache.dtype, cache.kind):
         parts.append(_extent(cache.granularity, cache.size))
     parts += [] if cache.symmetric else ["asym"]
+    parts += [cache.observer] if cache.observer else []
     return "_".join(parts)
 
 
@@ -329,6 +336,8 @@ def _parse_cache(name: str) -> OpScheme | None:
         return None
     dtype, kind = _CACHED[match["dtype"]], cast("Kind", match["kind"] or "static")
     granularity, size = _parse_extent(match["extent"]) or usual_cache(dtype, kind)
-    cache = ActivationScheme(dtype, kind, granularity, size, match["asym"] is None)
+    if match["observer"] is not None and kind == "dynamic":
+        return None
+    cache = ActivationScheme(dtype, kind, granularity, size, match["asym"] is None, match["observer"] or "")
     found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
     return found if found.name == name else None

@@ -55,6 +55,7 @@ class Simulator:
         self._weights: dict[str, QuantizedWeight | RoundedWeight] = {}
         self._passing: dict[str, QuantizedWeight | RoundedWeight] = {}
         self._room: float = math.inf
+        self._ends: dict[str, Tensor] = {}
 
     def _scheme_of(self, op: str) -> Scheme:
         scheme = scheme_of(self._schemes, op)
@@ -76,7 +77,7 @@ class Simulator:
         if call.kind in STATES:
             return self._state(op, call)
         if call.kind == "embedding":
-            return self._rows(op, functional.embedding(call.x, call.weight).float())
+            return self._rows(op, functional.embedding(call.x, call.weight).float(), call.weight)
         weight, finite = self._weight(op, call), finite_rows(call.x, call.kind)
         if call.kind == "linear":
             output = self._linear(op, self._linear_input(op, call.x, finite), weight, call.bias)
@@ -104,13 +105,19 @@ class Simulator:
             found = round_input(x, cache)
         return _without_infinities(found, finite)
 
-    def _rows(self, op: str, rows: Tensor) -> Tensor:
-        """Round looked-up rows of an embedding: each has scales of its own, so that the others need not be known."""
+    def _rows(self, op: str, rows: Tensor, weight: Tensor) -> Tensor:
+        """Round looked-up rows of an embedding; of the others the extremes are known, where all have one scale."""
         scheme = self._scheme_of(op)
         if not scheme.rows:
             return quantized_embedding(rows)
         assert scheme.parts.weight is not None  # noqa: S101 - no other is of rows
-        return round_weight(rows.reshape(-1, rows.shape[-1]), scheme.parts.weight).real().view(rows.shape)
+        matrix = rows.reshape(-1, rows.shape[-1])
+        if scheme.parts.weight.granularity == "tensor":
+            if op not in self._ends:
+                self._ends[op] = torch.stack(torch.aminmax(weight)).float()
+            matrix = torch.cat([matrix, self._ends[op][:, None].expand(-1, matrix.shape[-1])])
+        found = round_weight(matrix, scheme.parts.weight).real()
+        return found[: rows.shape[:-1].numel()].view(rows.shape)
 
     @profile.phase("local quantization")
     def rounded(self, op: str, call: Call) -> tuple[Tensor, Tensor]:
@@ -194,7 +201,7 @@ class Simulator:
         smoothed_by = None if whole is None else self._smoothed_by(op, call.weight)
         for start, part, rounded in zip(range(0, len(call.weight), rows), parts, roundeds, strict=True):
             exact = part.float()
-            real = self._rows(op, exact) if rounded is None else rounded.real().view(part.shape)
+            real = self._rows(op, exact, call.weight) if rounded is None else rounded.real().view(part.shape)
             yield start, (real if smoothed_by is None else real / smoothed_by) - exact
 
     def _quantized_weight(self, op: str, weight: Tensor) -> QuantizedWeight | RoundedWeight:

@@ -4,21 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver, UniformQuantizationObserverBase
+from torch.ao.quantization.observer import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    UniformQuantizationObserverBase,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+    from pytest_qsens.quant.op_scheme import ActivationScheme
+
 
 class StateRange:
-    """Least and largest value of what shares a scale in keys or values, ``(N, heads, tokens, dim)``."""
+    """Least and largest value of what shares a scale in keys or values, ``(N, heads, tokens, dim)``.
 
-    def __init__(self, granularity: str) -> None:
-        self._granularity = granularity
+    Of all calls, or their moving average if the observer is that.
+    """
+
+    def __init__(self, cache: ActivationScheme) -> None:
+        self._granularity = cache.granularity
+        apart = cache.granularity in ("head", "channel")
+        averaged = cache.observer == "moving_average"
         self._observer: UniformQuantizationObserverBase
-        self._observer = PerChannelMinMaxObserver() if granularity in ("head", "channel") else MinMaxObserver()
+        if averaged:
+            self._observer = MovingAveragePerChannelMinMaxObserver() if apart else MovingAverageMinMaxObserver()
+        else:
+            self._observer = PerChannelMinMaxObserver() if apart else MinMaxObserver()
+
+    @property
+    def about(self) -> str:
+        """What has a scale of its own."""
+        return {"head": "a scale per head", "channel": "a scale per channel"}.get(self._granularity, "one scale")
+
+    def fits(self, values: Tensor) -> bool:
+        """Whether these have as many scales as what was seen before."""
+        if self._granularity not in ("head", "channel"):
+            return True
+        seen = self.state()["min_val"].numel()
+        return seen in (0, values.shape[1] * (values.shape[3] if self._granularity == "channel" else 1))
 
     def observe(self, values: Tensor) -> None:
         """Take the values of one call."""

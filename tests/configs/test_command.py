@@ -53,6 +53,13 @@ OPS = (
 )
 
 
+def write_cached(path: Path) -> str:
+    """Write a config of keys and values, too."""
+    config = path / "cached.yaml"
+    config.write_text("schema: 1\nrules: [{ops: '*', scheme: kv_fp8}, {ops: '*', scheme: w8a8}]")
+    return str(config)
+
+
 TO_OURS = ["--to", "qsens", "--out", "new.yaml"]
 
 
@@ -208,6 +215,10 @@ def test_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (
             lambda path: ["rules.yaml", "--to", "onnxruntime", "--out", "new.json", *ops_from(path)],
             "encoder.layer.0.fc (linear): onnxruntime cannot say 'w",
+        ),
+        (
+            lambda path: [write_cached(path), *TO_OURS, *ops_from(path)],
+            "'rule 1: *' quantizes keys and values of attention as kv_fp8, and ",
         ),
         (
             lambda path: [str(FILES / "onnxruntime_nodes.txt"), *TO_OURS, *ops_from(path)],

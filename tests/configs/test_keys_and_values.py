@@ -34,6 +34,7 @@ LINEARS = [op.name for op in LLAMA if op.type == "linear"]
 _SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+OF_EXTREMES = FP8 | {"observer": "static_minmax"}
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}
 
 
@@ -128,7 +129,7 @@ def test_bad_schemes(tmp_path: Path, scheme: object, message: str) -> None:
 
 def compressed(**arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - values of a file
     """Return a ``quantization_config`` with a scheme of the cache."""
-    return {"quant_method": "compressed-tensors", "config_groups": GROUPS, "kv_cache_scheme": FP8 | arguments}
+    return {"quant_method": "compressed-tensors", "config_groups": GROUPS, "kv_cache_scheme": OF_EXTREMES | arguments}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,8 @@ def compressed(**arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - values of 
     [
         (compressed(), "kv_fp8"),
         (compressed(type="int"), "kv_int8"),
+        (compressed(observer=None), "kv_fp8_moving_average"),  # as llm-compressor does
+        (compressed(observer="minmax", type="int", strategy="attn_head"), "kv_int8_head_moving_average"),
         (compressed(strategy="attn_head"), "kv_fp8_head"),
         (compressed(type="int", symmetric=False), "kv_int8_asym"),
         (compressed(dynamic=True), "kv_fp8_dynamic_tensor"),
@@ -150,10 +153,10 @@ def compressed(**arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - values of 
         ({"quantization_config": {"quant_algo": "FP8", "kv_cache_scheme": FP8}}, "kv_fp8"),
         (
             {"stage": 1, "q_stage": {"q_modifiers": {"QuantizationModifier": {"kv_cache_scheme": FP8}}}},
-            "kv_fp8",
+            "kv_fp8_moving_average",
         ),
         (
-            {"q_stage": {"q_modifiers": {"QuantizationModifier": {"scheme": "W8A8", "kv_cache_scheme": FP8}}}},
+            {"q_stage": {"q_modifiers": {"QuantizationModifier": {"scheme": "W8A8", "kv_cache_scheme": OF_EXTREMES}}}},
             "kv_fp8",
         ),
     ],
@@ -201,7 +204,7 @@ def test_quantizers_of_modelopt(tmp_path: Path, entries: list[dict[str, Any]], s
 )
 def test_attention_as_a_target(tmp_path: Path, target: str, schemes: list[str]) -> None:
     """A group without weights quantizes queries, keys and values of the modules that it means, before the cache's."""
-    group = {"targets": [target], "input_activations": FP8}
+    group = {"targets": [target], "input_activations": OF_EXTREMES}
     content = compressed(type="int") | {"config_groups": {**GROUPS, "attention": group}}
     found = says(write(tmp_path / "a.json", content), OPS)
     assert [found[f"model.layers.{layer}.self_attn:{kind}"] for layer in range(2) for kind in STATES] == schemes
@@ -239,8 +242,10 @@ def test_models_without_any_are_told(tmp_path: Path) -> None:
 @st.composite
 def assignments(draw: st.DrawFn) -> dict[str, OpScheme | None]:
     """Give layers and states schemes: all states alike or not, queries with the others of their module or not."""
-    layer = draw(st.sampled_from([None, "w8a8_dynamic", "fp8_static_tensor", "w8a8_static_act_sym"]))
-    usual = st.sampled_from([None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_nvfp4_local"))])
+    layer = draw(st.sampled_from([None, "w8a8_dynamic", "fp8_static_tensor", "w8a8_static_act_sym_minmax"]))
+    usual = st.sampled_from(
+        [None, *(named(name, "test") for name in ("kv_fp8", "kv_int8", "kv_fp8_moving_average", "kv_nvfp4_local"))]
+    )
     one = draw(st.one_of(usual, cache_schemes()))
     one = None if one is None else replace(one, queries=False)
     found = {op.name: named(layer, "test") if layer and op.type == "linear" else None for op in LLAMA}
@@ -318,7 +323,9 @@ def all_alike(layer: str, cache: str) -> dict[str, OpScheme | None]:
     return found | {op.name: named(cache, "test") for op in KV} | {op.name: None for op in QUERIES}
 
 
-@pytest.mark.parametrize("cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_dynamic_tensor"])
+@pytest.mark.parametrize(
+    "cache", ["kv_fp8", "kv_int8", "kv_fp8_head", "kv_int8_asym", "kv_int8_moving_average", "kv_int8_dynamic_tensor"]
+)
 def test_compressed_tensors_takes_what_is_written(cache: str) -> None:
     """It parses the file, and puts quantizers before the caches of a model's attention modules."""
     text = json.loads(write_config(all_alike("w8a8_dynamic", cache), OPS, "compressed-tensors"))
@@ -331,6 +338,7 @@ def test_compressed_tensors_takes_what_is_written(cache: str) -> None:
         assert args.num_bits == 8
         assert args.type == ("float" if "fp8" in cache else "int")
         if not args.dynamic:
+            assert args.observer == ("minmax" if cache.endswith("_moving_average") else "static_minmax")
             assert getattr(module, f"{op.type}_scale").numel() == (2 if cache.endswith("_head") else 1)
 
 

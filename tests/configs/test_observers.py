@@ -32,7 +32,7 @@ def compressed(**inputs: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("inputs", "scheme", "problem"),
     [
-        ({}, "w8a8_static_act_sym", None),
+        ({}, "w8a8_static_act_sym_moving_average", None),  # as llm-compressor does
         ({"observer": "static_minmax"}, "w8a8_static_act_sym_minmax", None),
         ({"observer": "minmax"}, "w8a8_static_act_sym_moving_average", None),
         (
@@ -50,7 +50,7 @@ def compressed(**inputs: object) -> dict[str, Any]:
             "w8a8_static_act_sym_mse",
             "'mse' changes numbers and is not simulated: it takes a moving",
         ),
-        ({"observer": "memoryless_minmax"}, "w8a8_static_act_sym", "the extremes of the last batch"),
+        ({"observer": "memoryless_minmax"}, "w8a8_static_act_sym_minmax", "the extremes of the last batch"),
         ({"observer": "minmax", "dynamic": True, "strategy": "token"}, "w8a8_dynamic", None),
         ({"observer": "mse", "dynamic": True, "strategy": "token"}, "w8a8_dynamic", "'mse' changes numbers"),
     ],
@@ -112,6 +112,21 @@ def test_llm_compressor(tmp_path: Path, more: str, scheme: str, problems: list[s
     assert all(problem in text for problem, text in zip(problems, found, strict=True))
 
 
+@pytest.mark.parametrize(("name", "problems"), [("static_minmax", 0), ("minmax", 1)])
+def test_scales_of_tensors_beside_local_ones(tmp_path: Path, name: str, problems: int) -> None:
+    """They are those of the extremes of all batches; a moving average of them is told, in both files."""
+    recipe = RECIPE.replace("scheme: FP8", "scheme: NVFP4") + f"      input_observer: {name}\n"
+    path = write(tmp_path / "recipe.yaml", recipe)
+    assert says(path, LINEAR)["fc1"] == "nvfp4_local"
+    assert len(complaints(path, LINEAR)) == problems
+    nvfp4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    inputs = {**nvfp4, "dynamic": "local", "observer": name}
+    group = {"targets": ["Linear"], "weights": nvfp4, "input_activations": inputs}
+    path = write(tmp_path / "config.json", {"config_groups": {"group_0": group}})
+    assert says(path, LINEAR)["fc1"] == "nvfp4_local"
+    assert len(complaints(path, LINEAR)) == problems
+
+
 def test_smoothquant_of_llm_compressor_is_told(tmp_path: Path) -> None:
     """It is another one than the paper's, for some layers, and the message says so."""
     recipe = RECIPE.replace("      scheme: FP8", "      scheme: W8A8").replace(
@@ -154,7 +169,7 @@ INT8 = [
 @pytest.mark.parametrize(
     ("algorithm", "scheme"),
     [
-        ({}, "w8a8_static_act_sym"),
+        ({}, "w8a8_static_act_sym_minmax"),  # ``max`` is its default
         ({"algorithm": "max"}, "w8a8_static_act_sym_minmax"),
         ({"algorithm": {"method": "max"}}, "w8a8_static_act_sym_minmax"),
         ({"algorithm": "smoothquant"}, "w8a8_static_act_sym_minmax_smoothquant1_unshared"),
@@ -193,14 +208,19 @@ def test_modelopts_other_algorithms_are_told(tmp_path: Path) -> None:
             "w8a8_tensor_percentile",
             None,
         ),
-        ({"calibrate_method": "Entropy"}, "w8a8_tensor", "it compares no thresholds"),
-        ({"calibrate_method": "Distribution"}, "w8a8_tensor", "the mean and the deviation"),
+        (
+            {"calibrate_method": "Percentile", "extra_options": {"CalibPercentile": 99.9999999991}},
+            "w8a8_tensor_percentile99.999999999",
+            None,
+        ),
+        ({"calibrate_method": "Entropy"}, "w8a8_tensor_minmax", "it compares no thresholds"),
+        ({"calibrate_method": "Distribution"}, "w8a8_tensor_minmax", "the mean and the deviation"),
         (
             {"calibrate_method": "MinMax", "extra_options": {"CalibMovingAverage": True}},
             "w8a8_tensor_minmax",
             "'CalibMovingAverage': true changes numbers",
         ),
-        ({"per_channel": True}, "w8a8", None),
+        ({"per_channel": True}, "w8a8_minmax", None),  # `quantize_static`'s default,
     ],
 )
 def test_onnx_runtime(tmp_path: Path, arguments: dict[str, object], scheme: str, problem: str | None) -> None:
@@ -212,3 +232,11 @@ def test_onnx_runtime(tmp_path: Path, arguments: dict[str, object], scheme: str,
     assert problem is None or problem in found[0]
     with pytest.raises(QsensError, match="'calibrate_method': 'Best' is not one of MinMax, Percentile"):
         read_config(write(tmp_path / "bad.json", {"nodes_to_exclude": [], "calibrate_method": "Best"}))
+
+
+@pytest.mark.parametrize("share", [100, 99.9999999999, 49])
+def test_percentiles_that_cannot_be(tmp_path: Path, share: float) -> None:
+    """Also one that is 100 with as many digits as a name has."""
+    options = {"calibrate_method": "Percentile", "extra_options": {"CalibPercentile": share}}
+    with pytest.raises(QsensError, match=r"'CalibPercentile': \d+ is not possible, from 50 to below 100 is"):
+        read_config(write(tmp_path / "ort.json", {"nodes_to_exclude": [], **options}))

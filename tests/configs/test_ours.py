@@ -54,6 +54,7 @@ FULL: dict[str, Any] = {
         "c": {"weight": {"dtype": "fp8_e4m3", "granularity": "block", "block": [128, 128]}},
         "d": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}},
         "e": {"cache": {"dtype": "fp8_e4m3", "kind": "static", "granularity": "head", "symmetric": True}},
+        "f": {"cache": {"dtype": "int8", "kind": "static", "observer": "moving_average"}},
     },
     "rules": [
         {"ops": "x", "scheme": "a"},
@@ -78,6 +79,18 @@ def test_simulated_schemes_mean_embeddings_in_their_own_way(tmp_path: Path) -> N
     path = write(tmp_path / "a.yaml", "schema: 1\nrules: [{ops: '*', scheme: w8a8}]")
     assert says(path, NET) == {"embed": "w8a16_asym", "fc1": "w8a8", "fc2": "w8a8", "lm_head": "w8a8"}
     assert complaints(path, NET) == []
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a16_g32", "w8a16_tensor", "w4a16"])
+def test_a_weights_scheme_for_embeddings_is_kept(tmp_path: Path, scheme: str) -> None:
+    """By name or by type it is what the file says; one of activations, too, is their `w8a16_asym`."""
+    by_name = write(tmp_path / "a.yaml", f"schema: 1\nrules: [{{ops: embed, scheme: {scheme}}}]")
+    by_type = write(tmp_path / "b.yaml", f"schema: 1\nrules: [{{ops: '*', types: embedding, scheme: {scheme}}}]")
+    for path in (by_name, by_type):
+        assert says(path, NET[:1]) == {"embed": scheme}
+        assert complaints(path, NET[:1]) == []
+    path = write(tmp_path / "c.yaml", "schema: 1\nrules: [{ops: embed, scheme: w8a8}]")
+    assert says(path, NET[:1]) == {"embed": "w8a16_asym"}
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from pytest_qsens.configs.compressed_tensors import PRESETS
 from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.ops import STATES
 from tests.configs.ops import says, write
+from tests.configs.test_keys_and_values import KV, OF_EXTREMES, QUERIES, small_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,6 +99,61 @@ def test_compressed_tensors(tmp_path: Path, groups: list[tuple[str, list[str]]],
         scheme = getattr(net.get_submodule(name), "quantization_scheme", None)
         attached = None if scheme is None else scheme.model_dump(mode="json")
         expected[name] = "unquantized" if attached is None else _name(tmp_path, attached)
+    assert found == expected
+
+
+OF_ATTENTION = [
+    *("re:.*self_attn$", "re:.*layers.0.self_attn$", "re:model.layers.[01].self_attn$", "LlamaAttention"),
+    *("model.layers.0.self_attn", "model.layers.1.self_attn"),
+]
+WIDER = ["re:.*self_attn", "re:.*layers.0.*", "model.layers.0.mlp.up_proj", "re:.*q_proj", "Linear", "lm_head"]
+ATTENTION = {"fp8": {"input_activations": OF_EXTREMES}, "int8": {"input_activations": OF_EXTREMES | {"type": "int"}}}
+LAYERS = {"layers": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}
+
+
+@_SETTINGS
+@example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=False)
+@example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=True)
+@example(groups=[("fp8", "re:.*self_attn$"), ("int8", "model.layers.0.self_attn")], ignore=[], cached=False)
+@example(
+    groups=[("fp8", "LlamaAttention"), ("int8", "re:.*layers.0.self_attn$")], ignore=["LlamaAttention"], cached=True
+)
+@example(groups=[("fp8", "LlamaAttention"), ("layers", "re:.*layers.0.*")], ignore=[], cached=True)
+@given(
+    groups=st.lists(
+        st.tuples(st.sampled_from(["fp8", "int8"]), st.sampled_from([*OF_ATTENTION, "re:.*self_attn"]))
+        | st.tuples(st.just("layers"), st.sampled_from(WIDER)),
+        min_size=1,
+        max_size=4,
+    ),
+    ignore=st.lists(st.sampled_from([*OF_ATTENTION, *WIDER]), max_size=2),
+    cached=st.booleans(),
+)
+def test_attention_of_compressed_tensors(
+    tmp_path: Path, groups: list[tuple[str, str]], ignore: list[str], cached: bool
+) -> None:
+    """Whatever is a target and ignored: queries, keys and values are quantized as the module's own scheme says."""
+    real = tool("compressed_tensors.quantization")
+    config: dict[str, Any] = {
+        "config_groups": {
+            f"group_{number}": {"targets": [target], **(ATTENTION | LAYERS)[kind]}
+            for number, (kind, target) in enumerate(groups)
+        },
+        "ignore": ignore,
+    }
+    config |= {"kv_cache_scheme": OF_EXTREMES | {"strategy": "attn_head"}} if cached else {}
+    model = small_llama()
+    real.apply_quantization_config(model, real.QuantizationConfig(**config), show_progress=False)
+    expected = {}
+    for layer, module in enumerate(layer.self_attn for layer in model.model.layers):
+        arguments = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        name = "unquantized" if arguments is None else "fp8" if arguments.type == "float" else "int8"
+        name += "_head" if arguments is not None and arguments.strategy == "attn_head" else ""
+        for kind in STATES:
+            is_quantized = arguments is not None and hasattr(module, f"{kind}_scale")
+            prefix = "attn_" if kind == "q" else "kv_"
+            expected[f"model.layers.{layer}.self_attn:{kind}"] = prefix + name if is_quantized else "unquantized"
+    found = says(write(tmp_path / "a.json", config), [*KV, *QUERIES])
     assert found == expected
 
 

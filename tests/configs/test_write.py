@@ -43,10 +43,19 @@ _WEIGHT_ONLY = {
 }
 _COMPRESSED = {
     "linear": [
-        *(NONE, "w8a8", "w8a8_static", "w8a8_dynamic", "w8a16", "w4a16_g128_asym", "w3a16_tensor", "wfp8a16_block8x4"),
+        *(
+            NONE,
+            "w8a8_minmax",
+            "w8a8_static_minmax",
+            "w8a8_dynamic",
+            "w8a16",
+            "w4a16_g128_asym",
+            "w3a16_tensor",
+            "wfp8a16_block8x4",
+        ),
         *("fp8_dynamic", "fp8_static_tensor", "fp8_dynamic_block128x128_act_g128", "nvfp4_local", "mxfp4_dynamic"),
         *("wmxfp6amxfp8_dynamic", "wfp4a16_g32", "w4afp8_dynamic_g128"),
-        *("w8a8_minmax", "w8a8_static_act_sym_moving_average", "fp8_static_moving_average"),
+        *("w8a8_tensor_minmax", "w8a8_static_act_sym_moving_average", "fp8_static_moving_average"),
     ],
     "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wfp8a16"],
     "conv2d": [NONE],
@@ -85,7 +94,15 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
     "modelopt": [
         {
             "linear": [
-                *(NONE, "w8a16", "w8a8_static_act_sym", "w4a16_g128", "w4a16_g64", "fp8_dynamic", "fp8_static_tensor"),
+                *(
+                    NONE,
+                    "w8a16",
+                    "w8a8_static_act_sym_minmax",
+                    "w4a16_g128",
+                    "w4a16_g64",
+                    "fp8_dynamic",
+                    "fp8_static_tensor",
+                ),
                 *("wfp8a16_block128x128", "nvfp4_local", "wnvfp4a16", "wnvfp4afp8_static", "wmxfp4afp8_static"),
                 *("mxfp8_dynamic", "mxfp4_dynamic"),
             ],
@@ -96,8 +113,13 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
     "modelopt-quant-cfg": [
         {
             "linear": [
-                *(NONE, "w4a16_g128", "w8a16", "w3a16_tensor", "wfp8a16_block16x32", "w8a8_static_act_sym"),
-                *("w8a8_tensor_act_sym", "fp8_static_tensor_requant", "fp8_dynamic", "fp8_dynamic_tensor_act_tensor"),
+                *(NONE, "w4a16_g128", "w8a16", "w3a16_tensor", "wfp8a16_block16x32", "w8a8_static_act_sym_minmax"),
+                *(
+                    "w8a8_tensor_act_sym_minmax",
+                    "fp8_static_tensor_requant",
+                    "fp8_dynamic",
+                    "fp8_dynamic_tensor_act_tensor",
+                ),
                 *("nvfp4_local", "wnvfp4afp8_static", "mxfp8_dynamic", "wmxfp4a16", "w16afp8_static"),
             ],
             "conv2d": [NONE, "w8a16", "fp8_static_tensor"],
@@ -113,8 +135,8 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
         {"linear": [NONE, "w8a8", "fp8_dynamic"], "conv2d": [NONE, "w8a8"], "embedding": [NONE]}
     ],
     "onnxruntime": [
-        {"linear": [NONE, "w8a8"], "conv2d": [NONE, "w8a8"], "embedding": ["w8a16_tensor", NONE]},
-        {"linear": [NONE, "w4a8_tensor_asym_act_sym"]},
+        {"linear": [NONE, "w8a8_minmax"], "embedding": ["w8a16_tensor", NONE]},
+        {"linear": [NONE, "w4a8_tensor_asym_act_sym_minmax"]},
         {"linear": [NONE, "w8a8_minmax"], "conv2d": [NONE, "w8a8_minmax"]},
         {"linear": [NONE, "w8a8_percentile99.9"]},
     ],
@@ -213,10 +235,10 @@ def refusal(target: str, **schemes: str) -> str:
     [
         (
             "onnxruntime",
-            {"fc1": "w8a8", "fc2": "w8a8_tensor"},
+            {"fc1": "w8a8_minmax", "fc2": "w8a8_tensor_minmax"},
             (
-                "fc2 (linear): onnxruntime cannot say 'w8a8_tensor': a file has one scheme for all, which makes "
-                "'w8a8' of it. qsens, compressed-tensors, llm-compressor can say all that is asked for."
+                "fc2 (linear): onnxruntime cannot say 'w8a8_tensor_minmax': a file has one scheme for all, which makes "
+                "'w8a8_minmax' of it. qsens, compressed-tensors, llm-compressor can say all that is asked for."
             ),
         ),
         (
@@ -224,8 +246,7 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8", "fc2": "w8a8_dynamic_act_tensor_asym"},
             (
                 "fc2 (linear): neural-compressor cannot say 'w8a8_dynamic_act_tensor_asym': other ops are quantized "
-                "with approach 'static', and a file has one approach. qsens, compressed-tensors, llm-compressor can "
-                "say all that is asked for."
+                "with approach 'static', and a file has one approach. qsens can say all that is asked for."
             ),
         ),
         (
@@ -258,7 +279,7 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8_percentile99.9"},
             (
                 "fc1 (linear): neural-compressor cannot say 'w8a8_percentile99.9': ranges of activations are found by "
-                "percentile99.9; it has minmax. qsens, onnxruntime can say all that is asked for."
+                "percentile99.9; it has histogram and minmax. qsens, onnxruntime can say all that is asked for."
             ),
         ),
         (
@@ -271,11 +292,11 @@ def refusal(target: str, **schemes: str) -> str:
         ),
         (
             "modelopt",
-            {"fc1": "w8a8_static_act_sym_minmax"},
+            {"fc1": "w8a8_static_act_sym"},
             (
-                "fc1 (linear): modelopt cannot say 'w8a8_static_act_sym_minmax': ranges of activations are found by "
-                "minmax; its files name none. qsens, compressed-tensors, llm-compressor, modelopt-quant-cfg can say "
-                "all that is asked for."
+                "fc1 (linear): modelopt cannot say 'w8a8_static_act_sym': ranges of activations are found by "
+                "histogram; it has minmax (measure 'w8a8_static_act_sym_minmax' to write that). qsens can say all that "
+                "is asked for."
             ),
         ),
         (
@@ -322,6 +343,7 @@ def test_most_common_schemes_are_not_spelled_out() -> None:
         "schema: 1\nrules:\n- ops: layers.3.fc\n  scheme: unquantized\n- ops: '*'\n  scheme: w8a8\n"
     )
     assert write_config(assignment, ops, "neural-compressor").count(".fc") == 1
+    assignment |= {name: scheme_of("w8a8_minmax") for name, scheme in assignment.items() if scheme == scheme_of("w8a8")}
     assert write_config(assignment, ops, "compressed-tensors").count(".fc") == 1
 
 

@@ -32,7 +32,7 @@ def llama(layers: str, head: str = "unquantized", **others: str) -> dict[str, st
         ("modelopt_fp8_quant_cfg.json", llama("fp8_static_tensor")),
         ("modelopt_nvfp4_hf_quant_config.json", llama("nvfp4_local")),
         ("modelopt_nvfp4_config.json", llama("nvfp4_local")),
-        ("modelopt_int8_hf_quant_config.json", llama("w8a8_static_act_sym")),
+        ("modelopt_int8_hf_quant_config.json", llama("w8a8_static_act_sym_minmax")),
         (
             "modelopt_mixed_hf_quant_config.json",
             llama("w4a16_g128", o_proj="fp8_static_tensor", layers__1__mlp__down_proj="unquantized"),
@@ -83,7 +83,8 @@ def test_files_of_onnx_runtime() -> None:
     left_out = {"layers.1.fc2", "lm_head"}
     assert {op for op, scheme in named.items() if scheme == "unquantized"} == left_out
     assert set(named.values()) == {"unquantized", "not told"}
-    assert full == {op: "unquantized" if op in left_out else "w8a8" for op in named} | {"embed": "w8a16_tensor"}
+    assert full == {op: "unquantized" if op in left_out else "w8a8_minmax" for op in named} | {"embed": "w8a16_tensor"}
+    assert complaints(FILES / "onnxruntime_static.json", ops) == []
     assert "says what is not quantized, and not how the rest is" in complaints(FILES / "onnxruntime_nodes.txt", ops)[0]
 
 

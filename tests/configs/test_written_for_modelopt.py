@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # its own, of torch and trans
 AGREEMENT = {
     "w8a16": 0.15,  # its integers are from -127 on, and a scale is the largest value by 127 where ours is by 127.5
     "w4a16_g32": 0.02,
-    "w8a8_static_act_sym": 0.05,
+    "w8a8_static_act_sym_minmax": 0.05,
     "w8a8_dynamic": 0.1,
     "fp8_static_tensor": 1e-4,
     "fp8_dynamic": 1e-4,

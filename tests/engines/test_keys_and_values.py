@@ -294,11 +294,24 @@ class Headless(Attention):
         return self._attended(*self.qkv(x).chunk(3, -1))
 
 
+class Uneven(Attention):
+    """Two products, of two heads and of four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(N, tokens, 8)``."""
+        for heads in (2, 4):
+            parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            x = self._attended(*parts).transpose(1, 2).flatten(2)
+        return x
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("module", "scheme", "status", "reason"),
     [
         (Headless, "kv_fp8_head", "unquantizable", "has no heads"),
+        (Uneven, "kv_int8_head", "unquantizable", "a scale per head, and its calls differ in how many they have"),
+        (Uneven, "kv_fp8_head_moving_average", "unquantizable", "a scale per head"),
         (Headless, "kv_int4_dynamic_g3", "unquantizable", "cannot be divided by 3"),
         (Deaf, "kv_fp8", "unquantizable", "attention interface"),
         (Attention, "w8a8", "unquantizable", "w8a8 leaves queries, keys and values of attention"),

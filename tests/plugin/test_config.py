@@ -177,13 +177,62 @@ def test_the_closer_one_of_scheme_and_config(pytester: pytest.Pytester) -> None:
     marked = found.override({"scheme": "w8a8_dynamic"})
     assert (marked.label, marked.run_spec.config) == ("w8a8_dynamic", None)
     assert marked.override({"config": "other.json"}).label == "other"
-    with pytest.raises(QsensError, match=r"--qsens-config says the scheme of each op, and --qsens-scheme that of all"):
-        options(pytester, "--qsens-config", "a.json", "--qsens-scheme", "w8a8")
+    both = options(pytester, "--qsens-config", "a.json", "--qsens-scheme", "w8a8_dynamic")
+    assert (both.label, both.run_spec.config) == (
+        "a",
+        ConfigRequest(str(pytester.path / "a.json"), None, True, "w8a8", "w8a8_dynamic"),
+    )
+    marked = both.override({"config": "b.json"}).run_spec.config
+    assert marked == ConfigRequest(str(pytester.path / "b.json"), None, True, "w8a8")
+    marked = found.override({"config": "b.json", "scheme": "w8a16"}).run_spec.config
+    assert marked == ConfigRequest(str(pytester.path / "b.json"), None, True, "w8a8", "w8a16")
+    assert both.override({"scheme": "w8a16"}).run_spec.config is None
     pytester.makeini("[pytest]")
     with pytest.raises(QsensError, match=r"--qsens-config-format is about a config\. Give one"):
         options(pytester, "--qsens-config-format", "qsens")
     with pytest.raises(QsensError, match=r"did you mean torchao\?"):
         options(pytester, "--qsens-config", "a.json", "--qsens-config-format", "torchoa")
+
+
+@pytest.mark.parametrize(
+    ("content", "embedding"),
+    [
+        ({"nodes_to_exclude": ["/head/MatMul", "/blocks.0/up/MatMul"]}, "w8a16_asym"),
+        ({"disabled_layers": ["head", "*0.up"]}, "unquantized"),  # AutoQuantize leaves embeddings as they are
+    ],
+)
+def test_a_scheme_beside_exclusions(pytester: pytest.Pytester, content: dict[str, Any], embedding: str) -> None:
+    """What is not excluded is quantized with it, as in a run of the scheme alone; without it nothing is told."""
+    write_model(pytester)
+    (pytester.path / "quant.json").write_text(json.dumps(content))
+    result = run(pytester, "--qsens-json", "out.json")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*--qsens-scheme beside it*"])
+    run(pytester, "--qsens-scheme", "w8a8", "--snapshot-update", "--qsens-json", "out.json")
+    found = result_file(pytester)
+    assert found["run"]["config"]["scheme"] == "w8a8"
+    excluded = {"head": "unquantized", "blocks.0.up": "unquantized", "embed": embedding}
+    assert {op["op"]: op["scheme"] for op in found["ops"]} == {op: excluded.get(op, "w8a8") for op in OPS}
+    pytester.runpytest_inprocess("--qsens-model", MODEL, "--qsens-scheme", "w8a8", "--qsens-json", "out.json")
+    alone = {op["op"]: op["isolated"] for op in result_file(pytester)["ops"]}
+    measured = {op["op"]: op["isolated"] for op in found["ops"] if op["status"] == "measured"}
+    assert len(measured) == len(OPS) - [*excluded.values()].count("unquantized")
+    assert measured == {op: alone[op] for op in measured}
+
+
+def test_a_scheme_beside_a_config_of_schemes(pytester: pytest.Pytester) -> None:
+    """One says what the other says, so it is refused; the message names both."""
+    write_model(pytester)
+    write_config(pytester, RULES)
+    before = listing(pytester)
+    result = run(pytester, "--qsens-scheme", "w8a8")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(
+        ["*quant.json says the scheme of each op, and the scheme that is given beside it, w8a8, that of all. Leave*"]
+    )
+    assert listing(pytester) == before
+    (pytester.path / "quant.json").write_text('{"nodes_to_exclude": []}')
+    assert run(pytester, "--qsens-scheme", "kv_fp8").ret == 4
 
 
 @pytest.mark.parametrize(

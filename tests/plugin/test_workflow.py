@@ -16,12 +16,13 @@ from pytest_qsens.graph.narrow import make_wide
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.results import load
+from tests.configs.installed import required
 
 if TYPE_CHECKING:
     from pytest_qsens.models.spec import ModelSpec
 
-core = pytest.importorskip("torchao.core.config")
-quantization = pytest.importorskip("torchao.quantization")
+core = required("torchao.core.config")
+quantization = required("torchao.quantization")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's own
 

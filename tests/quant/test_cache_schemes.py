@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -9,6 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 from hypothesis import given
 from hypothesis import strategies as st
+from llmcompressor.observers import Observer
 from torch import Tensor
 
 from pytest_qsens import QsensError
@@ -20,6 +23,7 @@ from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import FLOATS, INTEGERS, ActivationScheme, OpScheme, named, parse
 from pytest_qsens.quant.schemes import CACHE_SCHEMES, SCHEMES, scheme_named
 from pytest_qsens.quant.simulate import Simulator
+from pytest_qsens.quant.state_range import StateRange
 
 HEADS, DIM = 3, 32
 ARGS = {"num_bits": 8, "symmetric": True}
@@ -41,7 +45,8 @@ def cache_schemes(draw: st.DrawFn) -> OpScheme:
     granularity = draw(st.sampled_from(["tensor", "head", "channel", "token", "group"]))
     size = (draw(st.sampled_from([8, 16, 32, 64])),) if granularity == "group" else ()
     dtype, kind = draw(st.sampled_from([*INTEGERS, *FLOATS])), draw(st.sampled_from(["static", "dynamic", "local"]))
-    cache = ActivationScheme(dtype, kind, granularity, size, draw(st.booleans()))
+    observer = "moving_average" if kind != "dynamic" and draw(st.booleans()) else ""
+    cache = ActivationScheme(dtype, kind, granularity, size, draw(st.booleans()), observer)
     return OpScheme(None, cache=cache, queries=draw(st.booleans()))
 
 
@@ -79,6 +84,7 @@ def test_one_name_for_each_scheme(scheme: OpScheme) -> None:
         ("kv_int8_channel", ActivationScheme("int8", "static", "channel")),
         ("kv_int8_dynamic", ActivationScheme("int8", "dynamic", "token")),
         ("kv_int4_dynamic_g32_asym", ActivationScheme("int4", "dynamic", "group", (32,), symmetric=False)),
+        ("kv_int8_moving_average", ActivationScheme("int8", "static", "tensor", observer="moving_average")),
         ("kv_nvfp4_local", ActivationScheme("nvfp4", "local", "group", (16,))),
     ],
 )
@@ -104,6 +110,7 @@ def test_layers_and_caches_are_apart() -> None:
         ("kv_nvfp4", "static keys and values are nvfp4 (simulated for nvfp4: dynamic or local)"),
         ("kv_fp8_local", "scales of two kinds"),
         ("kv_fp8_asym", "zero points"),
+        ("kv_nvfp4_local_moving_average", "are found by moving_average (simulated: by minmax)"),
         ("kv_int16", "keys and values are int16"),
         ("kv_int8_dynamic_head", "dynamic keys and values have a scale per head"),
         ("kv_int8_token", "static keys and values have a scale per token (simulated for int8: per tensor, head or"),
@@ -114,6 +121,22 @@ def test_what_cannot_be_simulated_says_why(name: str, reason: str) -> None:
     with pytest.raises(QsensError, match="cannot be simulated") as error:
         scheme_named(name, "scheme")
     assert reason in str(error.value)
+
+
+@given(seen=states())
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+def test_moving_averages_are_those_of_llm_compressor(granularity: Literal["tensor", "head"], seen: Tensor) -> None:
+    """Its observer ``minmax``, which it takes where none is named, sees the two batches as ours does."""
+    strategy = "attn_head" if granularity == "head" else "tensor"
+    args = QuantizationArgs(type="float", strategy=strategy, **ARGS)
+    observer = Observer.load_from_registry("minmax", base_name="k", args=args)
+    ours = StateRange(ActivationScheme("fp8_e4m3", "static", granularity, observer="moving_average"))
+    for part in seen:
+        observer(part[None])
+        ours.observe(part[None])
+    low, high = ours.extremes(DIM)
+    torch.testing.assert_close(low.flatten(), observer.min_vals.flatten().clamp(max=0))
+    torch.testing.assert_close(high.flatten(), observer.max_vals.flatten().clamp(min=0))
 
 
 @given(seen=states(), x=states())

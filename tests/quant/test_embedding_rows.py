@@ -18,6 +18,7 @@ from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.assignment import Assignment
+from pytest_qsens.quant.formats import round_weight
 from pytest_qsens.quant.op_scheme import named
 
 if TYPE_CHECKING:
@@ -97,6 +98,27 @@ def test_scores_are_those_of_torchao(name: str, config: Any, engine: str) -> Non
         assert found.isolated["sse"] == pytest.approx(score.sse, rel=1e-2 if engine == "delta" else 1e-9)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["w8a16_tensor", "w4a16_tensor_asym", "wfp8a16_tensor"])
+def test_one_scale_of_all_rows(name: str, engine: str) -> None:
+    """It is that of the whole table, as ONNX Runtime's is, of which the largest rows are never looked up."""
+    given, exact, quantized = spec(), spec().model, spec().model
+    for model in (given.model, exact, quantized):
+        model.embed.weight.data[29, 5] = 37.0  # type: ignore[union-attr]
+    measured = calibrate(given, list_ops(given.model), assigned(name), engine=engine)  # type: ignore[arg-type] # a module
+    weight = named(name, "test").weight
+    assert weight is not None
+    quantized.embed.weight.data = round_weight(quantized.embed.weight.data, weight).real()
+    score = Score(logits=False)
+    with torch.no_grad():
+        for batch in given.evaluation:
+            score.add(exact(**batch), quantized(**batch))
+    result = measured.score(EMBED, ["isolated"])
+    assert score.sse > 0
+    assert result.isolated is not None
+    assert result.isolated["sse"] == pytest.approx(score.sse, rel=1e-2 if engine == "delta" else 1e-9)
+
+
 def test_rows_of_e4m3() -> None:
     """E4M3 has a scale for each row, as torchao's ``Float8Tensor`` has."""
     given = spec()
@@ -128,8 +150,8 @@ def test_groups_that_do_not_divide_a_row() -> None:
     ("name", "reason"),
     [
         ("w8a8", "rows of embeddings are simulated with weights only, such as w8a16_asym, not as w8a8"),
-        ("w4a16_tensor", "with scales per row or group"),
-        ("wnvfp4a16", "with scales per row or group"),
+        ("wfp8a16_block8x8", "with scales per tensor, row or group"),
+        ("wnvfp4a16", "with scales per tensor, row or group"),
         ("wnf4a16", "weights are nf4"),
     ],
 )

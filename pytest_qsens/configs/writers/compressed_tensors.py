@@ -6,6 +6,7 @@ what comes first in the file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
@@ -58,9 +59,9 @@ def groups(assigned: Sequence[Assigned]) -> dict[str, object]:
     named += [(default, [CLASS_OF["linear"]])] if default is not None else []
     ignored = [one for one in assigned if one.scheme is None and one.op.type in QUANTIZED]
     listed = [{"targets": targets, **_scheme(scheme)} for scheme, targets in named]
-    listed += [{"targets": modules, "input_activations": Row(_arguments(part))} for part, modules in attention.items()]
+    listed += [{"targets": modules, "input_activations": Row(_of_cache(part))} for part, modules in attention.items()]
     config_groups = {f"group_{number}": group for number, group in enumerate(listed)}
-    cached = {} if cache is None else {"kv_cache_scheme": Row(_arguments(cache))}
+    cached = {} if cache is None else {"kv_cache_scheme": Row(_of_cache(cache))}
     return {"config_groups": config_groups, **cached, "ignore": names(ignored)}
 
 
@@ -128,6 +129,12 @@ def _obstacle_of_cache(cache: ActivationScheme) -> str | None:
     return None
 
 
+def _of_cache(cache: ActivationScheme) -> dict[str, object]:
+    if cache.kind == "dynamic":
+        return _arguments(cache)
+    return _arguments(replace(cache, observer=cache.observer or "minmax"))
+
+
 def _scheme(scheme: OpScheme) -> dict[str, object]:
     parts = {"weights": scheme.weight, "input_activations": scheme.activation}
     parts |= {"output_activations": scheme.activation} if scheme.output else {}
@@ -150,5 +157,6 @@ def _arguments(part: WeightScheme | ActivationScheme) -> dict[str, object]:
         found["scale_dtype"] = "torch.uint8"
     if isinstance(part, ActivationScheme):
         found["dynamic"] = "local" if part.kind == "local" else part.kind == "dynamic"
-        found |= {"observer": _OBSERVERS[part.observer]} if part.observer else {}
+        # without a name it would be a moving average
+        found |= {} if part.kind == "dynamic" else {"observer": _OBSERVERS[part.observed_by]}
     return found

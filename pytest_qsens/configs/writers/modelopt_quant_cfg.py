@@ -37,17 +37,12 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
 
 
 def _algorithm(assigned: Sequence[Assigned]) -> dict[str, object]:
-    """Say how scales and smoothing are found: of all that are smoothed alike, or none.
-
-    ``max`` is also what it does where the file does not say; it does not for scales that are found by the usual
-    observer of integers, the histogram, which it has not.
-    """
+    """Say how scales and smoothing are found: of all that are smoothed alike, or none."""
     smoothed = {one.scheme.smoothing for one in assigned if one.scheme is not None and _can_be_smoothed(one)}
     known = [smoothing for smoothing in smoothed if smoothing is not None]
     if len(smoothed) == 1 and known and not known[0].shared:
         return {"algorithm": Row(method="smoothquant", alpha=known[0].alpha)}
-    static = [a for one in assigned if one.scheme is not None and (a := one.scheme.activation) and a.kind == "static"]
-    return {} if any(activation.observed_by == "histogram" for activation in static) else {"algorithm": "max"}
+    return {"algorithm": "max"}
 
 
 def _can_be_smoothed(one: Assigned) -> bool:

@@ -53,7 +53,7 @@ def _for_embeddings(quantized: Sequence[tuple[Assigned, OpScheme]]) -> OpScheme:
     weight = next((scheme.weight for _, scheme in quantized), None) or WeightScheme("int8")
     found = OpScheme(
         replace(weight, granularity="channel"),
-        ActivationScheme("int8", "static", "tensor", symmetric=False),
+        ActivationScheme("int8", "static", "tensor", symmetric=False, observer="minmax"),
         output=True,
     )
     for one, _ in quantized[:1]:
@@ -86,11 +86,9 @@ def _arguments(scheme: OpScheme) -> dict[str, object]:
     }
     options = Row(WeightSymmetric=weight.symmetric, ActivationSymmetric=activation.symmetric)
     percentile = percentile_of(activation.observer)
+    found["calibrate_method"] = "MinMax" if percentile is None else "Percentile"
     if percentile is not None:
         options["CalibPercentile"] = percentile
-        found["calibrate_method"] = "Percentile"
-    elif activation.observer == "minmax":
-        found["calibrate_method"] = "MinMax"
     return {**found, "extra_options": options}
 
 
