@@ -61,7 +61,7 @@ def findings(run: Run) -> list[Finding]:
         lines = verdict.lines if verdict is not None and kind in _JUDGED else (result.reason or "",)
         compared = () if verdict is None else verdict.compared
         finding = Finding(op, kind, lines, compared, run.schemes.get(op), places.at(op))
-        weight = -_growth(compared) if kind in ("exceeded", "regressed") else -_error(result)
+        weight = -_growth(kind, compared) if kind in ("exceeded", "regressed") else -_error(result)
         found.append(((_rank(kind), weight, place), finding))
     return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
 
@@ -83,20 +83,21 @@ def _rank(kind: Kind) -> int:
     return FAILING.index(kind) if kind in FAILING else len(FAILING)
 
 
-def _growth(compared: tuple[Comparison, ...]) -> float:
-    """How many times the error has grown; of SQNR, a ratio of its own, and of what was not measured any more."""
+def _growth(kind: Kind, compared: tuple[Comparison, ...]) -> float:
+    """How many times the error has grown, or is larger than its limit; infinite if it was not measured any more."""
     ratios = [0.0]
     for found in compared:
-        if found.kind != "regressed":
+        if found.kind != kind:
             continue
-        if found.new is None or found.old is None:
+        before = found.limit if kind == "exceeded" else found.old
+        if found.new is None or before is None:
             ratios.append(math.inf)
         elif found.metric == "sqnr_db":
-            ratios.append(10 ** ((found.old - found.new) / 10))
+            ratios.append(10 ** ((before - found.new) / 10))
         elif found.metric == "top1":
-            ratios.append(1 + found.old - found.new)
+            ratios.append(1 + before - found.new)
         else:
-            ratios.append(found.new / found.old if found.old > 0 else math.inf)
+            ratios.append(found.new / before if before > 0 else math.inf)
     return max(ratios)
 
 

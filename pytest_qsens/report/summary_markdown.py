@@ -135,7 +135,8 @@ def _failing(run: Run, failing: list[Finding]) -> Iterator[str]:
 
 def _compared(finding: Finding) -> Iterator[list[str]]:
     """Cells of an op: one row for every metric that decided, or one with the reason why there is no score."""
-    decided = [found for found in finding.compared if found.kind == finding.kind]
+    told = (finding.kind, "regressed") if finding.kind == "exceeded" else (finding.kind,)
+    decided = [found for found in finding.compared if found.kind in told]
     if finding.kind in ("failed", "lost") or not decided:
         yield [_short("; ".join(finding.lines)), "", "", ""]
     for found in decided:
@@ -145,6 +146,8 @@ def _compared(finding: Finding) -> Iterator[list[str]]:
 def _values(found: Comparison) -> list[str]:
     if found.kind == "new":
         return ["none", _number(found.new), ""]
+    if found.kind == "exceeded":
+        return ["", "not measured" if found.limit is None else _number(found.new), _limit(found)]
     if found.limit is None:
         return [_number(found.old), "not measured", ""]
     change = ""
@@ -153,6 +156,10 @@ def _values(found: Comparison) -> list[str]:
         digits = 1 if abs(percent) < 100 else 0
         change = f" ({found.new - found.old:+.3g} dB)" if found.metric == "sqnr_db" else f" ({percent:+.{digits}f} %)"
     return [_number(found.old), f"{_number(found.new)}{change}", _number(found.limit)]
+
+
+def _limit(found: Comparison) -> str:
+    return "" if found.limit is None else _number(found.limit)
 
 
 def _number(value: float | None) -> str:
