@@ -147,9 +147,7 @@ def judge_limits(result: OpResult, limits: Sequence[Limit], *, estimated: Collec
     return Verdict("exceeded", tuple(line for line, _ in found), compared=tuple(seen for _, seen in found))
 
 
-def _past(
-    result: OpResult, limits: Sequence[Limit], estimated: Collection[Mode]
-) -> Iterator[tuple[str, Comparison]]:
+def _past(result: OpResult, limits: Sequence[Limit], estimated: Collection[Mode]) -> Iterator[tuple[str, Comparison]]:
     """Explain every limit that the scores are past, or that there is no score for."""
     known = {metric for scores in result.modes.values() for metric in scores}
     for limit in limits:

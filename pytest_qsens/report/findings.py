@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pytest_qsens.compare import count
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.places import SnapshotLines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pytest_qsens.controller import Run
     from pytest_qsens.results import OpResult
@@ -22,6 +23,24 @@ Kind = Literal["exceeded", "regressed", "failed", "lost", "new", "unexercised"]
 
 FAILING: tuple[Kind, ...] = ("exceeded", "regressed", "failed", "lost", "new")
 """In the order in which they matter; what is left fails nothing."""
+
+
+class Words(NamedTuple):
+    """What a kind of finding is called: of one op, of several, and as a title."""
+
+    one: str
+    many: str
+    title: str
+
+
+SAID: dict[Kind, Words] = {
+    "exceeded": Words("is past a limit", "are past a limit", "past a limit"),
+    "regressed": Words("got worse", "got worse", "worse than the snapshot"),
+    "failed": Words("failed", "failed", "failed"),
+    "lost": Words("lost its score", "lost their scores", "no score any more"),
+    "new": Words("is new", "are new", "not in the snapshot"),
+    "unexercised": Words("is not exercised", "are not exercised", "not exercised"),
+}
 
 _JUDGED: tuple[Kind, ...] = ("exceeded", "regressed", "new")
 """What a gate found, with an explanation of its own."""
@@ -105,6 +124,16 @@ def _error(result: OpResult) -> float:
     return max(((scores.get("nmse") or 0.0) for scores in result.modes.values()), default=0.0)
 
 
+def furthest_first(found: Iterable[Finding]) -> list[Finding]:
+    """Order what is past a limit by how far."""
+    return sorted(found, key=lambda finding: -_growth(finding.kind, finding.compared))
+
+
+def said(kind: Kind, number: int, unit: str = "op") -> str:
+    """Count what was found of a kind, in words."""
+    return f"{count(number, unit)} {SAID[kind].one if number == 1 else SAID[kind].many}"
+
+
 def counts(run: Run, found: list[Finding]) -> dict[str, int]:
     """Count the ops, without the whole model, by what came of them; zeros are there, too, but for limits."""
     kinds = [finding.kind for finding in found if finding.op != TOTAL]
@@ -116,7 +145,7 @@ def counts(run: Run, found: list[Finding]) -> dict[str, int]:
         "regressed": kinds.count("regressed"),
         "improved": verdicts.count("improved"),
         "new": kinds.count("new"),
-        "unexercised": kinds.count("unexercised") + kinds.count("lost"),
+        "unexercised": statuses.count("unexercised"),
         "failed": kinds.count("failed"),
         "estimated": statuses.count("estimated"),
         "measured": statuses.count("measured"),

@@ -93,3 +93,48 @@ def test_without_a_snapshot(pytester: pytest.Pytester, monkeypatch: pytest.Monke
     assert {op for op, verdict in verdicts.items() if verdict == "exceeded"} == {"head", "blocks.0.up", "total"}
     assert found.properties["head"]["nmse_limit"] == "1e-05"
     assert "nmse_old" not in found.properties["head"]
+
+    reported = {"head", "blocks.0.up", "total"}
+    for text in (found.page, found.markdown):
+        assert "Failed: 2 ops are past a limit" in text
+        assert "The whole model is past a limit." in text
+        assert "Past them: 2 ops and the whole model." in text
+        assert "is past the limit of 1e-05 (head.nmse" in text
+        assert "--snapshot-update" not in text
+    assert "is past the limit of 1e-" in found.page.partition("<dl")[0]
+    assert {op for op, line in found.sheet.items() if line["limits"] == "exceeded"} == reported
+
+
+def test_against_a_snapshot(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that is as it was and past a limit is past a limit, not worse; what limits alone pass can be worse."""
+    write_model(pytester)
+    written(pytester, monkeypatch, "--snapshot-update")
+    found = written(pytester, monkeypatch, "--qsens-fail", "nmse:5%,head.nmse<=1e-5")
+    assert {op: line["change"] for op, line in found.sheet.items() if line["change"] != "same"} == {"head": "exceeded"}
+    assert "1 past a limit, 7 as before" in found.markdown
+    assert "x1.00" not in found.page
+    assert "accept" not in found.terminal.partition("no update of the snapshot accepts that")[2]
+
+    (pytester.path / "worse").write_text("30")
+    found = written(pytester, monkeypatch, "--qsens-fail", "nmse<=1e9")
+    assert found.sheet["blocks.1.down"]["change"] == "worse"
+    assert "by nmse:5%, which fails nothing here: no threshold was given:" in found.markdown
+    assert "Passed" in found.page
+
+
+def test_who_is_told_to_accept(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is offered everywhere if the order changed, and nowhere if a test of the user's own failed."""
+    write_model(pytester)
+    written(pytester, monkeypatch, "--snapshot-update")
+    (pytester.path / "worse").write_text("30")
+    found = written(pytester, monkeypatch, "--qsens-fail", "nmse:1e9,kendall:0.99")
+    for text in (found.terminal, found.summary, found.page, found.markdown):
+        assert "--snapshot-update" in text
+
+    (pytester.path / "worse").unlink()
+    own = "def test_own(qsens_op, qsens_score, snapshot):\n    assert qsens_score == snapshot\n"
+    pytester.makepyfile(test_own=f"{own}    assert qsens_op.name != 'head'\n")
+    found = written(pytester, monkeypatch, "test_own.py")
+    for text in (found.terminal, found.summary, found.page, found.markdown):
+        assert "--snapshot-update" not in text
+    assert "Failed: 1 op failed for another reason" in found.markdown

@@ -19,7 +19,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.directory.channel_charts import range_cards, wanted
 from pytest_qsens.report.directory.charts import agreement, heat_maps
-from pytest_qsens.report.directory.contents import Report, compared, judged_by, ranked
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, judged_by, ranked
 from pytest_qsens.report.directory.markdown import as_markdown
 from pytest_qsens.report.directory.sheet import as_csv
 from pytest_qsens.report.directory.write import write_report
@@ -39,7 +39,8 @@ FILES = ["report.csv", "report.html", "report.json", "report.md"]
 def of(result: RunResult, old: RunResult | None = None) -> Report:
     """Report of a result."""
     changes, why = (None, "nothing to compare with") if old is None else compared(result, of_result(old, "old"), FAIL)
-    return Report(result, judged_by(result, changes, why), changes, why, FAIL)
+    report = Report(result, Judgement("open", ""), changes, why, FAIL)
+    return replace(report, judgement=judged_by(report))
 
 
 def small() -> RunResult:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
-from pytest_qsens.report.directory.contents import name_of, ranked
+from pytest_qsens.report.directory.contents import ranked
+from pytest_qsens.report.measures import name_of
 
 if TYPE_CHECKING:
     from pytest_qsens.details import Channels, Details, OpRanges
@@ -52,7 +53,10 @@ def range_cards(report: Report, details: Details) -> list[RangeCard]:
         return []
     return [
         RangeCard(
-            name, known[name].type, f"{name_of(measure.metric)} {value_of(op, measure):.3g}", _charts(known[name])
+            name,
+            known[name].type,
+            f"{name_of(measure.of(op).metric)} {value_of(op, measure):.3g}",
+            _charts(known[name]),
         )
         for op in ranked(report.result)[:RANGES]
         for name in _members(op)
