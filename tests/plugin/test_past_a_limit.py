@@ -8,7 +8,6 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree as ET
 
-import pytest
 import vl_convert  # noqa: F401 - before a run in this process, which forgets what it imports: it cannot be twice
 
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
@@ -18,6 +17,8 @@ from tests.plugin.test_github import commands
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 Commands = list[tuple[str, dict[str, str], str]]
 

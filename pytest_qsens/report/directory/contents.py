@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from pytest_qsens.compare import count
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.diff import KINDS, diff, of_result
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import TOTAL
+from pytest_qsens.groups import grouped
+from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.report.diff import SAID
 from pytest_qsens.report.findings import FAILING, said
 from pytest_qsens.report.measures import by_score, measure_of
@@ -256,16 +258,27 @@ def suggestions(result: RunResult, directory: Path | None) -> tuple[tuple[str, s
         found.append((f"{reach}: run again with other data (--qsens-eval, or the factory's batches)", ""))
     if counts["estimated"]:
         found.append(("Measure what matters of the estimates: run again with --qsens-top 10", ""))
-    if directory is not None and _plannable(result):
+    share = _share_to_keep(result)
+    if directory is not None and share is not None:
         path = shlex.quote(str(directory / "report.json"))
-        keep = "Keep the most sensitive tenth in high precision (--verify measures that)"
-        found.append((keep, f"qsens plan {path} --keep 10% --out plan.yaml"))
+        keep = "Keep the most sensitive tenth in high precision"
+        keep += ", beside what has no score" if share > 10 else ""
+        found.append((f"{keep} (--verify measures that)", f"qsens plan {path} --keep {share}% --out plan.yaml"))
     return tuple(found)
 
 
-def _plannable(result: RunResult) -> bool:
-    """Whether `qsens plan` takes a result: all of a model, under one scheme of layers, of known sizes."""
+def _share_to_keep(result: RunResult) -> int | None:
+    """Percentage that `qsens plan --keep` takes: a tenth, beside what it cannot quantize; ``None`` if it takes none."""
     layers = [op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()]
-    scored = any(op.status == "measured" and op.isolated is not None and not op.partial for op in layers)
-    known = all(op.weights is not None for op in layers) and any(op.weights for op in layers)
-    return result.run.shard is None and result.run.config is None and scored and known
+    if result.run.shard is not None or result.run.config is not None or not layers:
+        return None
+    usable = {op.op for op in layers if op.status == "measured" and op.isolated is not None and not op.partial}
+    sizes = {op.op: len(op.ops) or 1 for op in layers}
+    units = [[op.op] for op in layers]
+    if result.run.granularity == "op":  # plans give fused ops one scheme
+        units = [
+            [*unit.member_names] or [unit.name] for unit in grouped([Op(op.op, op.type) for op in layers], "fused")
+        ]
+    without = sum(sizes[op] for unit in units if not usable.issuperset(unit) for op in unit)
+    share = math.ceil(100 * without / sum(sizes.values())) + 10
+    return share if share < 100 else None

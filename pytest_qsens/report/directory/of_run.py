@@ -13,7 +13,7 @@ from pytest_qsens.diff import of_snapshot
 from pytest_qsens.measure import bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
-from pytest_qsens.report.directory.channel_charts import wanted
+from pytest_qsens.report.directory.channel_charts import wanted, without_ranges
 from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
 from pytest_qsens.report.findings import FAILING, SAID, findings, said
 
@@ -62,7 +62,9 @@ def _details(config: pytest.Config, run: Run, result: RunResult) -> Details:
     from pytest_qsens.ranges import details
 
     bench(config).release()  # two models may not fit
-    return details(model.source, wanted(result), base_options(config).device)
+    found = details(model.source, wanted(result), base_options(config).device)
+    note = without_ranges(result)
+    return found if note is None else replace(found, notes=(*found.notes, note))
 
 
 def _place(config: pytest.Config, run: Run) -> str:
