@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 from pytest_qsens.ci import LIMIT, append
 from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
+from pytest_qsens.report import summary_markdown
 from pytest_qsens.report.findings import counts, findings
 from pytest_qsens.report.github import command, workflow_commands
 from pytest_qsens.results import OpResult
@@ -295,7 +296,7 @@ def test_an_error_in_the_summary(
     def broken(_: object) -> list[str]:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("pytest_qsens.report.summary_markdown.document", broken)
+    monkeypatch.setattr(summary_markdown, "document", broken)
     result = pytester.runpytest_inprocess("--qsens-model", MODEL)
     assert result.ret == 1
     result.stdout.fnmatch_lines(["qsens: no summary of this run for GitHub, *ZeroDivisionError: division by zero*"])
