@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pytest_qsens.gates import Gates
 from pytest_qsens.report.directory.of_result import report_of
 from pytest_qsens.report.directory.write import write_report
 from tests.report.browser import chromium
@@ -57,7 +58,7 @@ def measured(browser: Browser, size: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         directory, result = Path(name), large(size)
         start = time.perf_counter()
-        write_report(directory, report_of(result, None, ()))
+        write_report(directory, report_of(result, None, Gates(())))
         made = time.perf_counter() - start
         page = directory / "report.html"
         visits = [visit(browser, page) for _ in range(VISITS)]

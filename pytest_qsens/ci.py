@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.collect import base_options
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, told
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_qsens.controller import Controller
 
@@ -48,14 +48,20 @@ class CiOutput:
             return
         lines: list[str] = []
         if summary:
-            from pytest_qsens.report.summary_markdown import document
-
-            lines += append(Path(summary), document(self._controller))
+            lines += _guarded("summary", lambda: self._summary(Path(summary)))
         if annotated:
-            from pytest_qsens.report.github import workflow_commands
-
-            lines += workflow_commands(self._controller)
+            lines += _guarded("annotations", self._annotations)
         _write(config, lines)
+
+    def _summary(self, path: Path) -> list[str]:
+        from pytest_qsens.report.summary_markdown import document
+
+        return append(path, document(self._controller))
+
+    def _annotations(self) -> list[str]:
+        from pytest_qsens.report.github import workflow_commands
+
+        return list(workflow_commands(self._controller))
 
     def _concerned(self, config: pytest.Config) -> bool:
         """Whether this is a run of ours: one that measured, or was to."""
@@ -66,6 +72,14 @@ class CiOutput:
             return controller.started and base_options(config).model is not None
         except QsensError:
             return False
+
+
+def _guarded(what: str, write: Callable[[], list[str]]) -> list[str]:
+    """Take the lines of an output; an error in it is told in their place, and costs neither exit code nor scores."""
+    try:
+        return write()
+    except Exception as error:  # noqa: BLE001 - pytest is about to end, and has written what matters
+        return [f"qsens: no {what} of this run for GitHub, as it could not be put together: {told(error)}"]
 
 
 def append(path: Path, lines: Sequence[str]) -> list[str]:

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from pytest_qsens.snapshot import Snapshot
     from pytest_qsens.thresholds import Threshold
 
-Kind = Literal["worse", "lost", "better", "appeared", "vanished", "unrun", "same"]
-"""``lost``: an op of both files that has numbers in the old one only; ``appeared``: has them in the new one only;
-``unrun``: the new file is of a run that did not come to it, which takes no score away."""
+Kind = Literal["exceeded", "worse", "lost", "better", "appeared", "vanished", "unrun", "same"]
+"""``exceeded``: past a limit, which only a run judges, whatever the old file says; ``lost``: an op of both files that
+has numbers in the old one only; ``appeared``: has them in the new one only; ``unrun``: the new file is of a run that
+did not come to it, which takes no score away."""
 
-KINDS: tuple[Kind, ...] = ("worse", "lost", "better", "appeared", "vanished", "unrun", "same")
+KINDS: tuple[Kind, ...] = ("exceeded", "worse", "lost", "better", "appeared", "vanished", "unrun", "same")
 """In the order in which they matter."""
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, matches
 from pytest_qsens.results import round_score
-from pytest_qsens.thresholds import METRICS, NUMBER, Verdict, value_of
+from pytest_qsens.thresholds import METRICS, NUMBER, Comparison, Verdict, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -141,22 +141,26 @@ def judge_limits(result: OpResult, limits: Sequence[Limit], *, estimated: Collec
             are not judged there.
 
     """
-    lines = tuple(_past(result, limits, estimated))
-    return Verdict("exceeded", lines) if lines else Verdict("ok")
+    found = list(_past(result, limits, estimated))
+    if not found:
+        return Verdict("ok")
+    return Verdict("exceeded", tuple(line for line, _ in found), compared=tuple(seen for _, seen in found))
 
 
-def _past(result: OpResult, limits: Sequence[Limit], estimated: Collection[Mode]) -> Iterator[str]:
+def _past(result: OpResult, limits: Sequence[Limit], estimated: Collection[Mode]) -> Iterator[tuple[str, Comparison]]:
     """Explain every limit that the scores are past, or that there is no score for."""
     known = {metric for scores in result.modes.values() for metric in scores}
     for limit in limits:
         found = [each for mode in result.modes for each in [_of_mode(limit, mode)] if each.metric in known]
         if not found and not estimated and not (result.op == TOTAL and limit.metric in _OF_MODES):
-            yield f"{limit.metric} was not measured, and has a limit ({limit})"
+            line = f"{limit.metric} was not measured, and has a limit ({limit})"
+            yield line, Comparison(next(iter(result.modes), ""), limit.metric, None, None, None, "exceeded")
         for mode, scores in result.modes.items():
             applied = _of_mode(limit, mode)
             if applied.metric in scores and not applied.holds(value := scores[applied.metric]):
                 least = ", estimated to be at least:" * (mode in estimated)
-                yield f"{mode}{least} {applied.metric} {value:.6g} is past the limit of {limit.bound:.6g} ({limit})"
+                line = f"{mode}{least} {applied.metric} {value:.6g} is past the limit of {limit.bound:.6g} ({limit})"
+                yield line, Comparison(mode, applied.metric, None, value, limit.bound, "exceeded")
 
 
 def _of_mode(limit: Limit, mode: str) -> Limit:

@@ -48,7 +48,10 @@ def of_result(model: str, scheme: str, mode: str, result: OpResult) -> list[Prop
 
 def of_verdict(verdict: Verdict, result: OpResult) -> list[Property]:
     """Tell what the gate found, and of every metric that it compared the snapshot's value and the limit."""
-    return [("verdict", verdict.kind), *_compared(verdict, result)]
+    properties: dict[str, object] = {"verdict": verdict.kind}
+    for name, value in _compared(verdict, result):
+        properties.setdefault(name, value)  # what is past a limit and a threshold: the limit, which comes first
+    return list(properties.items())
 
 
 def _compared(verdict: Verdict, result: OpResult) -> Iterator[Property]:
@@ -56,7 +59,7 @@ def _compared(verdict: Verdict, result: OpResult) -> Iterator[Property]:
         name = f"{_prefix(result, found.mode)}{found.metric}"
         if found.metric not in _SCORES and (found.limit is not None or found.kind == "new"):
             yield name, _number(found.new)
-        if found.kind != "new":
+        if found.kind not in ("new", "exceeded"):
             yield f"{name}_old", _number(found.old)
         if found.limit is not None:
             yield f"{name}_limit", found.limit

@@ -57,6 +57,8 @@ def details(source: ModelSource, ops: Collection[str], device: str = "cpu") -> D
 
 
 def _observed(spec: ModelSpec, ops: Collection[str], device: str) -> tuple[OpRanges, ...]:
+    if not ops:
+        return ()
     observer = RangeObserver(ops)
     model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
     model = model.to(device).eval().requires_grad_(requires_grad=False)

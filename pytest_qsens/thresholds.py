@@ -183,7 +183,8 @@ class Comparison(NamedTuple):
     """What a gate looked at: a metric in a mode, in the snapshot and now, and the worst value that passes.
 
     Of a metric that the snapshot does not have, ``kind`` is ``new``, without ``old`` and ``limit``; one that was not
-    measured has neither ``new`` nor ``limit``. Where there is a limit, a value of ``None`` is an infinite SQNR.
+    measured has neither ``new`` nor ``limit``. Where there is a limit, a value of ``None`` is an infinite SQNR, but for
+    what is past a limit of its own (``exceeded``), which knows nothing of the snapshot and has no ``old``.
     """
 
     mode: str

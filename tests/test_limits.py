@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,9 @@ from pytest_qsens.limits import Limit, judge_limits, sign_of
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import OpResult, Scores
 from pytest_qsens.thresholds import METRICS, parse_fail
+
+if TYPE_CHECKING:
+    from pytest_qsens.results import Mode
 
 LIMITS = st.builds(
     Limit,
@@ -135,6 +139,12 @@ def test_the_judgement(limit: str, result: OpResult, lines: tuple[str, ...]) -> 
     assert verdict.kind == ("exceeded" if lines else "ok")
     assert len(verdict.lines) == len(lines)
     assert all(line.startswith(told) for line, told in zip(verdict.lines, lines, strict=True))
+    assert len(verdict.compared) == len(lines)
+    for seen in verdict.compared:
+        assert seen.mode in result.modes
+        assert (seen.metric in result.modes[cast("Mode", seen.mode)]) is (seen.new is not None)
+        assert (seen.old, seen.kind) == (None, "exceeded")
+        assert seen.limit == (None if seen.new is None else parse_gates(limit).limits[0].bound)
 
 
 @pytest.mark.parametrize(

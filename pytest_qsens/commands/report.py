@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qsens.gates import parse_gates
 from pytest_qsens.results import load
-from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+from pytest_qsens.thresholds import DEFAULT_FAIL
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -43,5 +44,7 @@ def run(arguments: Namespace) -> list[str]:
     from pytest_qsens.report.directory.write import check_directory, write_report
 
     check_directory(arguments.directory, "DIR")
-    found = report_of(load(arguments.result), arguments.against, parse_fail(arguments.fail, "--fail"))
+    found = report_of(
+        load(arguments.result), arguments.against, parse_gates(arguments.fail, "--fail"), arguments.directory
+    )
     return [f"wrote {path}" for path in write_report(arguments.directory, found)]

@@ -15,11 +15,20 @@ from pytest_qsens.report.markdown import escaped
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_qsens.diff import Change, Diff
+    from pytest_qsens.diff import Change, Diff, Kind
     from pytest_qsens.thresholds import Threshold
 
-_SAID = {"worse": "worse", "lost": "without a score now", "better": "better", "same": "as before"}
-_SAID |= {"appeared": "new", "vanished": "gone", "unrun": "not run"}
+SAID: dict[Kind, str] = {
+    "exceeded": "past a limit",
+    "worse": "worse",
+    "lost": "without a score now",
+    "better": "better",
+    "appeared": "new",
+    "vanished": "gone",
+    "unrun": "not run",
+    "same": "as before",
+}
+"""Kind of change → what it is called."""
 
 
 def text(found: Diff, thresholds: Sequence[Threshold], *, everything: bool) -> Iterator[str]:
@@ -106,7 +115,7 @@ def as_json(found: Diff) -> str:
         "scheme": found.new.scheme,
         "modes": found.modes,
         "notes": found.notes,
-        "counts": {kind: found.count(kind) for kind in KINDS},
+        "counts": {kind: found.count(kind) for kind in KINDS if kind != "exceeded"},
         "ops": [
             {
                 "op": change.op,
@@ -140,10 +149,10 @@ def _rules(thresholds: Sequence[Threshold]) -> str:
 
 def _counts(found: Diff) -> str:
     counts = {kind: found.count(kind) for kind in KINDS}
-    parts = [f"{number} {_SAID[kind]}" for kind, number in counts.items() if number]
+    parts = [f"{number} {SAID[kind]}" for kind, number in counts.items() if number]
     return f"{count(sum(counts.values()), 'op')}: {', '.join(parts) or 'none'}"
 
 
 def _of_kinds(changes: Sequence[Change]) -> str:
     kinds = [change.kind for change in changes]
-    return ", ".join(f"{kinds.count(kind)} {_SAID[kind]}" for kind in KINDS if kind in kinds)
+    return ", ".join(f"{kinds.count(kind)} {SAID[kind]}" for kind in KINDS if kind in kinds)

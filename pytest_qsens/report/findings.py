@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pytest_qsens.compare import count
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.places import SnapshotLines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pytest_qsens.controller import Run
     from pytest_qsens.results import OpResult
@@ -22,6 +23,24 @@ Kind = Literal["exceeded", "regressed", "failed", "lost", "new", "unexercised"]
 
 FAILING: tuple[Kind, ...] = ("exceeded", "regressed", "failed", "lost", "new")
 """In the order in which they matter; what is left fails nothing."""
+
+
+class Words(NamedTuple):
+    """What a kind of finding is called: of one op, of several, and as a title."""
+
+    one: str
+    many: str
+    title: str
+
+
+SAID: dict[Kind, Words] = {
+    "exceeded": Words("is past a limit", "are past a limit", "past a limit"),
+    "regressed": Words("got worse", "got worse", "worse than the snapshot"),
+    "failed": Words("failed", "failed", "failed"),
+    "lost": Words("lost its score", "lost their scores", "no score any more"),
+    "new": Words("is new", "are new", "not in the snapshot"),
+    "unexercised": Words("is not exercised", "are not exercised", "not exercised"),
+}
 
 _JUDGED: tuple[Kind, ...] = ("exceeded", "regressed", "new")
 """What a gate found, with an explanation of its own."""
@@ -61,7 +80,7 @@ def findings(run: Run) -> list[Finding]:
         lines = verdict.lines if verdict is not None and kind in _JUDGED else (result.reason or "",)
         compared = () if verdict is None else verdict.compared
         finding = Finding(op, kind, lines, compared, run.schemes.get(op), places.at(op))
-        weight = -_growth(compared) if kind in ("exceeded", "regressed") else -_error(result)
+        weight = -_growth(kind, compared) if kind in ("exceeded", "regressed") else -_error(result)
         found.append(((_rank(kind), weight, place), finding))
     return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
 
@@ -83,25 +102,36 @@ def _rank(kind: Kind) -> int:
     return FAILING.index(kind) if kind in FAILING else len(FAILING)
 
 
-def _growth(compared: tuple[Comparison, ...]) -> float:
-    """How many times the error has grown; of SQNR, a ratio of its own, and of what was not measured any more."""
+def _growth(kind: Kind, compared: tuple[Comparison, ...]) -> float:
+    """How many times the error has grown, or is larger than its limit; infinite if it was not measured any more."""
     ratios = [0.0]
     for found in compared:
-        if found.kind != "regressed":
+        if found.kind != kind:
             continue
-        if found.new is None or found.old is None:
+        before = found.limit if kind == "exceeded" else found.old
+        if found.new is None or before is None:
             ratios.append(math.inf)
         elif found.metric == "sqnr_db":
-            ratios.append(10 ** ((found.old - found.new) / 10))
+            ratios.append(10 ** ((before - found.new) / 10))
         elif found.metric == "top1":
-            ratios.append(1 + found.old - found.new)
+            ratios.append(1 + before - found.new)
         else:
-            ratios.append(found.new / found.old if found.old > 0 else math.inf)
+            ratios.append(found.new / before if before > 0 else math.inf)
     return max(ratios)
 
 
 def _error(result: OpResult) -> float:
     return max(((scores.get("nmse") or 0.0) for scores in result.modes.values()), default=0.0)
+
+
+def furthest_first(found: Iterable[Finding]) -> list[Finding]:
+    """Order what is past a limit by how far."""
+    return sorted(found, key=lambda finding: -_growth(finding.kind, finding.compared))
+
+
+def said(kind: Kind, number: int, unit: str = "op") -> str:
+    """Count what was found of a kind, in words."""
+    return f"{count(number, unit)} {SAID[kind].one if number == 1 else SAID[kind].many}"
 
 
 def counts(run: Run, found: list[Finding]) -> dict[str, int]:
@@ -115,7 +145,7 @@ def counts(run: Run, found: list[Finding]) -> dict[str, int]:
         "regressed": kinds.count("regressed"),
         "improved": verdicts.count("improved"),
         "new": kinds.count("new"),
-        "unexercised": kinds.count("unexercised") + kinds.count("lost"),
+        "unexercised": statuses.count("unexercised"),
         "failed": kinds.count("failed"),
         "estimated": statuses.count("estimated"),
         "measured": statuses.count("measured"),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.collect import base_options
-from pytest_qsens.measure import accept_command
-from pytest_qsens.report.findings import FAILING, findings
+from pytest_qsens.report.accepting import ACCEPTABLE, accepting
+from pytest_qsens.report.findings import FAILING, SAID, findings
 from pytest_qsens.report.places import relative
 from pytest_qsens.report.terminal import notes
 
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Annotations of one level that GitHub shows of a step."""
-
-_TITLES = {
-    "exceeded": "past a limit",
-    "regressed": "worse than the snapshot",
-    "failed": "failed",
-    "lost": "no score any more",
-    "new": "not in the snapshot",
-}
-_NEXT = ("regressed", "new")
 
 
 def workflow_commands(controller: Controller) -> Iterator[str]:
@@ -45,9 +36,10 @@ def workflow_commands(controller: Controller) -> Iterator[str]:
     failing.sort(key=lambda pair: FAILING.index(pair[1].kind))  # stable: each run has its worst first
     errors += [_error(controller, run, finding) for run, finding in failing]
     if len(errors) > SHOWN:
-        hidden = failing[SHOWN - 1 - len(controller.problems) :]
+        hidden = failing[max(0, SHOWN - 1 - len(controller.problems)) :]
         names = ", ".join(finding.op for _, finding in hidden[:SHOWN])
-        more = f"{len(errors) - SHOWN + 1} more: {names}{', ...' * (len(hidden) > SHOWN)}"
+        named = f": {names}{', ...' * (len(hidden) > SHOWN)}" if names else ""
+        more = f"{len(errors) - SHOWN + 1} more{named}"
         errors[SHOWN - 1 :] = [command("error", more, title="qsens")]
     yield from errors
     yield from [warning for run in runs for warning in _warnings(controller, run)][:SHOWN]
@@ -72,13 +64,12 @@ def _property(text: str) -> str:
 
 def _error(controller: Controller, run: Run, finding: Finding) -> str:
     lines = [finding.op, *finding.lines]
-    if finding.kind in _NEXT:
-        arguments = controller.config.invocation_params.args
-        lines.append(f"accept with: {accept_command(arguments, base_options(controller.config))}")
+    if finding.kind in ACCEPTABLE and (accept := accepting(controller, run)):
+        lines.append(f"accept with: {accept}")
     return command(
         "error",
         "\n".join(lines),
-        title=f"{run.model} {run.scheme}: {_TITLES[finding.kind]}",
+        title=f"{run.model} {run.scheme}: {SAID[finding.kind].title}",
         file=relative(run.path, _workspace(controller)),
         line=finding.line,
     )

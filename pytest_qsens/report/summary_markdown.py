@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.collect import base_options
-from pytest_qsens.measure import accept_command, same_command
+from pytest_qsens.measure import same_command
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.report.findings import FAILING, counts, findings
+from pytest_qsens.report.accepting import accepting
+from pytest_qsens.report.findings import FAILING, SAID, counts, findings, said
 from pytest_qsens.report.markdown import code, escaped, table
+from pytest_qsens.report.measures import by_score, measure_of, score
 from pytest_qsens.report.places import relative
 from pytest_qsens.report.terminal import WORST, config_line, cost, notes
-from pytest_qsens.results import MODES
 from pytest_qsens.time_budget import NOT_MEASURED
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Finding
-    from pytest_qsens.results import Mode, OpResult
+    from pytest_qsens.report.measures import Measure
+    from pytest_qsens.results import OpResult
     from pytest_qsens.thresholds import Comparison
 
 ROWS = 100
@@ -30,16 +32,7 @@ ROWS = 100
 _REASON = 300
 """Characters of an explanation."""
 
-_WORST_BY: dict[Mode, str] = {"isolated": "nmse", "fallback": "gain", "added": "loss"}
-_COUNTED = {
-    "exceeded": "past a limit",
-    "regressed": "got worse",
-    "failed": "failed",
-    "lost": "lost their scores",
-    "new": "are new",
-}
 _OTHERS = {"estimated": "estimated", "unexercised": "not exercised"}
-_ONE = {"lost": "lost its score", "new": "is new"}
 
 
 def document(controller: Controller) -> list[str]:
@@ -62,8 +55,8 @@ def headline(controller: Controller, found: list[Finding]) -> str:
         mark = "⌛" if status == NOT_MEASURED else "❌"
         return f"{mark} qsens: not measured, exit code {status}: {escaped(_short(controller.stopped))}"
     kinds = [finding.kind for finding in found if finding.op != TOTAL]
-    parts = [_said(kind, kinds.count(kind)) for kind in FAILING if kind in kinds]
-    parts += [f"the whole model {_ONE.get(f.kind, _COUNTED[f.kind])}" for f in found if f.op == TOTAL]
+    parts = [said(kind, kinds.count(kind)) for kind in FAILING if kind in kinds]
+    parts += [f"the whole model {SAID[f.kind].one}" for f in found if f.op == TOTAL]
     parts += [escaped(_short(controller.problems[0]))] if controller.problems and not parts else []
     verdict = ", ".join(parts)
     results = [result for run in controller.runs.values() for op, result in run.results.items() if op != TOTAL]
@@ -83,10 +76,6 @@ def headline(controller: Controller, found: list[Finding]) -> str:
 
 def _with(results: list[OpResult], status: str) -> int:
     return sum(result.status == status for result in results)
-
-
-def _said(kind: str, number: int) -> str:
-    return f"{_count(number)} {_ONE.get(kind, _COUNTED[kind]) if number == 1 else _COUNTED[kind]}"
 
 
 def _count(number: int) -> str:
@@ -135,7 +124,8 @@ def _failing(run: Run, failing: list[Finding]) -> Iterator[str]:
 
 def _compared(finding: Finding) -> Iterator[list[str]]:
     """Cells of an op: one row for every metric that decided, or one with the reason why there is no score."""
-    decided = [found for found in finding.compared if found.kind == finding.kind]
+    told = (finding.kind, "regressed") if finding.kind == "exceeded" else (finding.kind,)
+    decided = [found for found in finding.compared if found.kind in told]
     if finding.kind in ("failed", "lost") or not decided:
         yield [_short("; ".join(finding.lines)), "", "", ""]
     for found in decided:
@@ -145,6 +135,8 @@ def _compared(finding: Finding) -> Iterator[list[str]]:
 def _values(found: Comparison) -> list[str]:
     if found.kind == "new":
         return ["none", _number(found.new), ""]
+    if found.kind == "exceeded":
+        return ["", "not measured" if found.limit is None else _number(found.new), _limit(found)]
     if found.limit is None:
         return [_number(found.old), "not measured", ""]
     change = ""
@@ -155,31 +147,35 @@ def _values(found: Comparison) -> list[str]:
     return [_number(found.old), f"{_number(found.new)}{change}", _number(found.limit)]
 
 
+def _limit(found: Comparison) -> str:
+    return "" if found.limit is None else _number(found.limit)
+
+
 def _number(value: float | None) -> str:
     return "infinite" if value is None else f"{value:.4g}"
 
 
 def _worst(run: Run) -> Iterator[str]:
-    """Table of the ops that hurt most in the first mode, and what the whole model comes to."""
+    """Table of the ops that hurt most, and what the whole model comes to."""
     known = [result for result in (*run.measured, *run.estimated) if result.modes]
-    mode = next((mode for mode in MODES if any(mode in result.modes for result in known)), None)
-    if mode is not None:
-        metric = _WORST_BY[mode]
-        having = [result for result in known if mode in result.modes]
-        ranked = sorted(having, key=lambda result: (-(result.modes[mode].get(metric) or 0.0), result.op))[:WORST]
+    measure = measure_of(known)
+    if measure is not None:
+        ranked = by_score(known, measure)[:WORST]
         schemes = ["scheme"] if run.config is not None else []
-        yield f"Most sensitive, {mode} (higher {metric} is worse):"
+        metrics = measure.metric if measure.also is None else f"{measure.metric} or {measure.also.metric}"
+        yield f"Most sensitive, {measure.modes} (higher {metrics} is worse):"
         yield ""
-        rows = [[result.op, *([result.scheme or ""] * bool(schemes)), *_scores(result, mode)] for result in ranked]
-        yield from table(["op", *schemes, metric, "SQNR in dB"], rows, numbers=2)
+        rows = [[result.op, *([result.scheme or ""] * bool(schemes)), *_scores(result, measure)] for result in ranked]
+        yield from table(["op", *schemes, metrics, "SQNR in dB"], rows, numbers=2)
     total = run.total
     if total is not None and total.isolated is not None:
         yield ""
         yield f"Everything quantized: nmse {_number(total.isolated['nmse'])}, SQNR {_decibels(total.isolated)} dB."
 
 
-def _scores(result: OpResult, mode: Mode) -> list[str]:
-    value = _number(result.modes[mode].get(_WORST_BY[mode]) or 0.0)
+def _scores(result: OpResult, measure: Measure) -> list[str]:
+    mode = measure.of(result).mode
+    value = _number(score(result, measure)) + f" ({mode})" * (measure.also is not None)
     if mode in result.intervals:
         low, high = result.intervals[mode]
         value += f" (estimated, {low:.3g} to {high:.3g})"
@@ -200,18 +196,17 @@ def _notes(controller: Controller, run: Run) -> Iterator[str]:
 
 def _next(controller: Controller, run: Run, failing: list[Finding]) -> Iterator[str]:
     """Give the commands that repeat what failed, and that accept what is worse or new."""
-    arguments = controller.config.invocation_params.args
     wanted = {finding.op for finding in failing if finding.kind in ("failed", "lost")}
     if wanted:
         yield ""
         yield "Repeat what failed:"
         yield ""
         yield from code(_repeat(controller, run, wanted), "sh")
-    if any(finding.kind in ("regressed", "new") for finding in failing):
+    if command := accepting(controller, run):
         yield ""
         yield "If that is meant, accept it and commit the snapshot:"
         yield ""
-        yield from code(accept_command(arguments, base_options(controller.config)), "sh")
+        yield from code(command, "sh")
 
 
 def _repeat(controller: Controller, run: Run, wanted: set[str]) -> str:

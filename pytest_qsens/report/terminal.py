@@ -8,9 +8,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_qsens.collect import base_options
-from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report import profile
+from pytest_qsens.report.accepting import accepting
 from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.report.interactions import side_by_side
@@ -59,12 +59,8 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
             lines.write(line, yellow=True)
         for line in _costs(run, controller):
             lines.write(line)
-        if _to_accept(run) and run.path not in controller.written:
-            lines.write(
-                f"accept with: {accept_command(config.invocation_params.args, base_options(config))}",
-                whole=True,
-                bold=True,
-            )
+        if command := accepting(controller, run):
+            lines.write(f"accept with: {command}", whole=True, bold=True)
     _end(lines, controller)
 
 
@@ -425,8 +421,3 @@ def cost(run: Run, wall_seconds: float) -> str:
     if run.estimated and run.forwards is not None:
         return f"{told}; {run.forwards:.1f} forwards for all ops"
     return told if run.forwards_per_op is None else f"{told}; {run.forwards_per_op:.2f} forwards per op"
-
-
-def _to_accept(run: Run) -> bool:
-    worse = any(verdict.kind in ("new", "regressed") for verdict in run.verdicts.values())
-    return worse or any(verdict.state == "failed" for verdict in run.ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +14,9 @@ from markdown_it import MarkdownIt
 from pytest_qsens.ci import LIMIT, append
 from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
+from pytest_qsens.report import summary_markdown
 from pytest_qsens.report.findings import counts, findings
-from pytest_qsens.report.github import command
+from pytest_qsens.report.github import command, workflow_commands
 from pytest_qsens.results import OpResult
 from pytest_qsens.snapshot import Entry, Snapshot, dumps
 from pytest_qsens.thresholds import Comparison, Verdict
@@ -282,6 +284,34 @@ def test_a_summary_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch
         assert result.ret == 0
         (line,) = [line for line in result.outlines if "no summary was written" in line]
         assert str(path) in line
+
+
+def test_an_error_in_the_summary(
+    pytester: pytest.Pytester, summary: Path, annotated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours at the very end costs a line: the exit code and the annotations are what they would be."""
+    del summary, annotated
+    write_model(pytester)
+
+    def broken(_: object) -> list[str]:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(summary_markdown, "document", broken)
+    result = pytester.runpytest_inprocess("--qsens-model", MODEL)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["qsens: no summary of this run for GitHub, *ZeroDivisionError: division by zero*"])
+    assert len(commands(result)) == len(OPS) + 1
+
+
+def test_more_problems_than_annotations(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """However many problems there are, the last annotation counts what is not shown."""
+    run = Run("m", "w8a8", tmp_path / "snapshot.json", tuple(Op(f"op{n}", "linear") for n in range(3)))
+    for op in run.ops:
+        run.results[op.name] = OpResult(op.name, "linear", "", "failed", "no")
+    problems = [f"problem {number}" for number in range(12)]
+    seen = SimpleNamespace(stopped=None, problems=problems, runs={0: run}, config=request.config)
+    errors = [found for line in workflow_commands(seen) if (found := parsed(line))[0] == "error"]  # type: ignore[arg-type]  # what is read of one
+    assert [message for *_, message in errors] == [*problems[:9], "6 more: op0, op1, op2"]
 
 
 def test_the_limit_of_a_step(tmp_path: Path) -> None:

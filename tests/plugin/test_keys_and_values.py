@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import vl_convert  # noqa: F401 - before a run in this process, which forgets what it imports: it cannot be twice
+
+import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
+from pytest_qsens.results import load
 from tests.plugin.harness import MODEL as WITHOUT
 from tests.plugin.harness import write_model
 
@@ -122,3 +126,14 @@ def test_models_without_any_are_refused(pytester: pytest.Pytester) -> None:
         ["*scheme 'kv_fp8' quantizes keys and values of attention, and net.spec has no module*"]
     )
     assert not list(pytester.path.rglob("kv_fp8.json"))
+
+
+def test_a_report_says_why_there_are_no_ranges(pytester: pytest.Pytester) -> None:
+    """Keys and values have no weight to draw."""
+    run(pytester, "--qsens-scheme", "kv_fp8", "--qsens-report", "out")
+    found = load(pytester.path / "out" / "report.json").details
+    assert found is not None
+    assert found.ranges == ()
+    (note,) = found.notes
+    assert note.startswith("Ranges are collected of layers; 4 of the 4 worst ops are none (type k and v), ")
+    assert "qsens plan" not in (pytester.path / "out" / "report.md").read_text()

@@ -44,7 +44,7 @@ def test_it_says_what_became_of_the_run(pytester: pytest.Pytester) -> None:
     out = pytester.path / "out"
     assert run(pytester).ret == 1
     result, headline, lines = report(out)
-    assert headline == "Failed: 8 ops not in the snapshot yet"
+    assert headline == "Failed: 8 ops are new"
     assert "--snapshot-update" in (out / "report.md").read_text()
     assert [op.op for op in result.ops] == list(OPS)
     assert result.details is not None
@@ -87,7 +87,7 @@ def test_workers_make_no_difference(pytester: pytest.Pytester) -> None:
     groups = ("--qsens-granularity", "block", "--qsens-ops", "blocks.*", "--qsens-report", "groups")
     assert pytester.runpytest_inprocess("--qsens-model", MODEL, *groups).ret == 1
     result, headline, _ = report(pytester.path / "groups")
-    assert headline == "Failed: 3 groups not in the snapshot yet"
+    assert headline == "Failed: 3 groups are new"
     assert result.run.granularity == "block"
     assert result.details is not None
     members = {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "blocks.2.up", "blocks.2.down"}

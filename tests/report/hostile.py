@@ -85,7 +85,7 @@ def hostile() -> RunResult:
         checkpoint=every,
         config={"path": every, "format": every, "sha256": every, "down": every},
     )
-    return RunResult(run, tuple(ops), measured(TOTAL, 0.5), Details(ranges, data, TEXTS))
+    return RunResult(run, tuple(ops), measured(TOTAL, 0.5), details=Details(ranges, data, TEXTS))
 
 
 def large(count: int) -> RunResult:

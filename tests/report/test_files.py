@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,15 @@ from pytest_qsens.details import Channels, Details
 from pytest_qsens.diff import of_result
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.report.directory.channel_charts import range_cards, wanted
+from pytest_qsens.report.directory.channel_charts import range_cards, wanted, without_ranges
 from pytest_qsens.report.directory.charts import agreement, heat_maps
-from pytest_qsens.report.directory.contents import Report, compared, judged_by, ranked
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, judged_by, ranked
 from pytest_qsens.report.directory.markdown import as_markdown
 from pytest_qsens.report.directory.sheet import as_csv
 from pytest_qsens.report.directory.write import write_report
 from pytest_qsens.results import OpResult
 from pytest_qsens.thresholds import parse_fail
-from tests.report.hostile import TEXTS, hostile, large, measured
+from tests.report.hostile import TEXTS, hostile, large, measured, scores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,8 @@ FILES = ["report.csv", "report.html", "report.json", "report.md"]
 def of(result: RunResult, old: RunResult | None = None) -> Report:
     """Report of a result."""
     changes, why = (None, "nothing to compare with") if old is None else compared(result, of_result(old, "old"), FAIL)
-    return Report(result, judged_by(result, changes, why), changes, why, FAIL)
+    report = Report(result, Judgement("open", ""), changes, why, FAIL)
+    return replace(report, judgement=judged_by(report))
 
 
 def small() -> RunResult:
@@ -242,6 +244,10 @@ def test_ranges_are_of_the_worst() -> None:
     assert wanted(result) == [op.op for op in ranked(result)[:12]]
     group = replace(measured("all", 0.9), ops=tuple("abcdef"))
     assert wanted(replace(result, ops=(group, *result.ops)))[:5] == [*"abcd", ranked(result)[0].op]
+    keys = replace(measured("a:k", 0.95), type="k", weights=None)
+    assert wanted(replace(result, ops=(keys, *result.ops))) == wanted(result)
+    assert without_ranges(result) is None
+    assert "1 of the 1 worst op is none (type k), a:k" in (without_ranges(replace(result, ops=(keys,))) or "")
     found = range_cards(of(hostile()), hostile().details or Details())
     assert [card.op for card in found] == [op.op for op in ranked(hostile())[:12] if op.op in TEXTS]
     assert "20.0 times the median channel's" in found[0].charts[1].caption
@@ -254,3 +260,85 @@ def test_equal_results_give_equal_files(tmp_path: Path) -> None:
         write_report(tmp_path / name, of(hostile(), hostile()))
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_ops_of_a_config_and_others_rank_together() -> None:
+    """What keeping one op gains and what adding another one loses are of one unit: no op is missing for its mode."""
+    names = [f"b.{index}.up" for index in range(4)]
+    values = (0.1, 0.4, 0.2, 0.3)
+    ops = [
+        OpResult(name, "linear", f"b.{index}", "measured", weights=64, **{mode: scores(value) | {metric: value}})  # type: ignore[arg-type]  # scores
+        for index, (name, value) in enumerate(zip(names, values, strict=True))
+        for mode, metric in [("fallback", "gain") if index % 2 else ("added", "loss")]
+    ]
+    result = replace(large(1), ops=tuple(ops), total=None)
+    order = ["b.1.up", "b.3.up", "b.2.up", "b.0.up"]
+    assert [op.op for op in ranked(result)] == order
+    assert wanted(result) == order
+    text = as_markdown(of(result))
+    assert re.findall(r"^\| \d \| (\S+) \| linear \| (\S+ \(\w+\)) ", text, re.MULTILINE) == [
+        ("b.1.up", "0.4 (fallback)"),
+        ("b.3.up", "0.3 (fallback)"),
+        ("b.2.up", "0.2 (added)"),
+        ("b.0.up", "0.1 (added)"),
+    ]
+    (chart,) = heat_maps(of(result))
+    assert {cell["v"] for cell in chart.spec["data"]["values"]} == set(values)
+    assert "fallback gain or added loss" in text
+
+
+def test_gates_of_a_finished_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Limits are judged by themselves, orders against the old file; what lacks that is refused."""
+    old = replace(large(30), interactions=None)
+    worst = ranked(old)[0]
+    swapped = {op.op: other.isolated for op, other in zip(ranked(old), reversed(ranked(old)), strict=True)}
+    new = replace(old, ops=tuple(replace(op, isolated=swapped[op.op]) for op in old.ops))
+    results.write(tmp_path / "old.json", old)
+    results.write(tmp_path / "new.json", new)
+    out = tmp_path / "a b"
+    bound = (worst.isolated or {})["nmse"] or 0
+    assert main(["report", str(tmp_path / "old.json"), str(out), "--fail", f"{worst.op}.nmse<={bound / 2!r}"]) == 0
+    text = (out / "report.md").read_text()
+    assert "❌ 1 op is past a limit" in text
+    assert f"is past the limit of {bound / 2:.6g}" in text
+    sheet = csv.DictReader(io.StringIO((out / "report.csv").read_text()))
+    assert [line["op"] for line in sheet if line["limits"]] == [worst.op]
+    assert main(["report", str(tmp_path / "old.json"), str(out), "--fail", "nmse<=1e9"]) == 0
+    assert "✅ No op is past a limit" in (out / "report.md").read_text()
+
+    given = ["report", str(tmp_path / "new.json"), str(out), "--fail", "kendall:0.9"]
+    assert main([*given, "--against", str(tmp_path / "old.json")]) == 0
+    assert "kendall:0.9 failed" in (out / "report.md").read_text()
+    capsys.readouterr()
+    assert main(given) == 4
+    assert "Give --against OLD" in capsys.readouterr().err
+
+
+def test_what_to_do_next_can_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of a report runs as it stands, and none is given where it would be refused."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "a b"
+    never = OpResult("b", "linear", "b", "unexercised", "the data never reached it")
+    keys = replace(measured("a:k", 0.1), type="k", weights=None)
+    given = (large(30), small(), replace(large(1), ops=(keys,)), replace(large(1), ops=(never,)))
+    offered = []
+    for result in given:
+        results.write(tmp_path / "r.json", result)
+        assert main(["report", "r.json", str(out)]) == 0
+        commands = re.findall(r": `(.*)`$", (out / "report.md").read_text(), re.MULTILINE)
+        for command in commands:
+            program, *arguments = shlex.split(command)
+            assert program == "qsens"
+            assert main(arguments) == 0, capsys.readouterr().err
+        offered.append(len(commands))
+    assert offered == [1, 1, 0, 0]
+
+
+def test_no_table_of_nothing() -> None:
+    """Ops that were not run are counted, and have no table of their own."""
+    ops = (measured("a", 0.1), OpResult("b", "linear", "", "unrun"))
+    text = as_markdown(of(replace(large(1), ops=ops)))
+    assert "- 1 unrun" in text
+    assert "| op | status | reason |" not in text

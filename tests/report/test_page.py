@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.diff import of_result
-from pytest_qsens.report.directory.contents import Report, compared, judged_by
+from pytest_qsens.report.directory.contents import Judgement, Report, compared, judged_by
 from pytest_qsens.report.directory.page import as_script_data
 from pytest_qsens.report.directory.write import write_report
 from pytest_qsens.thresholds import parse_fail
@@ -36,7 +36,8 @@ def browser() -> Iterator[Browser]:
 def write(directory: Path, result: RunResult, old: RunResult | None = None) -> Path:
     """Write the report of a result, compared with an older one, and return the page."""
     changes, why = (None, "nothing") if old is None else compared(result, of_result(old, "old.json"), FAIL)
-    write_report(directory, Report(result, judged_by(result, changes, why), changes, why, FAIL))
+    report = Report(result, Judgement("open", ""), changes, why, FAIL)
+    write_report(directory, replace(report, judgement=judged_by(report)))
     return directory / "report.html"
 
 

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qsens.compare import count
+from pytest_qsens.ops import STATES
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
-from pytest_qsens.report.directory.contents import name_of, ranked
+from pytest_qsens.report.directory.contents import ranked
+from pytest_qsens.report.measures import name_of
 
 if TYPE_CHECKING:
     from pytest_qsens.details import Channels, Details, OpRanges
@@ -36,8 +39,29 @@ class RangeCard:
 
 
 def wanted(result: RunResult) -> list[str]:
-    """Names of the ops whose ranges are drawn: the most sensitive ones, or the first members of these groups."""
-    return list(dict.fromkeys(name for op in ranked(result)[:RANGES] for name in _members(op)))
+    """Names of the ops whose ranges are drawn: the most sensitive layers, or the first members of these groups."""
+    return list(dict.fromkeys(name for op in _drawn(result) for name in _members(op)))
+
+
+def without_ranges(result: RunResult) -> str | None:
+    """Say which of the most sensitive ops have no ranges, having no weight: queries, keys and values."""
+    worst = ranked(result)[:RANGES]
+    others = [op for op in worst if not _is_layer(op)]
+    if not others:
+        return None
+    kinds = " and ".join(sorted({op.type for op in others}))
+    return (
+        f"Ranges are collected of layers; {len(others)} of the {count(len(worst), 'worst op')} "
+        f"{'is' if len(others) == 1 else 'are'} none (type {kinds}), {others[0].op} for one."
+    )
+
+
+def _drawn(result: RunResult) -> list[OpResult]:
+    return [op for op in ranked(result) if _is_layer(op)][:RANGES]
+
+
+def _is_layer(op: OpResult) -> bool:
+    return set(op.type.split("+")).isdisjoint(STATES)
 
 
 def _members(op: OpResult) -> tuple[str, ...]:
@@ -52,9 +76,12 @@ def range_cards(report: Report, details: Details) -> list[RangeCard]:
         return []
     return [
         RangeCard(
-            name, known[name].type, f"{name_of(measure.metric)} {value_of(op, measure):.3g}", _charts(known[name])
+            name,
+            known[name].type,
+            f"{name_of(measure.of(op).metric)} {value_of(op, measure):.3g}",
+            _charts(known[name]),
         )
-        for op in ranked(report.result)[:RANGES]
+        for op in _drawn(report.result)
         for name in _members(op)
         if name in known
     ]

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.compare import count
-from pytest_qsens.report.directory.contents import name_of, score
+from pytest_qsens.report.measures import name_of, score
 from pytest_qsens.results import lost_in_noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_qsens.report.directory.contents import Measure, Report
+    from pytest_qsens.report.directory.contents import Report
+    from pytest_qsens.report.measures import Measure
     from pytest_qsens.results import OpResult
 
 _TOWERS = 6
@@ -92,7 +93,7 @@ def _heat_map(
                 "type": "quantitative",
                 "scale": {"type": "log", "domain": domain, "scheme": "viridis"},
                 "legend": {
-                    "title": f"{name_of(measure.metric)}, higher is worse",
+                    "title": f"{_metrics(measure)}, higher is worse",
                     "format": ".0e",
                     "orient": "top",
                     "values": _decades(*domain),
@@ -102,7 +103,7 @@ def _heat_map(
             },
             "value": "#8885",
         },
-        "tooltip": tooltip(("o", "op"), ("v", measure.metric), ("s", "status")),
+        "tooltip": tooltip(("o", "op"), ("v", _metrics(measure)), ("s", "status")),
     }
     shared = "Where # stands for an index, the worst of these ops is drawn." if any("#" in row for row in kept) else ""
     dropped = f" {count(len(rows) - _ROWS, 'more kind')} of ops are in the table." if len(rows) > _ROWS else ""
@@ -181,6 +182,11 @@ def agreement(report: Report) -> Chart | None:
         "ops' errors cover for it; a gain below zero says that keeping the op makes the whole worse.",
         {"$schema": SCHEMA, "width": "container", "height": 340, "layer": [line, dots]},
     )
+
+
+def _metrics(measure: Measure) -> str:
+    own = name_of(measure.metric)
+    return own if measure.also is None else f"{own} or {_metrics(measure.also)}"
 
 
 def value_of(op: OpResult, measure: Measure) -> float:

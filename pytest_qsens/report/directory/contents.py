@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.compare import count
+from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.diff import KINDS, diff, of_result
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import TOTAL
+from pytest_qsens.groups import grouped
+from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.report.diff import SAID
+from pytest_qsens.report.findings import FAILING, said
+from pytest_qsens.report.measures import by_score, measure_of
+from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from pytest_qsens.diff import Change, Diff, Kind, Side
-    from pytest_qsens.results import Mode, OpResult, RunResult
+    from pytest_qsens.limits import Limit
+    from pytest_qsens.report.findings import Finding
+    from pytest_qsens.report.findings import Kind as FindingKind
+    from pytest_qsens.report.measures import Measure
+    from pytest_qsens.results import OpResult, RunResult
     from pytest_qsens.thresholds import Threshold, Verdict
 
 Level = Literal["passed", "failed", "open"]
@@ -35,45 +48,6 @@ STATUSES = {
 """Status → what it means."""
 
 
-SAID: dict[Kind, str] = {
-    "worse": "worse",
-    "lost": "without a score now",
-    "better": "better",
-    "appeared": "new",
-    "vanished": "gone",
-    "unrun": "not run",
-    "same": "as before",
-}
-"""Kind of change → what it is called."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The number by which ops are ranked: higher is more sensitive in all of them."""
-
-    mode: Mode
-    metric: str
-    title: str
-    meaning: str
-
-
-MEASURES = (
-    Measure("isolated", "nmse", "NMSE, only this op quantized", "Error of the output with only this op quantized."),
-    Measure(
-        "fallback",
-        "gain",
-        "gain in NMSE by keeping this op",
-        "How much of the whole model's error goes when only this op is kept in full precision.",
-    ),
-    Measure(
-        "added",
-        "loss",
-        "loss in NMSE by adding this op",
-        "How much error it adds to the whole model's when this op is quantized as well.",
-    ),
-)
-
-
 @dataclass(frozen=True)
 class Judgement:
     """What became of a run.
@@ -82,7 +56,7 @@ class Judgement:
         level: Whether it passed.
         headline: In a few words.
         reasons: What is behind it, a sentence each.
-        commands: What to do next → the command for it.
+        commands: What to do next → the command for it, empty where there is none that holds for every run.
 
     """
 
@@ -101,7 +75,9 @@ class Report:
         judgement: What became of it.
         changes: Against the snapshot, or an older result; ``None`` if there is nothing to compare with.
         uncompared: Why there is not.
-        thresholds: What counts as worse.
+        thresholds: What counts as worse, and fails.
+        limits: What no score may be past.
+        found: What somebody has to look at, the gravest first, whether or not there is anything to compare with.
 
     """
 
@@ -110,6 +86,8 @@ class Report:
     changes: Diff | None
     uncompared: str | None
     thresholds: tuple[Threshold, ...]
+    limits: tuple[Limit, ...] = ()
+    found: tuple[Finding, ...] = ()
 
     @property
     def title(self) -> str:
@@ -119,7 +97,37 @@ class Report:
     @property
     def measure(self) -> Measure | None:
         """What ops are ranked by."""
-        return measure_of(self.result)
+        return measure_of(self.result.ops)
+
+    @property
+    def exceeded(self) -> list[Finding]:
+        """What is past a limit, the furthest first."""
+        return [finding for finding in self.found if finding.kind == "exceeded"]
+
+    @property
+    def limits_told(self) -> str:
+        """What the limits are, and how many scores are past them."""
+        given = f"Given: {', '.join(map(str, self.limits))}. " if self.limits else ""
+        ops = sum(finding.op != TOTAL for finding in self.exceeded)
+        past = [count(ops, unit_of(self.result))] if ops else []
+        past += ["the whole model"] if len(self.exceeded) > ops else []
+        return f"{given}Past them: {' and '.join(past) or 'nothing'}."
+
+    @property
+    def gravest(self) -> list[tuple[str, str]]:
+        """What fails, but for what is new, each with its first explanation; the gravest first."""
+        told = {found.op: found.lines for found in self.found if found.kind in FAILING and found.kind != "new"}
+        for change in self.changed if self.thresholds else ():
+            if change.kind in ("worse", "lost"):
+                told.setdefault(change.op, change.lines)
+        return [(op, next(iter(lines), "")) for op, lines in told.items()]
+
+    @property
+    def rules(self) -> str:
+        """By what changes are told."""
+        if self.thresholds:
+            return ", ".join(map(str, self.thresholds))
+        return f"{DEFAULT_FAIL}, which fails nothing here: no threshold was given"
 
     @property
     def changed(self) -> list[Change]:
@@ -144,31 +152,14 @@ def _distance(change: Change) -> float:
     return 1 / ratio if change.kind == "better" else ratio
 
 
-def measure_of(result: RunResult) -> Measure | None:
-    """Choose what ops are ranked by: the first mode that has scores; ``None`` if there are none."""
-    return next((measure for measure in MEASURES if any(measure.mode in op.modes for op in result.ops)), None)
-
-
 def unit_of(result: RunResult) -> str:
     """Name what is measured as one."""
     return "op" if result.run.granularity == "op" else "group"
 
 
-def name_of(metric: str) -> str:
-    """Write a metric as people write it."""
-    return metric.upper() if metric in ("nmse", "mse", "sse") else metric
-
-
-def score(op: OpResult, measure: Measure | None) -> float | None:
-    """Value by which an op is ranked; ``None`` if it has none."""
-    return None if measure is None else op.modes.get(measure.mode, {}).get(measure.metric)
-
-
 def ranked(result: RunResult) -> list[OpResult]:
     """Ops with a score, the most sensitive first."""
-    measure = measure_of(result)
-    scored = [(value, op) for op in result.ops if (value := score(op, measure)) is not None]
-    return [op for _, op in sorted(scored, key=lambda pair: (-pair[0], pair[1].op))]
+    return by_score(result.ops, measure_of(result.ops))
 
 
 def compared(
@@ -179,15 +170,16 @@ def compared(
     Args:
         result: What was measured.
         old: What is recorded.
-        thresholds: What counts as worse.
+        thresholds: What counts as worse; without any, changes are told by the default one.
         verdicts: Of ops that a gate has judged already, maybe by thresholds of their own.
 
     """
     try:
-        found = diff(old, of_result(result, "this run"), thresholds)
+        found = diff(old, of_result(result, "this run"), thresholds or parse_fail(DEFAULT_FAIL))
     except QsensError as error:
         return None, str(error)
-    judged = verdicts or {}
+    # what a gate has not compared with the snapshot, and passed for that, says nothing about a change
+    judged = {op: verdict for op, verdict in (verdicts or {}).items() if verdict.kind != "ok" or verdict.compared}
     changes = [
         _judged(change, judged[change.op]) if change.op in judged else change
         for change in found.changes
@@ -199,47 +191,94 @@ def compared(
 
 def _judged(change: Change, verdict: Verdict) -> Change:
     kinds: dict[str, Kind] = {
-        "exceeded": "worse",
+        "exceeded": "exceeded",
         "regressed": "worse",
         "improved": "better",
         "ok": "same",
         "new": "appeared",
     }
-    return replace(change, kind=kinds[verdict.kind], lines=verdict.lines or change.lines)
+    lines = verdict.lines
+    if verdict.kind == "exceeded" and change.kind in ("worse", "better"):
+        lines = tuple(dict.fromkeys((*lines, *change.lines)))
+    return replace(change, kind=kinds[verdict.kind], lines=lines or change.lines)
 
 
-def judged_by(result: RunResult, changes: Diff | None, uncompared: str | None) -> Judgement:
-    """Judge a finished result by what changed."""
-    commands, unit = suggestions(result), unit_of(result)
-    if changes is None:
-        return Judgement("open", "Not compared with anything", (uncompared or "",), commands)
-    parts = [
-        count(number, unit) + said
-        for kind, said in (("worse", " got worse"), ("lost", " lost the score"))
-        if (number := changes.count(kind))  # type: ignore[arg-type]  # two of the kinds
+def judged_by(report: Report, failed: Sequence[str] = (), path: Path | None = None) -> Judgement:
+    """Judge a finished result by limits that scores are past, and by what changed.
+
+    Args:
+        report: All but the judgement.
+        failed: What gates of all ops together found, a sentence for each that does not hold.
+        path: Directory that the report goes to.
+
+    """
+    result, changes = report.result, report.changes
+    commands, unit = suggestions(result, path), unit_of(result)
+    kinds: list[FindingKind] = [finding.kind for finding in report.exceeded if finding.op != TOTAL]
+    kinds += [
+        _FAILING_CHANGES[change.kind]
+        for change in (changes.changes if changes is not None and report.thresholds else ())
+        if change.op != TOTAL and change.kind in _FAILING_CHANGES
     ]
-    if any(change.op == TOTAL and change.kind == "worse" for change in changes.changes):
-        parts.append("the whole model got worse")
-    told = (f"Compared with {changes.old.name}.",)
-    if parts:
-        said = ", ".join(parts)
-        return Judgement("failed", f"{said[0].upper()}{said[1:]}", told, commands)
+    parts = [said(kind, kinds.count(kind), unit) for kind in FAILING if kind in kinds]
+    if any(finding.op == TOTAL for finding in report.exceeded):
+        parts.append("the whole model is past a limit")
+    elif changes is not None and report.thresholds:
+        worse = any(change.op == TOTAL and change.kind == "worse" for change in changes.changes)
+        parts += ["the whole model got worse"] if worse else []
+    against = report.uncompared if changes is None else f"Compared with {changes.old.name}."
+    told = (*failed, against or "")
+    if parts or failed:
+        found = ", ".join(parts) or "the ops together do not pass"
+        return Judgement("failed", f"{found[0].upper()}{found[1:]}", told, commands)
+    if report.limits and not report.thresholds:
+        return Judgement("passed", f"No {unit} is past a limit", told, commands)
+    if changes is None:
+        headline = "No score is past a limit; not compared with anything" if report.limits else None
+        return Judgement("open", headline or "Not compared with anything", told, commands)
     return Judgement("passed", f"No {unit} got worse", told, commands)
 
 
-def suggestions(result: RunResult) -> tuple[tuple[str, str], ...]:
-    """Say what to do next, whether or not anything got worse."""
+_FAILING_CHANGES: dict[Kind, FindingKind] = {"worse": "regressed", "lost": "lost"}
+"""What of the changes fails, and what it is as a finding."""
+
+
+def suggestions(result: RunResult, directory: Path | None) -> tuple[tuple[str, str], ...]:
+    """Say what to do next, whether or not anything got worse.
+
+    Args:
+        result: What was measured.
+        directory: That the report goes to, with the result; ``None`` if it goes nowhere.
+
+    """
     counts, unit = Counter(op.status for op in result.ops), unit_of(result)
     found = []
     if counts["unexercised"]:
-        found.append((f"Reach the {count(counts['unexercised'], unit)} without a score", "--qsens-eval FILE"))
+        reach = f"Reach the {count(counts['unexercised'], unit)} that the data never reached"
+        found.append((f"{reach}: run again with other data (--qsens-eval, or the factory's batches)", ""))
     if counts["estimated"]:
-        found.append(("Measure what matters of the estimates", "--qsens-top 10"))
-    if result.run.config is None and any("nmse" in (op.isolated or {}) and not op.intervals for op in result.ops):
-        found.append(
-            (
-                "Keep the most sensitive tenth in high precision, and measure that",
-                "qsens plan report.json --keep 10% --verify --out plan.yaml",
-            )
-        )
+        found.append(("Measure what matters of the estimates: run again with --qsens-top 10", ""))
+    share = _share_to_keep(result)
+    if directory is not None and share is not None:
+        path = shlex.quote(str(directory / "report.json"))
+        keep = "Keep the most sensitive tenth in high precision"
+        keep += ", beside what has no score" if share > 10 else ""
+        found.append((f"{keep} (--verify measures that)", f"qsens plan {path} --keep {share}% --out plan.yaml"))
     return tuple(found)
+
+
+def _share_to_keep(result: RunResult) -> int | None:
+    """Percentage that `qsens plan --keep` takes: a tenth, beside what it cannot quantize; ``None`` if it takes none."""
+    layers = [op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()]
+    if result.run.shard is not None or result.run.config is not None or not layers:
+        return None
+    usable = {op.op for op in layers if op.status == "measured" and op.isolated is not None and not op.partial}
+    sizes = {op.op: len(op.ops) or 1 for op in layers}
+    units = [[op.op] for op in layers]
+    if result.run.granularity == "op":  # plans give fused ops one scheme
+        units = [
+            [*unit.member_names] or [unit.name] for unit in grouped([Op(op.op, op.type) for op in layers], "fused")
+        ]
+    without = sum(sizes[op] for unit in units if not usable.issuperset(unit) for op in unit)
+    share = math.ceil(100 * without / sum(sizes.values())) + 10
+    return share if share < 100 else None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.report.directory.contents import SAID, STATUSES, ranked, score
+from pytest_qsens.report.diff import SAID
+from pytest_qsens.report.directory.contents import STATUSES, ranked
 from pytest_qsens.report.markdown import escaped
+from pytest_qsens.report.measures import score
+from pytest_qsens.report.numbers import decibels, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +37,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"**{_SIGNS[judgement.level]} {escaped(judgement.headline)}**"
     yield ""
     yield from (f"- {escaped(reason)}" for reason in judgement.reasons if reason)
-    yield from (f"- {escaped(what)}: {_code(command)}" for what, command in judgement.commands)
+    for what, command in judgement.commands:
+        yield f"- {escaped(what)}{f': {_code(command)}' if command else ''}"
     yield ""
     counts = ", ".join(f"{number} {status}" for status, number in report.counts.items())
     groups = "" if run.granularity == "op" else f", granularity {escaped(run.granularity)}"
@@ -42,12 +46,32 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"{units}: {counts}. Mode {run.mode}, engine {escaped(run.engine)}{groups}."
     total = report.result.total
     if total is not None and total.isolated is not None:
-        yield f"Everything quantized at once: NMSE {_number(total.isolated.get('nmse'))}, SQNR {_sqnr(total.isolated)}."
+        scores = total.isolated
+        yield f"Everything quantized at once: NMSE {short(scores.get('nmse'))}, SQNR {decibels(scores)}."
     yield ""
+    yield from _limits(report)
     yield from _worst(report)
     yield from _changes(report)
     yield from _statuses(report)
     yield from _environment(report)
+
+
+def _limits(report: Report) -> Iterator[str]:
+    if not (report.limits or report.exceeded):
+        return
+    yield "## Limits"
+    yield ""
+    yield f"{escaped(report.limits_told)}"
+    if report.exceeded:
+        yield ""
+        yield "| op | past a limit |"
+        yield "|---|---|"
+    for finding in report.exceeded[:_CHANGES]:
+        yield f"| {escaped(finding.op)} | {'<br>'.join(map(escaped, finding.lines))} |"
+    if len(report.exceeded) > _CHANGES:
+        yield ""
+        yield f"and {len(report.exceeded) - _CHANGES} more; all are in `report.csv`"
+    yield ""
 
 
 def _worst(report: Report) -> Iterator[str]:
@@ -58,15 +82,18 @@ def _worst(report: Report) -> Iterator[str]:
     yield ""
     yield f"{measure.meaning} Higher is worse; all are in `report.csv`."
     yield ""
-    yield f"| # | op | type | {measure.mode} {measure.metric} | SQNR | status |"
+    yield f"| # | op | type | {measure.name} | SQNR | status |"
     yield "|--:|---|---|--:|--:|---|"
     for place, op in enumerate(ops[:_WORST], 1):
-        scores = op.modes[measure.mode]
-        value = _number(score(op, measure))
-        if measure.mode in op.intervals:
-            low, high = op.intervals[measure.mode]
+        mode = measure.of(op).mode
+        scores = op.modes[mode]
+        value = short(score(op, measure))
+        if measure.also is not None:
+            value += f" ({mode})"
+        if mode in op.intervals:
+            low, high = op.intervals[mode]
             value += f" (nmse {low:.3g} to {high:.3g})"
-        yield f"| {place} | {escaped(op.op)} | {escaped(op.type)} | {value} | {_sqnr(scores)} | {op.status} |"
+        yield f"| {place} | {escaped(op.op)} | {escaped(op.type)} | {value} | {decibels(scores)} | {op.status} |"
     yield ""
 
 
@@ -81,7 +108,7 @@ def _changes(report: Report) -> Iterator[str]:
 
 
 def _listed_changes(report: Report, changes: Diff) -> Iterator[str]:
-    rules = f", by {escaped(', '.join(map(str, report.thresholds)))}" if report.thresholds else ""
+    rules = f", by {escaped(report.rules)}"
     counts = ", ".join(f"{number} {said}" for said, number in report.change_counts)
     yield f"Against {escaped(changes.old.name)}{rules}: {counts or 'no op to compare'}."
     yield from (f"- {escaped(note)}" for note in changes.notes)
@@ -107,9 +134,11 @@ def _statuses(report: Report) -> Iterator[str]:
         if status not in ("measured", "estimated"):
             yield f"- {number} {status}: {STATUSES[status]}"
     yield ""
+    shown = [op for op in without if op.status not in ("unrun", "unquantized")]
+    if not shown:
+        return
     yield "| op | status | reason |"
     yield "|---|---|---|"
-    shown = [op for op in without if op.status not in ("unrun", "unquantized")]
     yield from (f"| {escaped(op.op)} | {op.status} | {escaped(op.reason or '')} |" for op in shown[:_WORST])
     if len(shown) > _WORST:
         yield ""
@@ -126,17 +155,6 @@ def _environment(report: Report) -> Iterator[str]:
     facts = {**run.environment, **{f"config {name}": value for name, value in (run.config or {}).items()}}
     yield from (f"| {escaped(name)} | {escaped(value)} |" for name, value in facts.items())
     yield f"| wall time | {run.cost.wall_seconds:.1f} s |"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _sqnr(scores: dict[str, float | None]) -> str:
-    if "sqnr_db" not in scores:
-        return ""
-    value = scores["sqnr_db"]
-    return "identical" if value is None else f"{value:.1f} dB"
 
 
 def _code(command: str) -> str:

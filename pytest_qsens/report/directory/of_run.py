@@ -10,19 +10,21 @@ from pytest_qsens.collect import base_options, catalogue, updating
 from pytest_qsens.compare import count
 from pytest_qsens.details import Details
 from pytest_qsens.diff import of_snapshot
-from pytest_qsens.measure import accept_command, bench
+from pytest_qsens.measure import bench
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.report.directory.channel_charts import wanted
+from pytest_qsens.report.accepting import accepting
+from pytest_qsens.report.directory.channel_charts import wanted, without_ranges
 from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
+from pytest_qsens.report.findings import FAILING, SAID, findings, said
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytest
 
     from pytest_qsens.controller import Controller, Run
+    from pytest_qsens.report.findings import Finding
     from pytest_qsens.results import RunResult
-    from pytest_qsens.thresholds import Kind
-
-_SAID: dict[Kind, str] = {"exceeded": "past a limit", "regressed": "got worse", "new": "not in the snapshot yet"}
 
 
 def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
@@ -35,7 +37,7 @@ def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
 
     """
     config = controller.config
-    thresholds = base_options(config).gates.thresholds
+    gates = base_options(config).gates
     result = controller.result(run)
     if interrupted:
         details = Details(notes=("The run was interrupted, so ranges and samples of the data were not collected.",))
@@ -45,10 +47,11 @@ def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
     place = _place(config, run)
     changes, uncompared = None, f"There was no snapshot {place} before this run, so there is nothing to compare with."
     if run.recorded is not None and run.recorded.ops:
-        changes, why = compared(result, of_snapshot(run.recorded, place), thresholds, run.verdicts)
+        changes, why = compared(result, of_snapshot(run.recorded, place), gates.thresholds, run.verdicts)
         uncompared = why or ""
-    judgement = _judgement(controller, run, result, interrupted=interrupted)
-    return Report(result, judgement, changes, uncompared or None, thresholds)
+    found = tuple(findings(run))
+    judgement = _judgement(controller, run, result, found, interrupted=interrupted)
+    return Report(result, judgement, changes, uncompared or None, gates.thresholds, gates.limits, found)
 
 
 def _details(config: pytest.Config, run: Run, result: RunResult) -> Details:
@@ -59,7 +62,9 @@ def _details(config: pytest.Config, run: Run, result: RunResult) -> Details:
     from pytest_qsens.ranges import details
 
     bench(config).release()  # two models may not fit
-    return details(model.source, wanted(result), base_options(config).device)
+    found = details(model.source, wanted(result), base_options(config).device)
+    note = without_ranges(result)
+    return found if note is None else replace(found, notes=(*found.notes, note))
 
 
 def _place(config: pytest.Config, run: Run) -> str:
@@ -68,22 +73,23 @@ def _place(config: pytest.Config, run: Run) -> str:
     return str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
 
 
-def _judgement(controller: Controller, run: Run, result: RunResult, *, interrupted: bool) -> Judgement:
+def _judgement(
+    controller: Controller, run: Run, result: RunResult, found: Sequence[Finding], *, interrupted: bool
+) -> Judgement:
     """Say what became of the tests."""
-    ops, place, unit = run.failing - {TOTAL}, _place(controller.config, run), unit_of(result)
-    kinds = Counter(run.verdicts[op].kind for op in ops if op in run.verdicts)
-    parts = [f"{count(kinds[kind], unit)} {_SAID[kind]}" for kind in _SAID if kinds[kind]]
-    if without := len(ops) - sum(kinds[kind] for kind in _SAID):
-        parts.append(f"{count(without, unit)} without a score")
+    place, unit = _place(controller.config, run), unit_of(result)
+    kinds = {finding.op: finding.kind for finding in found if finding.kind in FAILING and finding.op in run.failing}
+    counted = Counter(kind for op, kind in kinds.items() if op != TOTAL)
+    parts = [said(kind, counted[kind], unit) for kind in FAILING if counted[kind]]
+    if others := len(run.failing - {TOTAL} - kinds.keys()):
+        parts.append(f"{count(others, unit)} failed for another reason")
     reasons = [f"{len(run.failing)} of {count(len(run.results), 'test')} failed."] if run.failing else []
     if TOTAL in run.failing:
-        verdict = run.verdicts.get(TOTAL)
-        reasons.append(f"The whole model: {_SAID.get(verdict.kind, verdict.kind) if verdict else 'no score'}.")
+        what = SAID[kinds[TOTAL]].one if TOTAL in kinds else "failed for another reason"
+        reasons.append(f"The whole model {what}.")
     reasons += [f"{problem[0].upper()}{problem[1:]}." for problem in controller.problems]
-    commands = suggestions(result)
-    accepts = [verdict.kind for op, verdict in run.verdicts.items() if op in run.failing]
-    if accepts:
-        accept = accept_command(controller.config.invocation_params.args, base_options(controller.config))
+    commands = suggestions(result, base_options(controller.config).report)
+    if accept := accepting(controller, run):
         commands = (("Accept these scores, if they are as they should be", accept), *commands)
     if interrupted:
         left = sum(op.status == "unrun" for op in result.ops)

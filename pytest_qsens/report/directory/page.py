@@ -10,9 +10,12 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.report.diff import SAID
 from pytest_qsens.report.directory import charts
 from pytest_qsens.report.directory.channel_charts import range_cards
-from pytest_qsens.report.directory.contents import SAID, STATUSES, name_of, ranked, score, unit_of
+from pytest_qsens.report.directory.contents import STATUSES, ranked, unit_of
+from pytest_qsens.report.measures import name_of, score
+from pytest_qsens.report.numbers import seconds, typeset, typeset_decibels
 from pytest_qsens.results import MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from pytest_qsens.diff import Change
     from pytest_qsens.report.directory.charts import Chart
     from pytest_qsens.report.directory.contents import Report
-    from pytest_qsens.results import OpResult, Scores
+    from pytest_qsens.report.findings import Finding
+    from pytest_qsens.report.measures import Measure
+    from pytest_qsens.results import OpResult
 
 _WORST = 10
 _CHANGES = 40
@@ -113,11 +118,11 @@ class _Page:
         result, run = self._result, self._result.run
         total = (result.total and result.total.isolated) or {}
         if "nmse" in total:
-            yield "everything quantized", number(total["nmse"]), f"NMSE; SQNR {_sqnr(total)}"
+            yield "everything quantized", typeset(total["nmse"]), f"NMSE; SQNR {typeset_decibels(total)}"
         ops = ranked(result)
         measure = self._report.measure
         if ops and measure is not None:
-            yield f"worst {self.unit}", number(score(ops[0], measure)), f"{measure.mode} {name_of(measure.metric)}"
+            yield f"worst {self.unit}", typeset(score(ops[0], measure)), _named(ops[0], measure)
         counts = self._report.counts
         scored = counts["measured"] + counts["estimated"]
         others = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "measured")
@@ -136,9 +141,9 @@ class _Page:
         return [
             {
                 "op": op.op,
-                "about": " · ".join(filter(None, (op.type, op.scheme))),
-                "value": number(score(op, measure)),
-                "sqnr": _sqnr(op.modes[measure.mode]),
+                "about": " · ".join(filter(None, (op.type, op.scheme, _named(op, measure) if measure.also else None))),
+                "value": typeset(score(op, measure)),
+                "sqnr": typeset_decibels(op.modes[measure.of(op).mode]),
                 "width": f"{100 * max(score(op, measure) or 0.0, 0.0) / top:.2f}",
                 "note": self._note(op),
             }
@@ -159,13 +164,14 @@ class _Page:
         measure = self._report.measure
         if measure is None:
             return ""
-        if measure.mode in op.intervals:
-            low, high = op.intervals[measure.mode]
+        own = measure.of(op)
+        if own.mode in op.intervals:
+            low, high = op.intervals[own.mode]
             return f"estimated, NMSE {low:.2g} to {high:.2g}"
-        if lost_in_noise(op.modes[measure.mode]):
+        if lost_in_noise(op.modes[own.mode]):
             return "within noise"
-        error = op.modes[measure.mode].get("stderr")
-        return "" if not error or measure.metric != "nmse" else f"± {error:.1g}"
+        error = op.modes[own.mode].get("stderr")
+        return "" if not error or own.metric != "nmse" else f"± {error:.1g}"
 
     @property
     def changed(self) -> list[Change]:
@@ -173,9 +179,14 @@ class _Page:
         return self._report.changed[:_CHANGES]
 
     @property
-    def gravest(self) -> list[Change]:
-        """The first few of what got worse or lost its score."""
-        return [change for change in self.changed if change.kind in ("worse", "lost")][:_GRAVEST]
+    def gravest(self) -> list[tuple[str, str]]:
+        """The first few of what fails: name, and why."""
+        return [(whole(op), line) for op, line in self._report.gravest[:_GRAVEST]]
+
+    @property
+    def exceeded(self) -> list[Finding]:
+        """What is past a limit; no more than `_CHANGES`."""
+        return self._report.exceeded[:_CHANGES]
 
     @property
     def present(self) -> list[tuple[str, int]]:
@@ -225,12 +236,18 @@ class _Page:
         """Columns and rows of the table of all ops."""
         ops = [*self._result.ops, *([self._result.total] if self._result.total is not None else [])]
         columns: list[tuple[str, str, str, Any]] = [
-            ("op", "op", "name", lambda op: "everything quantized" if op.op == TOTAL else op.op),
+            ("op", "op", "name", lambda op: whole(op.op)),
         ]
+        measure = self._report.measure
+        if measure is not None and measure.also is not None:
+            columns.append(("score", "gain or loss", "score", lambda op: _ranked_by(op, measure)))
         for mode in MODES:
             for metric, title, kind in _COLUMNS[mode]:
                 if any(metric in op.modes.get(mode, {}) for op in ops):
                     columns.append((f"{mode}.{metric}", title, kind, _Getter(mode, metric)))
+        if self._report.exceeded:
+            past = {finding.op for finding in self._report.exceeded}
+            columns.append(("limits", "limits", "text", lambda op: "past a limit" if op.op in past else ""))
         if self._changes:
             columns.append(("change", "change", "text", lambda op: self._kind(op.op)))
             columns.append(("ratio", "new / old", "ratio", lambda op: self._ratio(op.op)))
@@ -242,8 +259,7 @@ class _Page:
             columns.append(("weights", "weights", "count", lambda op: op.weights))
         if any(op.reason for op in ops):
             columns.append(("reason", "reason", "note", lambda op: op.reason or ""))
-        measure = self._report.measure
-        first = None if measure is None else f"{measure.mode}.{measure.metric}"
+        first = None if measure is None else "score" if measure.also else f"{measure.mode}.{measure.metric}"
         return {
             "columns": [{"key": key, "title": title, "kind": kind} for key, title, kind, _ in columns],
             "rows": [[get(op) for *_, get in columns] for op in ops],
@@ -273,6 +289,21 @@ _COLUMNS = {
 }
 
 
+def whole(op: str) -> str:
+    """Name an op, or the whole model, for people."""
+    return "everything quantized" if op == TOTAL else op
+
+
+def _ranked_by(op: OpResult, measure: Measure) -> object:
+    own = measure.of(op)
+    return _Getter(own.mode, own.metric)(op)
+
+
+def _named(op: OpResult, measure: Measure) -> str:
+    own = measure.of(op)
+    return f"{own.mode} {name_of(own.metric)}"
+
+
 class _Getter:
     """Takes a score from a result; estimates come with their interval, an infinite value as a text."""
 
@@ -291,32 +322,3 @@ class _Getter:
         if self._metric == "nmse" and interval is not None:
             return [value, *(float(f"{bound:.3g}") for bound in interval)]
         return value
-
-
-def number(value: float | None) -> str:
-    """Write a score with three digits."""
-    if value is None:
-        return "\N{EN DASH}"
-    if value == 0:
-        return "0"
-    text = f"{value:.3g}"
-    mantissa, _, exponent = text.partition("e")
-    return _signed(f"{mantissa}e{int(exponent)}" if exponent else text)
-
-
-def _signed(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def seconds(value: float) -> str:
-    """Write a duration with its unit."""
-    if value < 1:
-        return f"{1000 * value:.3g} ms"
-    return f"{value:.3g} s" if value < 100 else f"{int(value // 60)} min {value % 60:.0f} s"
-
-
-def _sqnr(scores: Scores) -> str:
-    if "sqnr_db" not in scores:
-        return ""
-    value = scores["sqnr_db"]
-    return "identical" if value is None else _signed(f"{value:.1f} dB")

@@ -25,16 +25,17 @@ def as_csv(report: Report) -> str:
     """Give the text of the file: a header, the ops in model order, and the whole model.
 
     Columns of scores are named ``mode.metric``; an interval has ``mode.nmse.low`` and ``mode.nmse.high``. A value that
-    there is none of is empty; an infinite ``sqnr_db`` is ``inf``.
+    there is none of is empty; an infinite ``sqnr_db`` is ``inf``. ``limits`` is ``exceeded`` where a score is past one.
     """
     result = report.result
     ops = [*result.ops, *([result.total] if result.total is not None else [])]
     metrics = {f"{mode}.{name}": None for mode in MODES for op in ops for name in sorted(op.modes.get(mode, {}))}
     intervals = {f"{mode}.nmse.{end}": None for mode in MODES for end in ("low", "high") if _estimated(ops, mode)}
+    limits = {finding.op: finding.kind for finding in report.exceeded}
     changes = {} if report.changes is None else {change.op: change.kind for change in report.changes.changes}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*FIRST, *metrics, *intervals])
+    writer.writerow([*FIRST, "limits", *metrics, *intervals])
     for op in ops:
         texts = [op.op, op.type, op.block, op.scheme or "", op.status, op.reason or "", changes.get(op.op, "")]
         values = {f"{mode}.{name}": value for mode, scores in op.modes.items() for name, value in scores.items()}
@@ -48,6 +49,7 @@ def as_csv(report: Report) -> str:
                 *map(_text, texts),
                 "" if op.weights is None else op.weights,
                 f"{op.seconds:.6g}",
+                limits.get(op.op, ""),
                 *(_number(values, name) for name in metrics),
                 *(_number(bounds, name) for name in intervals),
             ]
