@@ -41,7 +41,9 @@ def test_what_is_imported_by_name() -> None:
 def test_what_is_started() -> None:
     """Only git, by the commands that SECURITY.md names; workers are started by pytest-xdist."""
     assert set().union(*(calls().get(name, set()) for name in STARTS)) == {"diff.py"}
-    (said,) = (line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("- **Other programs**"))
+    (said,) = (
+        line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("- **Other programs**")
+    )
     commands = {path.stem for path in (PACKAGE / "commands").glob("*.py") if "REVISION:PATH" in path.read_text()}
     assert commands == set(re.findall(r"`qsens (\w+)", said))
 

@@ -122,10 +122,8 @@ def key(pytester: pytest.Pytester, action: Path = ACTION.parent, **given: str) -
 
 
 def test_key_of_the_packages(pytester: pytest.Pytester) -> None:
-    """It is of what pip reads: requirements below the working directory, or the versions that the action brings along."""
-    (cached,) = (
-        found["with"]["key"] for found in steps(ACTION) if found.get("with", {}).get("path") == "~/.cache/pip"
-    )
+    """It is of what pip reads: requirements below the working directory, or the versions that come with the action."""
+    (cached,) = (found["with"]["key"] for found in steps(ACTION) if found.get("with", {}).get("path") == "~/.cache/pip")
     assert {"steps.key.outputs.versions", "inputs.report"} <= set(names(cached))
     action, directory = pytester.path / "the action", pytester.path / "my project"
     action.mkdir()
