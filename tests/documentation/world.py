@@ -53,7 +53,7 @@ def prepare(page: str, directory: Path, environment: dict[str, str]) -> None:
     if page == "ci.md":
         arguments = ("--qsens-model", "my_package.models:spec", "--qsens-config", "quant.yaml", "--snapshot-update")
         _run(("pytest", *arguments), directory, environment)
-    if page == "diff.md":
+    if page in ("diff.md", "report.md"):
         _history(directory)
         _run(("pytest", "-q", "--qsens-model", "minilm", "--qsens-json", "qsens.json"), directory, environment)
         for name in ("main.json", "branch.json"):
