@@ -20,9 +20,9 @@ from pytest_qsens.inspection.tokens import tokens_of
 from pytest_qsens.inspection.words import told
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
+from pytest_qsens.ops import STATES
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.preparation import placed, prepare
-from pytest_qsens.ops import STATES
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.schemes import Scheme, scheme_named
 from pytest_qsens.quant.simulate import Simulator
