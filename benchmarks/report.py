@@ -1,7 +1,11 @@
 """How large the page of a report is, and how soon it can be used: 50, 500 and 5,000 ops in headless Chromium.
 
     python benchmarks/report.py
-    python benchmarks/report.py --picture docs/report.png DIR/report.html   # draw the picture of docs/report.md
+
+The picture of docs/report.md, from the root of the repository, as it shows paths, and with scores from the cache::
+
+    pytest --qsens-model minilm --qsens-snapshot-dir fixtures/snapshots --qsens-report build/report
+    python benchmarks/report.py --picture docs/report.png build/report/report.html
 
 Times are from when the page is asked for, each the median of five visits: until the table can be sorted and filtered,
 and until the charts in the first window are drawn.

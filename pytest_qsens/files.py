@@ -133,8 +133,8 @@ class Fields:
         table = typed(self.take(key), dict, self.at(key))
         return {name: finite(value, f"{self.at(key)}, {name!r}") for name, value in table.items()}
 
-    def schema(self, current: int) -> None:
-        """Check that ``schema`` is one this version reads."""
+    def schema(self, current: int, *, by_hand: bool = False) -> None:
+        """Check that ``schema`` is one this version reads. ``by_hand``: whether people write such files."""
         value = self.take("schema")
         if type(value) is int and value > current:
             raise QsensError(
@@ -142,7 +142,8 @@ class Fields:
                 "Upgrade pytest-qsens."
             )
         if type(value) is not int or value != current:
-            raise QsensError(f"{self.where}: schema is {value!r}, not {current}")
+            advice = f". Write schema: {current}" if by_hand else ""
+            raise QsensError(f"{self.where}: schema is {value!r}, not {current}{advice}")
 
     def end(self) -> None:
         """Complain about keys that were not read: they would be lost when the file is written again."""

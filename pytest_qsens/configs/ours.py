@@ -50,7 +50,7 @@ def read(document: Document) -> Config:
     """
     problems: list[Problem] = []
     fields = ConfigFields(document.value, str(document.path), problems)
-    fields.schema(SCHEMA)
+    fields.schema(SCHEMA, by_hand=True)
     fields.optional_text("$schema")  # for editors
     schemes = {name: _scheme(ConfigFields(value, where, problems)) for name, value, where in _own(fields)}
     rules = [rule for number, entry in enumerate(fields.objects("rules"), 1) for rule in _rules(entry, number, schemes)]

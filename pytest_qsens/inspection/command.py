@@ -20,6 +20,7 @@ from pytest_qsens.inspection.tokens import tokens_of
 from pytest_qsens.inspection.words import told
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
+from pytest_qsens.ops import STATES
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.preparation import placed, prepare
 from pytest_qsens.quant.calibration import Calibration
@@ -215,11 +216,12 @@ class _Inspector:
         return Alternative(name, about, flip, factor, bits)
 
     def _shape(self, call: Call, shapes: Sequence[tuple[int, ...]]) -> Shape:
+        layers = [op for op in self._ops if op.type not in STATES]  # what can be inspected
         return Shape(
             self._op.type,
             self._op.block,
-            self._ops.index(self._op) + 1,
-            len(self._ops),
+            layers.index(self._op) + 1,
+            len(layers),
             tuple(call.weight.shape),
             call.bias is not None,
             str(call.weight.dtype).removeprefix("torch."),

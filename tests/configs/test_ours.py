@@ -116,7 +116,7 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda it: it.update(schema=2), "schema 2 is newer than 1"),
-        (lambda it: it.pop("schema"), "schema is None, not 1"),
+        (lambda it: it.pop("schema"), "schema is None, not 1. Write schema: 1"),
         (lambda it: it.update(rules=[]), "there is no rule"),
         (lambda it: it.update(rules={}), "'rules': a list is needed"),
         (lambda it: it["rules"].append(3), "'rules', entry 4: an object is needed, found 3"),

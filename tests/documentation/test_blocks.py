@@ -29,7 +29,7 @@ RUN = [page for page in PAGES if any(block.runs for block in blocks_of(page))]
 SYNOPSES = [block for block in every_block() if "synopsis" in block.marks]
 
 NOT_RUN = {
-    "README.md": 4,  # three that set up environments, which CI runs as they stand there; a GitHub workflow
+    "README.md": 4,  # three that set up environments, two of which CI runs as they stand there; a GitHub workflow
     "CONTRIBUTING.md": 2,  # the same; the site, which a test of its own builds
     "quickstart.md": 1,  # sets up an environment
     "ci.md": 9,  # workflows, clusters, other machines

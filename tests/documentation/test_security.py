@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 
 from tests.documentation.pages import ROOT
@@ -38,8 +39,13 @@ def test_what_is_imported_by_name() -> None:
 
 
 def test_what_is_started() -> None:
-    """Only git, by ``qsens diff``; workers are started by pytest-xdist."""
+    """Only git, by the commands that SECURITY.md names; workers are started by pytest-xdist."""
     assert set().union(*(calls().get(name, set()) for name in STARTS)) == {"diff.py"}
+    (said,) = (
+        line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("- **Other programs**")
+    )
+    commands = {path.stem for path in (PACKAGE / "commands").glob("*.py") if "REVISION:PATH" in path.read_text()}
+    assert commands == set(re.findall(r"`qsens (\w+)", said))
 
 
 def test_code_of_checkpoints_is_never_asked_for() -> None:

@@ -48,6 +48,7 @@ def test_what_makes_minilms_most_sensitive_op_so(minilm: Inspection) -> None:
     """One channel of the output is so large that requantization puts nearly all others to zero."""
     assert minilm.whole.nmse == pytest.approx((minilm.recorded.scores or {})["nmse"], rel=1e-4)
     assert not minilm.differs
+    assert (minilm.shape.number, minilm.shape.ops) == (9, 40)  # of those that a scheme with weights can quantize
     shares = {part.name: minilm.share(part) or 0.0 for part in minilm.parts}
     assert shares["output"] > 0.9
     assert minilm.outputs is not None

@@ -38,6 +38,7 @@ def test_the_wheel_works(tmp_path: Path, wheel: Path, versions: str) -> None:
     every_module_is_importable(installed)
     it_measures_and_gates(installed)
     it_plans(installed)
+    it_reports(installed)
 
 
 def it_measures_and_gates(installed: environment.Environment) -> None:
@@ -59,6 +60,18 @@ def it_plans(installed: environment.Environment) -> None:
     for aim in (("--keep", "20%"), ("--budget-bits", "12")):
         installed.run("qsens", "plan", "qsens.json", *aim, "--out", "plan.yaml", "--plot", "plan.svg")
     assert "measured" in installed.run("qsens", "show", "qsens.json")
+
+
+def it_reports(installed: environment.Environment) -> None:
+    """See that templates and charts are made by what the extra ``report`` brings along, and nothing warns."""
+    said = installed.run("pytest", *SUITE, "--qsens-report", "out")
+    assert "warning" not in said
+    page = (installed.work / "out" / "report.html").read_text()
+    assert "lm_head" in page
+    assert len(page) > 500_000  # with the plotting library, which vl-convert-python holds
+    assert {path.name for path in (installed.work / "out").iterdir()} == {
+        *(f"report.{suffix}" for suffix in ("csv", "html", "json", "md"))
+    }
 
 
 def every_module_is_importable(installed: environment.Environment) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plugin.harness import LABEL, MODEL, write_model
+from tests.plugin.harness import LABEL, MODEL, snapshot_ops, write_model
 from tests.workflows import ACCEPT, parsed, run, step
 
 if TYPE_CHECKING:
@@ -106,6 +106,42 @@ def test_a_dry_run(pytester: pytest.Pytester) -> None:
     again = made.commit()
     assert again.returncode == 0
     assert "have these scores already" in again.stdout
+
+
+def test_arguments_are_quoted_as_for_a_shell(pytester: pytest.Pytester) -> None:
+    """`-k 'a or b'` is one argument, nothing is expanded, and a quote that is never closed is an error."""
+    write_model(pytester)
+    for arguments, code in (("-k 'head or embed' --tb=no", 0), ("-k '$(touch pwned)'", 4), ("-k 'head", 1)):
+        env = ENV | {"QSENS_ARGS": f"--qsens-model {MODEL} -n 0 {arguments}"}
+        found = run(step(ACCEPT, "Measure"), {}, pytester.path, env=env)
+        assert found.returncode == code, found.stdout + found.stderr
+        assert list(snapshot_ops(pytester)) == ["embed", "head"]
+    assert not (pytester.path / "pwned").exists()
+
+
+def test_other_files_beside_the_snapshots(dry: Dry) -> None:
+    """A README that the branch has comes along with the artifact and stays what it is; another one is refused."""
+    (dry.work / SNAPSHOTS / "README.md").write_text("Scores\n")
+    dry.push()
+    dry.measured()
+    dry.measured("README.md", "Scores\n")
+    before = dry.head
+    found = dry.commit()
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert git(dry.remote, "diff", "--name-only", before, "topic/x") == f"{SNAPSHOTS}/m/w8a8.json"
+    dry.measured("README.md", "Other\n")
+    found = dry.commit()
+    assert found.returncode == 1
+    assert "no snapshot file: 'README.md'" in found.stdout
+
+
+def test_an_op_past_a_limit_is_not_accepted(pytester: pytest.Pytester) -> None:
+    """Limits hold whatever is measured: the job that measures fails, and so nothing is handed over."""
+    write_model(pytester)
+    env = ENV | {"QSENS_ARGS": f"--qsens-model {MODEL} -n 0 --qsens-fail 'nmse:5%,nmse<=1e-12'"}
+    found = run(step(ACCEPT, "Measure"), {}, pytester.path, env=env)
+    assert found.returncode == 1
+    assert "past the limit" in found.stdout
 
 
 def test_only_what_was_measured_is_committed(dry: Dry) -> None:

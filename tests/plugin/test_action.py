@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.plugin.harness import MODEL, snapshot_ops, write_model
-from tests.workflows import ACTION, inputs, run, step
+from tests.workflows import ACTION, inputs, names, run, step, steps
 
 if TYPE_CHECKING:
     import subprocess
@@ -50,7 +51,21 @@ def test_measure(pytester: pytest.Pytester) -> None:
     )
     assert command in (pytester.path / "s.md").read_text()
     assert found.stdout.count("\n::error ") == 2
-    assert not list(pytester.path.glob("runner temp/qsens-results/args"))
+    kept = sorted(path.name for path in Path(outputs["result"]).parent.rglob("*") if path.is_file())
+    assert kept == ["junit.xml", "qsens.json", "report.csv", "report.html", "report.json", "report.md"]
+
+
+def test_no_report(pytester: pytest.Pytester) -> None:
+    """Whoever does not want excerpts of the data in the artifact gets none, and one in a place of one's own is made."""
+    write_model(pytester)
+    found, outputs = measure(pytester, model=MODEL, workers="0", report="false")
+    assert found.returncode == 1, found.stderr
+    kept = sorted(path.name for path in Path(outputs["result"]).parent.iterdir())
+    assert kept == ["junit.xml", "qsens.json"]
+    found, outputs = measure(pytester, model=MODEL, workers="0", args="--qsens-report out")
+    assert found.returncode == 1, found.stderr
+    assert (pytester.path / "out" / "report.html").exists()
+    assert not (Path(outputs["result"]).parent / "report").exists()
 
 
 @pytest.mark.parametrize(
@@ -79,13 +94,54 @@ def test_install(pytester: pytest.Pytester) -> None:
     shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
     found = step(ACTION, "Install")
     script = {**found, "run": f'PATH="{shim.parent}:$PATH"\n{found["run"]}'}
-    for requirements, versions in (("", ["-c", f"{ACTION.parent}/constraints.txt"]), ("a b.txt", ["-r", "a b.txt"])):
-        ended = run(script, context(pytester, model=MODEL, requirements=requirements), pytester.path)
+    own = ["-c", f"{ACTION.parent}/constraints.txt"]
+    for requirements, versions, report, extras in (
+        ("", own, "true", "xdist,report"),
+        ("a b.txt", ["-r", "a b.txt"], "true", "xdist,report"),
+        ("", own, "false", "xdist"),
+    ):
+        given = context(pytester, model=MODEL, requirements=requirements, report=report)
+        ended = run(script, given, pytester.path)
         assert ended.returncode == 0, ended.stderr
         called = (pytester.path / "called").read_text().splitlines()
         assert called[:3] == ["-m", "pip", "install"]
-        assert called[-3:] == [*versions, f"{ACTION.parent}[xdist]"]
+        assert called[-3:] == [*versions, f"{ACTION.parent}[{extras}]"]
     assert (ACTION.parent / "constraints.txt").is_file()
+
+
+def key(pytester: pytest.Pytester, action: Path = ACTION.parent, **given: str) -> str:
+    """Run the step that tells what the packages in the cache depend on."""
+    output = pytester.path / "output"
+    output.write_text("")
+    known = context(pytester, model=MODEL, **given) | {"github.action_path": str(action)}
+    found = run(step(ACTION, "Key"), known, pytester.path, env={"GITHUB_OUTPUT": str(output)})
+    assert found.returncode == 0, found.stderr
+    (line,) = output.read_text().splitlines()
+    assert line.startswith("versions=")
+    return line.removeprefix("versions=")
+
+
+def test_key_of_the_packages(pytester: pytest.Pytester) -> None:
+    """It is of what pip reads: requirements below the working directory, or the versions that come with the action."""
+    (cached,) = (found["with"]["key"] for found in steps(ACTION) if found.get("with", {}).get("path") == "~/.cache/pip")
+    assert {"steps.key.outputs.versions", "inputs.report"} <= set(names(cached))
+    action, directory = pytester.path / "the action", pytester.path / "my project"
+    action.mkdir()
+    directory.mkdir()
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ACTION.parent / name, action)
+    requirements = directory / "my requirements.txt"
+    keys = []
+    for version in (1, 2):
+        requirements.write_text(f"einops=={version}\n")
+        (pytester.path / "constraints.txt").write_text(f"torch=={version}\n")  # the workspace's, which nothing reads
+        keys.append(key(pytester, action, **{"working-directory": directory.name, "requirements": requirements.name}))
+        keys.append(key(pytester, action))
+    assert len(set(keys)) == 3
+    assert keys[1] == keys[3]
+    with (action / "constraints.txt").open("a") as file:
+        file.write("einops==3\n")
+    assert key(pytester, action) not in keys
 
 
 def test_update_is_refused(pytester: pytest.Pytester) -> None:
