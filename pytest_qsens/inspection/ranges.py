@@ -180,19 +180,26 @@ class Losses:
         return Lost(self._part, self._values, clipped, self._away / max(1, self._nonzero))
 
 
-def lost_in_weight(op: str, call: Call, scheme: Scheme, simulator: Simulator) -> Lost:
-    """Count what rounding loses of an op's weight."""
+def lost_in_weight(op: str, call: Call, scheme: Scheme, simulator: Simulator, calibration: Calibration) -> Lost:
+    """Count what rounding loses of an op's weight; what is clipped is what is rounded, so of a smoothed one."""
     found = Losses("weight")
     rows = max(1, _PART // max(1, call.weight.shape[1:].numel()))
     for start, error in simulator.weight_errors(op, call, rows):
         found.add(call.weight[start : start + len(error)].float(), error, 0)
-    weight = scheme.parts.weight
-    clipped = 0 if weight is None or call.kind == "embedding" else _clipped(call.weight.flatten(1), weight)
-    return _with_clipped(found.found, clipped)
-
-
-def _with_clipped(lost: Lost, clipped: int) -> Lost:
+    lost = found.found
+    clipped = _clipped_weight(op, call, scheme, calibration)
     return Lost(lost.part, lost.values, clipped / max(1, lost.values), lost.rounded_away)
+
+
+def _clipped_weight(op: str, call: Call, scheme: Scheme, calibration: Calibration) -> int:
+    weight, smoothed_by = scheme.parts.weight, calibration.smoothing(op)
+    if weight is None or (call.kind == "embedding" and not scheme.rows):
+        return 0
+    if smoothed_by is None and call.kind != "embedding":
+        return _clipped(call.weight.flatten(1), weight)
+    # part by part, as multiplying makes a wide copy, and a table may have a hundred million rows: each has its scales
+    factor = torch.ones(()) if smoothed_by is None else smoothed_by.to(call.weight.device)
+    return sum(_clipped(part.float() * factor, weight) for _, part in parts_of(call.weight))
 
 
 def add_lost_input(
