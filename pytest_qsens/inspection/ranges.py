@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from pytest_qsens.details import OUTLIER
 from pytest_qsens.graph.calls import finite_rows
-from pytest_qsens.inspection.found import BEYOND, Channel, Channels, Lost
+from pytest_qsens.inspection.found import Channel, ChannelSummary, Lost
 from pytest_qsens.quant.formats import E2M1_MAX, E4M3_MAX, RoundedWeight, round_weight
 from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
@@ -33,14 +34,14 @@ _SLACK = 1e-4
 """Steps by which fp32 may miss the bounds of a format."""
 
 
-def channels_of(largest: Tensor) -> Channels:
+def channels_of(largest: Tensor) -> ChannelSummary:
     """Summarize the largest magnitudes of channels, ``(channels,)``."""
     values = largest.double().cpu()
     alive = values[values > 0]
     median = float(alive.median()) if alive.numel() else 0.0
-    beyond = (values > BEYOND * median).nonzero().view(-1) if median else values.new_empty(0, dtype=torch.int64)
+    beyond = (values > OUTLIER * median).nonzero().view(-1) if median else values.new_empty(0, dtype=torch.int64)
     order = beyond[values[beyond].argsort(descending=True, stable=True)][:_LISTED]
-    return Channels(
+    return ChannelSummary(
         len(values),
         float(values.min()),
         median,
@@ -51,7 +52,7 @@ def channels_of(largest: Tensor) -> Channels:
     )
 
 
-def weight_channels(weight: Tensor) -> tuple[Channels, Channels]:
+def weight_channels(weight: Tensor) -> tuple[ChannelSummary, ChannelSummary]:
     """Summarize a weight ``(out, in, ...)`` by output and by input channel; of an embedding, by row and by column."""
     outputs = torch.empty(len(weight))
     inputs = torch.zeros(weight.shape[1])
@@ -109,7 +110,7 @@ class Seen:
         return float(self.low.min()), float(self.high.max())
 
     @property
-    def channels(self) -> Channels:
+    def channels(self) -> ChannelSummary:
         """Summary of the channels."""
         assert self.low is not None  # noqa: S101 - something has passed
         assert self.high is not None  # noqa: S101
