@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.collect import base_options
 from pytest_qsens.measure import accept_command
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.rank_gates import RANKED_BY
 from pytest_qsens.report import profile
 from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
@@ -171,9 +172,14 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
 
 
 def _heat(run: Run, width: int, marks: str) -> Iterator[str]:
-    known = {result.op: result.isolated for result in (*run.measured, *run.estimated)}
-    scores = {op.name: found["nmse"] or 0.0 for op in run.ops if (found := known.get(op.name)) is not None}
-    return strip(scores, width, marks)
+    """Draw the scores of the first mode that there is anything to draw of."""
+    known = {result.op: result.modes for result in (*run.measured, *run.estimated)}
+    for mode, metric in RANKED_BY.items():
+        modes = {op.name: known[op.name] for op in run.ops if op.name in known}
+        lines = list(strip({op: _number(m[mode][metric]) for op, m in modes.items() if mode in m}, width, marks, metric))
+        if lines:
+            return iter(lines)
+    return iter(())
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
