@@ -45,6 +45,10 @@ class Channels:
         """Largest magnitude of all by the median channel's; ``None`` if that is zero."""
         return self.outliers[0][1] / self.median if self.median and self.outliers else None
 
+    def is_outlier(self, largest: float) -> bool:
+        """Whether a channel of this largest magnitude is more than `OUTLIER` times the median."""
+        return self.median > 0 and largest > OUTLIER * self.median
+
 
 @dataclass(frozen=True)
 class OpRanges:

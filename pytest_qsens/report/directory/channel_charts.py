@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qsens.details import OUTLIER
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
 from pytest_qsens.report.directory.contents import name_of, ranked
 
@@ -73,7 +72,7 @@ def _channel_chart(title: str, axis: str, what: str, channels: Channels) -> Char
     outliers = [
         {"c": channel + 0.5, "n": str(channel), "v": value}
         for channel, value in channels.outliers
-        if channels.median and value > OUTLIER * channels.median
+        if channels.is_outlier(value)
     ]
     x = {
         "field": "c",
