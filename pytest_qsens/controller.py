@@ -661,7 +661,7 @@ class Controller:
         run.joint = [gate.judge(run.total) for gate in base_options(self.config).gates.joint]
         for verdict in run.joint:
             if verdict.state != "held":
-                self.problems.append(f"{run.model}: {verdict.gate} {verdict.state}, see above")
+                self.problems.append(f"interactions of {run.model} {run.scheme}: {verdict}")
 
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""
@@ -685,7 +685,7 @@ class Controller:
             if verdict.state in ("failed", "not judged"):
                 next_step = "; measure all ops, or give this run only thresholds, such as --qsens-fail nmse:5%"
                 self.problems.append(
-                    f"the order of the ops of {run.model}: {verdict.gate} {verdict.state}, see above"
+                    f"the order of the ops of {run.model} {run.scheme}: {verdict}"
                     f"{next_step * (verdict.state == 'not judged')}"
                 )
 

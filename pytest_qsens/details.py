@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 Purpose = Literal["calibration", "evaluation"]
 
+OUTLIER = 5.0
+"""A channel is an outlier whose largest magnitude is more than so many times that of the median channel. LLM.int8()
+(Dettmers et al., NeurIPS 2022, arXiv:2208.07339) takes a fixed magnitude of 6, which suits inputs of a unit scale only.
+"""
+
 _PICTURE = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/]+=*", re.ASCII)
 
 
@@ -25,7 +30,7 @@ class Channels:
         count: Number of channels.
         largest: Largest magnitudes in the order of channels; where there are many, each is the largest of some
             channels that follow each other, as many in all but the last.
-        median: Of the channels' largest magnitudes.
+        median: Of the channels' largest magnitudes, without channels of nothing but zeros; 0 if there are no others.
         outliers: The channels that reach furthest, furthest first: number and largest magnitude of each.
 
     """
@@ -39,6 +44,10 @@ class Channels:
     def ratio(self) -> float | None:
         """Largest magnitude of all by the median channel's; ``None`` if that is zero."""
         return self.outliers[0][1] / self.median if self.median and self.outliers else None
+
+    def is_outlier(self, largest: float) -> bool:
+        """Whether a channel of this largest magnitude is more than `OUTLIER` times the median."""
+        return self.median > 0 and largest > OUTLIER * self.median
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Diff:
         old: The old file.
         new: The new file.
         modes: That were compared: both files have them.
-        changes: One for each op of either file.
+        changes: One for each op of both files, or with a score in either.
         notes: What moves numbers beside the ops themselves.
 
     """
@@ -132,10 +132,15 @@ def diff(old: Side, new: Side, thresholds: Sequence[Threshold]) -> Diff:
         if not any(_has_metric(side, threshold, modes) for side in (old, new)):
             raise QsensError(f"{threshold.metric} is in neither file. Compare by another metric, such as nmse:5%.")
     other_data = on_other_data(old.environment, new.environment.get(EVALUATION))
-    names = dict.fromkeys((*new.ops, *old.ops))
+    # a result lists ops that never have a score, such as products of attention, and a snapshot does not
+    names = [name for name in dict.fromkeys((*new.ops, *old.ops)) if _is_told(old.ops.get(name), new.ops.get(name))]
     notes = [*_notes(old, new, modes), *_left_out(old, new, modes, thresholds)]
     changes = [_change(name, old.ops.get(name), new.ops.get(name), modes, thresholds, other_data) for name in names]
     return Diff(old, new, modes, tuple(changes), tuple(notes))
+
+
+def _is_told(old: Scored | None, new: Scored | None) -> bool:
+    return (old is not None and new is not None) or any(side is not None and side.scores for side in (old, new))
 
 
 def _has_metric(side: Side, threshold: Threshold, modes: Sequence[Mode]) -> bool:

@@ -131,12 +131,13 @@ def largest_of_channels(x: Tensor, kind: str) -> Tensor | None:
 def channels(largest: Tensor) -> Channels:
     """Sum up the largest magnitudes ``(channels,)`` of all channels, in 4 significant digits."""
     values = largest.double().cpu()
+    alive = values[values > 0]
     width = math.ceil(len(values) / BINS)
     top = torch.topk(values, min(OUTLIERS, len(values)))
     return Channels(
         count=len(values),
         largest=tuple(_rounded(float(part.max())) for part in torch.split(values, width)),
-        median=_rounded(float(values.median())),
+        median=_rounded(float(alive.median())) if alive.numel() else 0.0,
         outliers=tuple(
             (index, _rounded(value)) for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ),

@@ -106,6 +106,22 @@ def test_an_op_that_lost_its_score_says_why() -> None:
     assert [change.kind for change in back.changes] == ["same", "appeared", "appeared"]
 
 
+def test_ops_that_never_have_a_score_do_not_appear() -> None:
+    """Products of attention are in a result, but in no snapshot; an op with a score does appear, and vanish."""
+    product = OpResult("layers.0:qk", "qk", "layers.0", "unquantizable", "w8a8 does not quantize qk products")
+    new = RunResult(RUN, (measured(NAMES[0], 0.1), product, measured(NAMES[1], 0.2)))
+    snapshot = of_snapshot(of({NAMES[0]: entry(0.1), NAMES[2]: entry(0.1)}), "s.json")
+    found = diff(snapshot, of_result(new, "r.json"), FAIL)
+    assert {change.op: change.kind for change in found.changes} == {
+        NAMES[0]: "same",
+        NAMES[1]: "appeared",
+        NAMES[2]: "vanished",
+    }
+    back = diff(of_result(new, "r.json"), snapshot, FAIL)
+    assert {change.op: change.kind for change in back.changes}[NAMES[1]] == "vanished"
+    assert product.op not in {change.op for change in back.changes}
+
+
 def test_what_a_config_changes() -> None:
     """The scheme of an op is told where it changed; a threshold on gain is one on loss of what is added."""
     old = {NAMES[0]: replace(entry(0.1), scheme="w8a8"), NAMES[1]: Entry("linear", added={"nmse": 0.5, "loss": 0.1})}

@@ -16,15 +16,16 @@ from pytest_qsens.inspection.observed import Evaluated, Together
 from pytest_qsens.inspection.positions import Located, kinds_of
 from pytest_qsens.inspection.ranges import lost_in_weight, weight_channels
 from pytest_qsens.inspection.request import check_model
+from pytest_qsens.inspection.schemes import scheme_for
 from pytest_qsens.inspection.tokens import tokens_of
-from pytest_qsens.inspection.words import told
+from pytest_qsens.inspection.words import described
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
 from pytest_qsens.ops import STATES
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.preparation import placed, prepare
 from pytest_qsens.quant.calibration import Calibration
-from pytest_qsens.quant.schemes import Scheme, scheme_named
+from pytest_qsens.quant.op_scheme import named
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.threads import reproducible_sums
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pytest_qsens.models.source import ModelSource
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.ops import Op
+    from pytest_qsens.quant.schemes import Scheme
 
 UNQUANTIZED_BITS = 16.0
 """Of a weight that is left as it is."""
@@ -66,8 +68,8 @@ def inspect_op(request: Request, source: ModelSource, tell: Callable[[str], None
     source.check()
     ops = load_manifest(source, None)
     op = check_model(request, ops)
-    scheme = scheme_named(request.scheme, "scheme")
-    if reason := scheme.refusal(op.type, op.features):
+    scheme, reason = scheme_for(request.scheme, op, "scheme", by_config=request.by_config)
+    if scheme is None:
         raise QsensError(f"{op.name} cannot be quantized: {reason}. Ask about another scheme with --scheme.")
     reproducible_sums()
     spec = source.load()
@@ -105,9 +107,9 @@ class _Inspector:
         everything = request.mode == "fallback"
         self._schemes = {o.name: scheme for o in ops if everything or o is op}
         names = [name for name in request.against if name != request.scheme]
-        self._others = {name: scheme_named(name, "--against") for name in names}
+        self._others = {name: self._other(name) for name in names}
         self._calibrations = {
-            name: Calibration({op.name: other}) for name, other in self._others.items() if self._refusal(other) is None
+            name: Calibration({op.name: other}) for name, (other, _) in self._others.items() if other is not None
         }
         self._calibration = Calibration(self._schemes)
 
@@ -131,7 +133,7 @@ class _Inspector:
         if failure is not None:
             raise QsensError(f"mode fallback cannot be measured: {failure} when everything but {op.name} is quantized.")
         whole, scores = meter.measure(
-            scheme.name, lambda call: simulator.output(op.name, call), logits=True, at_output=at_output, at_op=at_op
+            request.scheme, lambda call: simulator.output(op.name, call), logits=True, at_output=at_output, at_op=at_op
         )
         if prepared.reference_seconds < _SLOW:
             self._tell = lambda _: None
@@ -145,8 +147,8 @@ class _Inspector:
         return Inspection(
             op=op.name,
             model=request.run.model,
-            scheme=scheme.name,
-            about=told(scheme.parts, op.type),
+            scheme=request.scheme,
+            about=described(named(request.scheme, "scheme"), op.type),
             mode=request.mode,
             shape=self._shape(call, evaluated.shapes),
             recorded=request.recorded,
@@ -158,11 +160,11 @@ class _Inspector:
             weight_inputs=weight_inputs,
             inputs=evaluated.inputs,
             outputs=evaluated.outputs,
-            lost=(lost_in_weight(op.name, call, scheme, simulator), *evaluated.lost),
+            lost=(lost_in_weight(op.name, call, scheme, simulator, self._calibration), *evaluated.lost),
             at_output=at_output.found if request.mode == "isolated" else None,
             at_op=at_op.found,
             alternatives=tuple(alternatives),
-            bits=scheme_bits(scheme.name, UNQUANTIZED_BITS),
+            bits=scheme_bits(request.scheme, UNQUANTIZED_BITS),
             forwards=meter.forwards + 2,
             seconds=prepared.reference_seconds,
         )
@@ -189,26 +191,30 @@ class _Inspector:
                     "(--calib, --eval)."
                 )
 
-    def _refusal(self, scheme: Scheme) -> str | None:
-        if self._op.type == "embedding" and scheme.refusal(self._op.type) is None:
-            return "int8 with a scale per row, as now"
-        return scheme.refusal(self._op.type, self._op.features)
+    def _other(self, name: str) -> tuple[Scheme | None, str]:
+        """Find another scheme; ``None`` and why, if it cannot quantize the op, or does what the present one does."""
+        scheme, reason = scheme_for(name, self._op, "--against", by_config=self._request.by_config)
+        if scheme is not None and self._op.type == "embedding" and not (scheme.rows or self._scheme.rows):
+            return None, "int8 with a scale per row, as now"
+        return scheme, reason
 
     def _alternatives(self, meter: Meter, whole: Flip) -> list[Alternative]:
         """Measure the other schemes: the best first, then those that fail, then those that cannot be."""
         found = []
-        for number, (name, scheme) in enumerate(self._others.items(), 1):
+        for number, name in enumerate(self._others, 1):
             if name in self._calibrations:
                 self._tell(f"{name}, {number} of {len(self._others)} other schemes")
-            found.append(self._alternative(name, scheme, meter, whole))
+            found.append(self._alternative(name, meter, whole))
         return sorted(found, key=lambda a: (a.flip is None, a.flip is not None and a.flip.added is None, _added(a)))
 
-    def _alternative(self, name: str, scheme: Scheme, meter: Meter, whole: Flip) -> Alternative:
-        about, bits = told(scheme.parts, self._op.type), scheme_bits(name, UNQUANTIZED_BITS)
-        calibration = self._calibrations.get(name)
-        reason = self._refusal(scheme) if calibration is None else calibration.refused.get(self._op.name)
-        if reason is not None or calibration is None:
+    def _alternative(self, name: str, meter: Meter, whole: Flip) -> Alternative:
+        about, bits = described(named(name, "--against"), self._op.type), scheme_bits(name, UNQUANTIZED_BITS)
+        scheme, reason = self._others[name]
+        if scheme is None:
             return Alternative(name, about, None, None, bits, reason)
+        calibration = self._calibrations[name]
+        if self._op.name in calibration.refused:
+            return Alternative(name, about, None, None, bits, calibration.refused[self._op.name])
         simulator = Simulator({self._op.name: scheme}, calibration)
         flip, _ = meter.measure(name, lambda call: simulator.output(self._op.name, call))
         both = whole.added is not None and flip.added is not None and whole.added > 0 and flip.added > 0

@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from pytest_qsens.inspection.places import Place, Where
     from pytest_qsens.results import Mode, Scores
 
-BEYOND = 5.0
-"""A channel is an outlier whose largest magnitude is more than so many times that of the median channel."""
-
 _AGREEMENT = 0.05
 """Relative: engines and machines differ by less. Another version of a model usually does not."""
 
@@ -29,7 +26,7 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Channels:
+class ChannelSummary:
     """Largest magnitudes of the channels of a tensor.
 
     Attributes:
@@ -38,7 +35,7 @@ class Channels:
         median: Of the median channel.
         most: Of the channel with the largest one.
         zeros: Channels with nothing but zeros. They are not among those of the median.
-        outliers: Channels that are more than `BEYOND` times the median, all together.
+        outliers: Channels that are more than `pytest_qsens.details.OUTLIER` times the median, all together.
         worst: The first few of these, the largest first.
 
     """
@@ -71,8 +68,8 @@ class Inputs:
     calibration: tuple[float, float]
     evaluation: tuple[float, float]
     outside: float
-    calibration_channels: Channels
-    evaluation_channels: Channels
+    calibration_channels: ChannelSummary
+    evaluation_channels: ChannelSummary
     peak: Place
     peak_channel: int
     peak_value: float
@@ -235,10 +232,10 @@ class Inspection:
     whole: Flip
     scores: Scores | None
     parts: tuple[Flip, ...]
-    weight_outputs: Channels
-    weight_inputs: Channels
+    weight_outputs: ChannelSummary
+    weight_inputs: ChannelSummary
     inputs: Inputs | None
-    outputs: Channels | None
+    outputs: ChannelSummary | None
     lost: tuple[Lost, ...]
     at_output: Where | None
     at_op: Where | None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pytest_qsens.graph.calls import Call
-    from pytest_qsens.inspection.found import Channels, Lost
+    from pytest_qsens.inspection.found import ChannelSummary, Lost
     from pytest_qsens.inspection.places import Place
     from pytest_qsens.inspection.positions import Tokens
     from pytest_qsens.models.spec import Batch, ModelSpec
@@ -159,7 +159,7 @@ class Evaluated:
         )
 
     @property
-    def outputs(self) -> Channels | None:
+    def outputs(self) -> ChannelSummary | None:
         """Channels of the output; ``None`` of an embedding."""
         return None if self._given.low is None else self._given.channels
 

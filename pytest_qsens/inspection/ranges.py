@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from pytest_qsens.details import OUTLIER
 from pytest_qsens.graph.calls import finite_rows
-from pytest_qsens.inspection.found import BEYOND, Channel, Channels, Lost
+from pytest_qsens.inspection.found import Channel, ChannelSummary, Lost
 from pytest_qsens.quant.formats import E2M1_MAX, E4M3_MAX, RoundedWeight, round_weight
 from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
@@ -33,14 +34,14 @@ _SLACK = 1e-4
 """Steps by which fp32 may miss the bounds of a format."""
 
 
-def channels_of(largest: Tensor) -> Channels:
+def channels_of(largest: Tensor) -> ChannelSummary:
     """Summarize the largest magnitudes of channels, ``(channels,)``."""
     values = largest.double().cpu()
     alive = values[values > 0]
     median = float(alive.median()) if alive.numel() else 0.0
-    beyond = (values > BEYOND * median).nonzero().view(-1) if median else values.new_empty(0, dtype=torch.int64)
+    beyond = (values > OUTLIER * median).nonzero().view(-1) if median else values.new_empty(0, dtype=torch.int64)
     order = beyond[values[beyond].argsort(descending=True, stable=True)][:_LISTED]
-    return Channels(
+    return ChannelSummary(
         len(values),
         float(values.min()),
         median,
@@ -51,7 +52,7 @@ def channels_of(largest: Tensor) -> Channels:
     )
 
 
-def weight_channels(weight: Tensor) -> tuple[Channels, Channels]:
+def weight_channels(weight: Tensor) -> tuple[ChannelSummary, ChannelSummary]:
     """Summarize a weight ``(out, in, ...)`` by output and by input channel; of an embedding, by row and by column."""
     outputs = torch.empty(len(weight))
     inputs = torch.zeros(weight.shape[1])
@@ -109,7 +110,7 @@ class Seen:
         return float(self.low.min()), float(self.high.max())
 
     @property
-    def channels(self) -> Channels:
+    def channels(self) -> ChannelSummary:
         """Summary of the channels."""
         assert self.low is not None  # noqa: S101 - something has passed
         assert self.high is not None  # noqa: S101
@@ -180,19 +181,26 @@ class Losses:
         return Lost(self._part, self._values, clipped, self._away / max(1, self._nonzero))
 
 
-def lost_in_weight(op: str, call: Call, scheme: Scheme, simulator: Simulator) -> Lost:
-    """Count what rounding loses of an op's weight."""
+def lost_in_weight(op: str, call: Call, scheme: Scheme, simulator: Simulator, calibration: Calibration) -> Lost:
+    """Count what rounding loses of an op's weight; what is clipped is what is rounded, so of a smoothed one."""
     found = Losses("weight")
     rows = max(1, _PART // max(1, call.weight.shape[1:].numel()))
     for start, error in simulator.weight_errors(op, call, rows):
         found.add(call.weight[start : start + len(error)].float(), error, 0)
-    weight = scheme.parts.weight
-    clipped = 0 if weight is None or call.kind == "embedding" else _clipped(call.weight.flatten(1), weight)
-    return _with_clipped(found.found, clipped)
-
-
-def _with_clipped(lost: Lost, clipped: int) -> Lost:
+    lost = found.found
+    clipped = _clipped_weight(op, call, scheme, calibration)
     return Lost(lost.part, lost.values, clipped / max(1, lost.values), lost.rounded_away)
+
+
+def _clipped_weight(op: str, call: Call, scheme: Scheme, calibration: Calibration) -> int:
+    weight, smoothed_by = scheme.parts.weight, calibration.smoothing(op)
+    if weight is None or (call.kind == "embedding" and not scheme.rows):
+        return 0
+    if smoothed_by is None and call.kind != "embedding":
+        return _clipped(call.weight.flatten(1), weight)
+    # part by part, as multiplying makes a wide copy, and a table may have a hundred million rows: each has its scales
+    factor = torch.ones(()) if smoothed_by is None else smoothed_by.to(call.weight.device)
+    return sum(_clipped(part.float() * factor, weight) for _, part in parts_of(call.weight))
 
 
 def add_lost_input(

@@ -11,6 +11,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
 from pytest_qsens.inspection.found import Recorded
 from pytest_qsens.ops import STATES, TOTAL
+from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.results import OpResult, load
 
@@ -38,6 +39,7 @@ class Request:
         scheme: Canonical name of the scheme that is asked about.
         mode: ``isolated`` or ``fallback``.
         against: Names of other schemes to measure.
+        by_config: Whether a config gives the op its scheme.
 
     """
 
@@ -48,6 +50,7 @@ class Request:
     scheme: str
     mode: Mode
     against: tuple[str, ...]
+    by_config: bool
 
     @property
     def run(self) -> RunInfo:
@@ -74,7 +77,8 @@ def read_request(given: Namespace) -> Request:
     scheme_named(scheme, "scheme" if given.scheme is None else "--scheme")
     mode = _mode(result.run, op, given.mode, path)
     _check_status(op, given.scheme, path)
-    return Request(path, result, given.op, _recorded(result, op, mode, path), scheme, mode, against)
+    by_config = result.run.config is not None and not _is_added(op)
+    return Request(path, result, given.op, _recorded(result, op, mode, path), scheme, mode, against, by_config)
 
 
 def check_output(path: Path | None, result: Path) -> None:
@@ -128,7 +132,17 @@ def _scheme_of(run: RunInfo, op: OpResult, path: Path) -> str:
         raise QsensError(f"the config of {path} leaves {op.op} unquantized. Ask about a scheme with --scheme NAME.")
     if op.scheme is None:
         raise QsensError(f"{path} does not tell the scheme of {op.op}. Give it with --scheme NAME.")
-    return op.scheme
+    return _own_scheme(op.scheme)
+
+
+def _is_added(op: OpResult) -> bool:
+    """Whether a config leaves the op unquantized, and it was measured what quantizing it, too, would cost."""
+    return op.scheme is not None and ADDED_AS in op.scheme
+
+
+def _own_scheme(told: str) -> str:
+    """Name of the scheme that an op was measured with, of what the result of a config says."""
+    return told.rpartition(ADDED_AS)[2]
 
 
 def _mode(run: RunInfo, op: OpResult, given: str | None, path: Path) -> Mode:
@@ -172,13 +186,13 @@ def _check_status(op: OpResult, asked: str | None, path: Path) -> None:
 
 
 def _recorded(result: RunResult, op: OpResult, mode: Mode, path: Path) -> Recorded:
-    scored = {o.op: scores["nmse"] or 0.0 for o in result.ops if (scores := getattr(o, mode)) and "nmse" in scores}
+    scored = {o.op: scores["nmse"] or 0.0 for o in result.ops if (scores := o.modes.get(mode)) and "nmse" in scores}
     # a fallback that is small is that of an op which most of the error comes from
     order = sorted(scored, key=lambda name: scored[name] if mode == "fallback" else -scored[name])
     rank = order.index(op.op) + 1 if op.op in scored else None
     run = result.run
-    scores = getattr(op, mode)
-    own = run.scheme if run.config is None else op.scheme
+    own = run.scheme if run.config is None else op.scheme and _own_scheme(op.scheme)
+    scores = op.modes.get(mode)
     return Recorded(str(path), run.scheme, own, run.engine, op.status, op.reason, scores, rank, len(scored))
 
 

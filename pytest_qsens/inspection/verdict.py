@@ -10,7 +10,7 @@ from pytest_qsens.quant.op_scheme import parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_qsens.inspection.found import Alternative, Channels, Flip, Inspection
+    from pytest_qsens.inspection.found import Alternative, ChannelSummary, Flip, Inspection
 
 _MOST = 0.75
 """A part with at least this share is named alone."""
@@ -121,7 +121,7 @@ def _stands_out(found: Inspection, part: str) -> Iterator[str]:
                 yield f"{percent(lost.clipped or 0.0)} of its values are clipped"
 
 
-def _outlier(channels: Channels, unit: str) -> str:
+def _outlier(channels: ChannelSummary, unit: str) -> str:
     worst = channels.worst[0]
     return f"its {unit} {worst.index} reaches {worst.times:.3g} times the median one"
 

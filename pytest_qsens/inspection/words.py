@@ -8,15 +8,19 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, SmoothQuant, WeightScheme
 
 
-def told(parts: OpScheme, op_type: str) -> str:
+def described(parts: OpScheme, op_type: str) -> str:
     """Say what a scheme is.
 
     >>> from pytest_qsens.quant.op_scheme import parse
-    >>> told(parse("w8a8_dynamic"), "linear")
+    >>> described(parse("w8a8_dynamic"), "linear")
     'weight int8 per channel; input int8 per token, dynamic'
-    >>> told(parse("w8a8_static_minmax_smoothquant"), "linear")
-    'weight int8 per channel; input int8 per tensor, static, by minmax; SmoothQuant, alpha 0.5'
-    >>> told(parse("w8a8"), "embedding")
+    >>> described(parse("w8a8_static_minmax_smoothquant"), "linear")
+    'weight int8 per channel; input int8 per tensor, with zero points, static, by minmax; SmoothQuant, alpha 0.5'
+    >>> described(parse("w8a8_dynamic_act_asym"), "linear")
+    'weight int8 per channel; input int8 per token, with zero points, dynamic'
+    >>> described(parse("w8a8_dynamic_smoothquant_unshared"), "linear")
+    'weight int8 per channel; input int8 per token, dynamic; SmoothQuant, alpha 0.5, scales not shared'
+    >>> described(parse("w8a8"), "embedding")
     'weight int8 per row'
     """
     if parts.cache is not None:
@@ -37,12 +41,13 @@ def _weight(weight: WeightScheme, channel: str = "channel") -> str:
 
 
 def _activation(activation: ActivationScheme) -> str:
-    found = f"{activation.dtype} {_per(activation)}, {activation.kind}"
+    zero_points = "" if activation.symmetric else ", with zero points"
+    found = f"{activation.dtype} {_per(activation)}{zero_points}, {activation.kind}"
     return f"{found}, by {activation.observer}" if activation.observer else found
 
 
 def _smoothing(smoothing: SmoothQuant) -> str:
-    return f"SmoothQuant, alpha {smoothing.alpha:g}" + ", of its own" * (not smoothing.shared)
+    return f"SmoothQuant, alpha {smoothing.alpha:g}" + ", scales not shared" * (not smoothing.shared)
 
 
 def _per(part: WeightScheme | ActivationScheme) -> str:

@@ -17,16 +17,18 @@ _ROWS = 24
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def strip(nmse: Mapping[str, float], width: int, marks: Sequence[str]) -> Iterator[str]:
+def strip(scores: Mapping[str, float], width: int, marks: Sequence[str], metric: str = "nmse") -> Iterator[str]:
     """Draw the scores of ops in numbered blocks; nothing if there are no two blocks.
 
     Args:
-        nmse: Op → score, in model order; ops without one are left out.
+        scores: Op → score, in model order; ops without one are left out.
         width: Columns of the terminal. Of blocks that have no column of their own, the worst one is shown.
-        marks: Characters from the smallest score to the largest. The scale is logarithmic.
+        marks: Characters from the smallest score to the largest. The scale is logarithmic; what is not above zero has
+            the first one.
+        metric: Name of the scores.
 
     """
-    rows = _rows(nmse)
+    rows = _rows(scores)
     columns = max((index + 1 for row in rows.values() for index in row), default=0)
     positive = [value for row in rows.values() for value in row.values() if value > 0]
     if columns < 2 or not positive:
@@ -36,7 +38,7 @@ def strip(nmse: Mapping[str, float], width: int, marks: Sequence[str]) -> Iterat
     room = max(1, width - names - 3)
     pooled = -(-columns // room)  # blocks of one character
     low, high = min(positive), max(positive)
-    yield f"blocks from left to right, by nmse: {marks[0]} {low:.2g} to {marks[-1]} {high:.2g}{_of(pooled)}"
+    yield f"blocks from left to right, by {metric}: {marks[0]} {low:.2g} to {marks[-1]} {high:.2g}{_of(pooled)}"
     for name, row in list(rows.items())[:_ROWS]:
         cells = "".join(
             _mark([row[i] for i in range(start, start + pooled) if i in row], low, high, marks)
@@ -51,10 +53,10 @@ def _of(pooled: int) -> str:
     return f"; {pooled} blocks a character, the worst of them" if pooled > 1 else ""
 
 
-def _rows(nmse: Mapping[str, float]) -> dict[str, dict[int, float]]:
+def _rows(scores: Mapping[str, float]) -> dict[str, dict[int, float]]:
     """Put ops that differ in their first index alone into one row: name with a star → index → score."""
     found: dict[str, dict[int, float]] = {}
-    for op, value in nmse.items():
+    for op, value in scores.items():
         match = _INDEX.search(op)
         if match is not None:
             name = f"{op[: match.start()]}*{op[match.end() :]}"

@@ -7,14 +7,14 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qsens.inspection.found import BEYOND
+from pytest_qsens.details import OUTLIER
 from pytest_qsens.inspection.verdict import percent, verdict
 from pytest_qsens.report.columns import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_qsens.inspection.found import Alternative, Channels, Flip, Inspection
+    from pytest_qsens.inspection.found import Alternative, ChannelSummary, Flip, Inspection
     from pytest_qsens.inspection.places import Group, Place, Where
     from pytest_qsens.results import Payload
 
@@ -144,7 +144,7 @@ def _record(found: Inspection) -> str:
 
 def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     of_embedding = found.shape.type == "embedding"
-    rows = [["channels by magnitude", "least", "median", "largest", f"more than {BEYOND:g} x median"]]
+    rows = [["channels by magnitude", "least", "median", "largest", f"more than {OUTLIER:g} x median"]]
     rows.append([f"weight, {'rows' if of_embedding else 'output'}", *_channels(found.weight_outputs)])
     rows.append([f"weight, {'columns' if of_embedding else 'input'}", *_channels(found.weight_inputs)])
     if found.inputs is not None:
@@ -171,7 +171,7 @@ def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     yield from terminal.table(losses)
 
 
-def _channels(channels: Channels) -> list[str]:
+def _channels(channels: ChannelSummary) -> list[str]:
     worst = " ".join(f"{c.index} ({c.times:.3g}x)" for c in channels.worst[:3])
     listed = f"{channels.outliers} of {channels.count}{': ' if worst else ''}{worst}"
     more = ", .." if channels.outliers > 3 else ""

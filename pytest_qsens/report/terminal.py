@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.collect import base_options
 from pytest_qsens.ops import TOTAL
+from pytest_qsens.rank_gates import RANKED_BY
 from pytest_qsens.report import profile
 from pytest_qsens.report.accepting import accepting
 from pytest_qsens.report.findings import findings
 from pytest_qsens.report.heat import BLOCKS, LETTERS, strip
 from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.report.lines import Lines
+from pytest_qsens.report.repeating import repeating
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     lines = Lines(terminal)
     for run in controller.runs.values():
         if not run.results:
-            _nothing(lines, run)
             continue
         engine = f", engine {'+'.join(run.engines)}" if run.engines else ""
         shard = f", shard {chosen}" if (chosen := base_options(config).shard) else ""
@@ -57,6 +58,7 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
                 lines.write(line)
         for line in attention(run, gated=base_options(config).gate_estimates):
             lines.write(line, yellow=True)
+        _repeat(lines, controller, run)
         for line in _costs(run, controller):
             lines.write(line)
         if command := accepting(controller, run):
@@ -64,10 +66,9 @@ def report(terminal: pytest.TerminalReporter, controller: Controller) -> None:
     _end(lines, controller)
 
 
-def _nothing(lines: Lines, run: Run) -> None:
-    """Tell of gates that saw nothing."""
-    for line in _whole_run(run):
-        lines.write(f"qsens: model {run.model}, {run.scheme}: {line}", yellow=True)
+def _repeat(lines: Lines, controller: Controller, run: Run) -> None:
+    if command := repeating(controller, run, findings(run)):
+        lines.write(f"repeat with: {command}", whole=True, bold=True)
 
 
 def config_line(run: Run, config: Payload) -> str:
@@ -167,9 +168,16 @@ def worst_ops(run: Run, width: int, bar: str) -> Iterator[str]:
 
 
 def _heat(run: Run, width: int, marks: str) -> Iterator[str]:
-    known = {result.op: result.isolated for result in (*run.measured, *run.estimated)}
-    scores = {op.name: found["nmse"] or 0.0 for op in run.ops if (found := known.get(op.name)) is not None}
-    return strip(scores, width, marks)
+    """Draw the scores of the first mode that there is anything to draw of."""
+    known = {result.op: result.modes for result in (*run.measured, *run.estimated)}
+    for mode, metric in RANKED_BY.items():
+        modes = {op.name: known[op.name] for op in run.ops if op.name in known}
+        lines = list(
+            strip({op: _number(m[mode][metric]) for op, m in modes.items() if mode in m}, width, marks, metric)
+        )
+        if lines:
+            return iter(lines)
+    return iter(())
 
 
 def _top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
@@ -213,7 +221,7 @@ def _number(value: float | None) -> float:
 
 
 def _order(run: Run) -> Iterator[str]:
-    """Tell what gates of the whole run found, if nobody has to do anything about it."""
+    """Tell what gates of the whole run found, if nobody has to do anything about it: else it is a problem of all."""
     yield from (f"order of ops: {verdict}" for verdict in run.ranks if verdict.state in ("held", "accepted"))
     yield from (f"interactions: {verdict}" for verdict in run.joint if verdict.state == "held")
 
@@ -274,6 +282,7 @@ def attention(run: Run, *, gated: bool = False) -> Iterator[str]:
 
     """
     yield from _worse(run)
+    yield from _lost(run)
     for result in run.results.values():
         if result.status == "failed":
             yield f"FAILED: {result.op}: {result.reason}"
@@ -291,6 +300,18 @@ def _worse(run: Run) -> Iterator[str]:
         yield f"  and {len(worse) - LISTED} more"
 
 
+def _lost(run: Run) -> Iterator[str]:
+    """Name the ops that have a score in the snapshot, and none now."""
+    lost = [finding for finding in findings(run) if finding.kind == "lost"]
+    if lost:
+        has, remain = ("has", "its line") if len(lost) == 1 else ("have", "their lines")
+        noun = _noun(run)[: None if len(lost) != 1 else -1]
+        yield f"LOST: {len(lost)} {noun} of the snapshot {has} no score any more"
+        yield from (f"  {finding.op}: {'; '.join(finding.lines)}" for finding in lost[:LISTED])
+        yield from [f"  and {len(lost) - LISTED} more"] if len(lost) > LISTED else []
+        yield f"  if that is meant, remove {remain} with --snapshot-update --qsens-snapshot-prune"
+
+
 def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
     """Lines about a run as a whole, that must not be missed.
 
@@ -300,7 +321,8 @@ def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
 
     """
     yield from _about_config(run)
-    unexercised = [result for result in run.results.values() if result.status == "unexercised"]
+    lost = {finding.op for finding in findings(run) if finding.kind == "lost"}
+    unexercised = [r for r in run.results.values() if r.status == "unexercised" and r.op not in lost]
     if unexercised:
         yield (
             f"NOT EXERCISED: {len(unexercised)} of {len(run.ops)} {_noun(run)} have no score, nothing is known about "
@@ -308,8 +330,7 @@ def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
             f"{_grouped(unexercised)}"
         )
         for reason in sorted({result.reason or "" for result in unexercised}):
-            yield f"  {reason}"
-    yield from _whole_run(run)
+            yield f"  {reason}: give data that do (--qsens-calib, --qsens-eval)"
     yield from _within_noise(run)
     yield from _estimates(run, gated=gated)
     if run.engine_reason:
@@ -327,12 +348,6 @@ def notes(run: Run, *, gated: bool = False) -> Iterator[str]:
             f"{len(run.gone)} {lines} in {run.path} of no op of this model: {', '.join(run.gone[:LISTED])}"
             f"{', ...' * (len(run.gone) > LISTED)}; remove with --snapshot-update --qsens-snapshot-prune"
         )
-
-
-def _whole_run(run: Run) -> Iterator[str]:
-    """Tell which gates of the whole run do not hold, and why."""
-    yield from (f"ORDER OF OPS: {verdict}" for verdict in run.ranks if verdict.state not in ("held", "accepted"))
-    yield from (f"INTERACTIONS: {verdict}" for verdict in run.joint if verdict.state != "held")
 
 
 def _about_config(run: Run) -> Iterator[str]:

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.ao.quantization.observer import HistogramObserver, PerChannelMinMaxObserver
 
+from pytest_qsens.graph.calls import Call
+from pytest_qsens.inspection.ranges import lost_in_weight
 from pytest_qsens.inspection.verdict import verdict
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.quant.schemes import SCHEMES
+from pytest_qsens.quant.calibration import Calibration
+from pytest_qsens.quant.op_scheme import OpScheme, SmoothQuant, WeightScheme
+from pytest_qsens.quant.schemes import PER_TOKEN, SCHEMES, Scheme
+from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.results import load
 from tests.inspection.harness import NETS, inspected, printed, write_result
 
@@ -312,3 +318,24 @@ def test_convolutions_embeddings_and_ops_called_twice(made: Callable[..., Path])
     assert {a.reason for a in table.alternatives if a.scheme in ("w8a16", "w8a8_static")} == {
         "int8 with a scale per row, as now"
     }
+
+
+def test_clipping_is_of_the_smoothed_weight() -> None:
+    """What is rounded is the weight times its scales: MXFP4 clips other values of that."""
+    model = nn.Linear(32, 16, bias=False).requires_grad_(requires_grad=False)
+    model.weight.data = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 32)
+    scheme = Scheme(OpScheme(WeightScheme("mxfp4", "group", (32,)), PER_TOKEN, smoothing=SmoothQuant()))
+    calibration = Calibration({"op": scheme})
+    call = Call("linear", x, model.weight)
+    for _ in calibration.passes():
+        calibration.observe("op", call, model(x))
+    lost = lost_in_weight("op", call, scheme, Simulator({"op": scheme}, calibration), calibration)
+    smoothed_by = x.abs().amax(0) ** 0.5 / model.weight.abs().amax(0) ** 0.5
+    smoothed, plain = (values.abs().numpy() for values in (model.weight * smoothed_by, model.weight))
+    shares = []
+    for values in (smoothed, plain):
+        scale = 2.0 ** (np.floor(np.log2(values.max(1, keepdims=True))) - 2)
+        shares.append(np.mean(values / scale > 7))
+    assert shares[0] != shares[1]
+    assert lost.clipped == pytest.approx(shares[0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qsens.inspection.found import Alternative, Channel, Channels, Flip, Inspection, Lost, Recorded, Shape
+from pytest_qsens.inspection.found import Alternative, Channel, ChannelSummary, Flip, Inspection, Lost, Recorded, Shape
 from pytest_qsens.inspection.places import Group, Where
 from pytest_qsens.inspection.verdict import verdict
 
-EVEN = Channels(8, 1.0, 2.0, 3.0, 0, 0, ())
-ODD = Channels(8, 1.0, 2.0, 80.0, 0, 1, (Channel(7, 80.0, 40.0),))
+EVEN = ChannelSummary(8, 1.0, 2.0, 3.0, 0, 0, ())
+ODD = ChannelSummary(8, 1.0, 2.0, 80.0, 0, 1, (Channel(7, 80.0, 40.0),))
 
 
 def other(

@@ -150,9 +150,10 @@ def test_unexercised_ops_are_skipped_loudly(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             f"NOT EXERCISED: 1 of {COUNT} ops have no score, nothing is known about them: spare (1)",
-            "*evaluation data never reached it*",
+            "  the evaluation data never reached it: give data that do (--qsens-calib, --qsens-eval)",
         ]
     )
+    assert "repeat with" not in result.stdout.str()
     assert "spare" not in snapshot_ops(pytester)
 
 
@@ -164,6 +165,15 @@ def test_lost_coverage_fails(pytester: pytest.Pytester) -> None:
     result = run(pytester, "--qsens-ops", "spare", "--snapshot-update")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*spare is unexercised*this run covers less*--qsens-snapshot-prune*"])
+    result.stdout.fnmatch_lines(
+        [
+            "LOST: 1 op of the snapshot has no score any more",
+            "  spare: the evaluation data never reached it",
+            "  if that is meant, remove its line with --snapshot-update --qsens-snapshot-prune",
+            f"repeat with: pytest --qsens-model {MODEL} --qsens-ops spare '{op_id('spare')}'",
+        ]
+    )
+    assert not {"NOT EXERCISED", "accept with"} & {line.partition(":")[0] for line in result.outlines}
     assert "spare" in snapshot_ops(pytester)
     run(pytester, "--snapshot-update", "--qsens-snapshot-prune").assert_outcomes(passed=COUNT, skipped=1)
     assert set(snapshot_ops(pytester)) == set(OPS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_qsens.cli import main
-from tests.plugin.harness import LABEL, MODEL, OPS, listing, snapshot_file, snapshot_ops, write_model
+from tests.plugin.harness import LABEL, MODEL, OPS, TOTAL_ID, listing, snapshot_file, snapshot_ops, write_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +45,9 @@ def test_without_a_snapshot(pytester: pytest.Pytester, scores: dict[str, float])
         ran.assert_outcomes(passed=len(OPS), failed=1)
         told = f"*isolated nmse {scores['total']:.6g} is past the limit of {limit:.6g} (total.nmse<=*)"
         ran.stdout.fnmatch_lines(["*total is past its limits", told, "*no update of the snapshot accepts that*"])
-        ran.stdout.fnmatch_lines(["8 ops: 8 measured; 1 past a limit"])
+        ran.stdout.fnmatch_lines(["8 ops: 8 measured; 1 past a limit", "repeat with: pytest *"])
+        repeat = next(line for line in ran.outlines if line.startswith("repeat with: "))
+        assert shlex.split(repeat)[-3:] == ["-n", workers, TOTAL_ID]
         assert "accept with" not in ran.stdout.str()
 
 
@@ -121,7 +124,7 @@ def test_limits_of_nothing(arguments: tuple[str, ...], told: str, pytester: pyte
 def test_interactions(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
     """The sum, the prediction and how far they are from what was measured: judged once, by merged shards as well."""
     write_model(pytester)
-    arguments = ("--qsens-interactions", FAIL)
+    arguments, problem = ("--qsens-interactions", FAIL), f"qsens: interactions of {LABEL} w8a8: "
     ran = run(pytester, *arguments, "additive_gap<=90%,quadratic<=1")
     assert ran.ret == 0
     ran.stdout.fnmatch_lines(
@@ -132,14 +135,16 @@ def test_interactions(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[s
     assert ran.ret == pytest.ExitCode.TESTS_FAILED
     ran.stdout.fnmatch_lines(
         [
-            "INTERACTIONS: total.additive_gap<=0% failed: sum of the isolated nmse *, measured * (*%)",
-            "INTERACTIONS: total.quadratic_gap<=0% failed: nmse predicted with interactions *",
-            f"qsens: {LABEL}: total.additive_gap<=0% failed, see above",
+            f"repeat with: pytest --qsens-model {MODEL} {' '.join(arguments)} 'additive_gap<=0%,quadratic_gap<=0%' -q",
+            f"{problem}total.additive_gap<=0% failed: sum of the isolated nmse *, measured * (*%)",
+            f"{problem}total.quadratic_gap<=0% failed: nmse predicted with interactions *",
         ]
     )
+    assert ran.stdout.str().count("additive_gap<=0% failed") == 1  # told once
+    assert "accept with" not in ran.stdout.str()
     ran = run(pytester, *arguments, "quadratic_gap<=90%", "-k", "not head")
     assert ran.ret == pytest.ExitCode.TESTS_FAILED
-    ran.stdout.fnmatch_lines(["INTERACTIONS: total.quadratic_gap<=90% not judged: not all ops *"])
+    ran.stdout.fnmatch_lines([f"{problem}total.quadratic_gap<=90% not judged: not all ops *"])
     for index in ("1/2", "2/2"):
         parts = ("--qsens-shard", index, "--qsens-json", f"{index[0]}.json")
         assert run(pytester, *arguments, "nmse<=1", *parts).ret == 0

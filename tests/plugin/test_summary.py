@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -186,3 +187,18 @@ def test_accepting_what_was_estimated(pytester: pytest.Pytester) -> None:
         command = f"pytest --qsens-model {MODEL} --qsens-mode both --qsens-engine=auto --snapshot-update"
         assert f"accept with: {command}" in result.outlines
     assert pytester.runpytest_inprocess(*command.split()[1:]).ret == pytest.ExitCode.OK
+
+
+def test_blocks_are_drawn_in_every_mode(pytester: pytest.Pytester) -> None:
+    """Where nothing was measured alone, by what ops gain or add."""
+    write_model(pytester)
+    drawn = ["blocks from left to right, by {}: ▁ * to █ *", "  blocks.*.up   ???", "  blocks.*.down ???"]
+    for arguments, metric in (((), "nmse"), (("--qsens-mode", "fallback"), "gain")):
+        result = pytester.runpytest_inprocess("--qsens-model", MODEL, *arguments)
+        result.stdout.fnmatch_lines([line.format(metric) for line in drawn])
+    schemes = {"embed": "w8a8", "head": "w8a8", "blocks.*": "unquantized"}
+    rules = [{"ops": ops, "scheme": scheme} for ops, scheme in schemes.items()]
+    (pytester.path / "quant.json").write_text(json.dumps({"schema": 1, "rules": rules}))
+    config = ("--qsens-config", "quant.json", "--qsens-mode", "fallback", "--qsens-config-down", "w8a8")
+    result = pytester.runpytest_inprocess("--qsens-model", MODEL, *config)
+    result.stdout.fnmatch_lines([line.format("loss") for line in drawn])

@@ -14,10 +14,12 @@ from torch import nn
 from pytest_qsens import ModelSpec
 from pytest_qsens.details import joined
 from pytest_qsens.exhibits import EDGE, EXCERPT, SHOWN, exhibits
+from pytest_qsens.inspection.ranges import channels_of
 from pytest_qsens.models.data import Sample
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ranges import BINS, channels, details, largest_of_channels, largest_of_rows
+from pytest_qsens.report.directory.channel_charts import _channel_chart
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +115,18 @@ def test_many_channels_are_put_together() -> None:
     assert found.largest[1001 // 6] == 50.0
     assert found.median == pytest.approx(float(values.median()), rel=1e-3)
     assert found.ratio == pytest.approx(50 / found.median)
+
+
+def test_a_report_marks_the_channels_that_inspecting_names() -> None:
+    """Channels of zeros move no median, and one at just 5 times the median is no outlier, in either."""
+    values = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.9, 1.1, 1.1, 5.6])
+    assert channels(values).median == pytest.approx(channels_of(values).median) == pytest.approx(1.1)
+    marked = _channel_chart("inputs", "input channel", "max |x|", channels(values)).spec["layer"][2]["data"]["values"]
+    assert [int(mark["n"]) for mark in marked] == [channel.index for channel in channels_of(values).worst] == [7]
+    exactly = torch.tensor([1.0, 1.0, 1.0, 5.0])
+    assert len(_channel_chart("inputs", "input channel", "max |x|", channels(exactly)).spec["layer"]) == 2
+    assert channels_of(exactly).worst == ()
+    assert channels(torch.zeros(3)).median == 0
 
 
 def test_what_is_not_finite_is_left_out() -> None:

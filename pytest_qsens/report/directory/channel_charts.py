@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 RANGES = 12
 """Ops, or groups, whose ranges are drawn."""
 
-OUTLIER = 5.0
-"""Times the median channel's largest magnitude from which a channel is marked. LLM.int8() (Dettmers et al., NeurIPS
-2022, arXiv:2208.07339) takes a fixed magnitude of 6, which suits inputs of a unit scale only."""
-
 _MEMBERS = 4
 """Of a group, so that one of many ops does not take the place of all others."""
 
@@ -103,7 +99,7 @@ def _channel_chart(title: str, axis: str, what: str, channels: Channels) -> Char
     outliers = [
         {"c": channel + 0.5, "n": str(channel), "v": value}
         for channel, value in channels.outliers
-        if channels.median and value >= OUTLIER * channels.median
+        if channels.is_outlier(value)
     ]
     x = {
         "field": "c",
