@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.collect import base_options
-from pytest_qsens.measure import same_command
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
 from pytest_qsens.report.findings import FAILING, SAID, counts, findings, said
 from pytest_qsens.report.markdown import code, escaped, table
 from pytest_qsens.report.measures import by_score, measure_of, score
 from pytest_qsens.report.places import relative
+from pytest_qsens.report.repeating import repeating
 from pytest_qsens.report.terminal import WORST, config_line, cost, notes
 from pytest_qsens.time_budget import NOT_MEASURED
 
@@ -196,25 +196,16 @@ def _notes(controller: Controller, run: Run) -> Iterator[str]:
 
 def _next(controller: Controller, run: Run, failing: list[Finding]) -> Iterator[str]:
     """Give the commands that repeat what failed, and that accept what is worse or new."""
-    wanted = {finding.op for finding in failing if finding.kind in ("failed", "lost")}
-    if wanted:
+    if command := repeating(controller, run, failing):
         yield ""
         yield "Repeat what failed:"
         yield ""
-        yield from code(_repeat(controller, run, wanted), "sh")
+        yield from code(command, "sh")
     if command := accepting(controller, run):
         yield ""
         yield "If that is meant, accept it and commit the snapshot:"
         yield ""
         yield from code(command, "sh")
-
-
-def _repeat(controller: Controller, run: Run, wanted: set[str]) -> str:
-    subject = run.model, run.scheme, run.granularity
-    tests = [nodeid for nodeid, case in controller.cases.items() if case.subject == subject and case.op in wanted]
-    config = controller.config
-    chosen = config.args_source is config.ArgsSource.ARGS or len(tests) > 5
-    return same_command(config.invocation_params.args, () if chosen else tests)
 
 
 def _short(text: str) -> str:

@@ -16,7 +16,7 @@ from pytest_qsens.graph.narrow import make_wide
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.results import load
-from tests.configs.installed import required
+from tests.installed import required
 
 if TYPE_CHECKING:
     from pytest_qsens.models.spec import ModelSpec
