@@ -302,6 +302,7 @@ class Controller:
         self.config = config
         self.runs: dict[Subject, Run] = {}
         self.problems: list[str] = []
+        self._unjudged = 0  # of these problems: nothing is known to be worse
         """What went wrong after measuring, for the summary."""
         self.written: dict[Path, str] = {}
         """Files, and how much in them is new."""
@@ -617,11 +618,13 @@ class Controller:
             result.status in ("measured", "estimated") for run in active for result in run.results.values()
         ):
             self.problems.append("nothing was measured")
+            self._unjudged += 1
         if active and self._reported is not None:
             self._guarded(partial(self._write_report, self._reported, session))
         self._trim_cache()
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            known = len(self.problems) > self._unjudged
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED if known else NOT_MEASURED
 
     def _judge(self, active: list[Run]) -> None:
         """Ask the gates of whole runs, and write the snapshots."""
@@ -662,6 +665,7 @@ class Controller:
         for verdict in run.joint:
             if verdict.state != "held":
                 self.problems.append(f"interactions of {run.model} {run.scheme}: {verdict}")
+                self._unjudged += verdict.state == "not judged"
 
     def _judge_ranks(self, run: Run) -> None:
         """Compare the order of the ops with the snapshot's, as that is before it is updated."""
@@ -688,6 +692,7 @@ class Controller:
                     f"the order of the ops of {run.model} {run.scheme}: {verdict}"
                     f"{next_step * (verdict.state == 'not judged')}"
                 )
+                self._unjudged += verdict.state == "not judged"
 
     @property
     def _accepts_all(self) -> bool:

@@ -371,10 +371,10 @@ def test_an_order_that_changed(pytester: pytest.Pytester, summary: Path, annotat
     result = pytester.runpytest_inprocess("--qsens-model", MODEL, "--qsens-fail", "nmse:1e9,kendall:0.99")
     result.assert_outcomes(passed=len(OPS) + 1)
     assert result.ret == 1
-    assert summary.read_text().split("\n## ")[-1].startswith("❌ qsens: the order of the ops of net.spec: kendall")
+    assert summary.read_text().split("\n## ")[-1].startswith("❌ qsens: the order of the ops of net.spec w8a8: kendall")
     ((level, properties, message),) = [found for found in commands(result) if found[0] == "error"]
     assert (level, properties) == ("error", {"title": "qsens"})
-    assert message.startswith("the order of the ops of net.spec: kendall")
+    assert message.startswith("the order of the ops of net.spec w8a8: kendall")
 
 
 def test_a_config(pytester: pytest.Pytester, summary: Path) -> None:
