@@ -117,7 +117,8 @@ class Narrow(io.StringIO):
 def narrow(width: int, *, terminal: bool = True) -> tuple[Lines, io.StringIO]:
     """Make a terminal of some width, or a log."""
     file = Narrow() if terminal else io.StringIO()
-    config = pytest.Config.fromdictargs({}, ["-p", "no:cacheprovider"])
+    # without warnings: we may be imported already, and asserts of ours not be rewritten again
+    config = pytest.Config.fromdictargs({}, ["-p", "no:cacheprovider", "-p", "no:warnings"])
     reporter = TerminalReporter(config, cast("TextIO", file))
     reporter._tw.fullwidth = width
     return Lines(reporter), file

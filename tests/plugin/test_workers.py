@@ -118,6 +118,7 @@ def test_a_crash_outweighs_other_tests_of_the_op(*, crash_first: bool) -> None:
                 "verdict": "new",
                 "lines": [],
                 "within_noise": [],
+                "compared": [],
                 "entry": entry,
             },
             passed=True,

@@ -54,6 +54,7 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_sorts_and_filters(browser: Browser, large_page: Path) -> None:
     """A click on a header sorts, another one turns the order; words and choices filter all ops, not those shown."""
     with opened(browser, large_page) as page:
+        assert draw_all(page) == 2  # later, they would move what is clicked
         assert len(column(page, "op")) == 100
         assert page.locator("#count").inner_text() == "5,000 of 5,000 ops"
         nmse = [float(text.replace("\N{MINUS SIGN}", "-")) for text in column(page, "isolated NMSE")]
