@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qsens.commands.command import GateFailed
+from pytest_qsens.commands.command import GateFailed, add_fail
 from pytest_qsens.diff import diff, read_pair
 from pytest_qsens.files import write_atomically
-from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+from pytest_qsens.thresholds import parse_fail
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -27,12 +27,7 @@ def register(commands: Subparsers) -> None:
     )
     command.add_argument("old", metavar="OLD")
     command.add_argument("new", metavar="NEW")
-    command.add_argument(
-        "--fail",
-        default=DEFAULT_FAIL,
-        metavar="RULES",
-        help=f"what counts as worse, as in --qsens-fail (default: {DEFAULT_FAIL})".replace("%", "%%"),
-    )
+    add_fail(command, "what counts as worse, as in --qsens-fail")
     command.add_argument("--all", action="store_true", help="list ops that are as before, too")
     command.add_argument("--format", choices=("text", "markdown", "html", "json"), default="text")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it to FILE instead of printing it")

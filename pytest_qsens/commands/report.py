@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qsens.commands.command import add_fail
 from pytest_qsens.gates import parse_gates
 from pytest_qsens.results import load
-from pytest_qsens.thresholds import DEFAULT_FAIL
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -29,12 +29,7 @@ def register(commands: Subparsers) -> None:
     command.add_argument(
         "--against", metavar="OLD", help="tell what changed since OLD: a result, a snapshot, or REVISION:PATH of one"
     )
-    command.add_argument(
-        "--fail",
-        default=DEFAULT_FAIL,
-        metavar="RULES",
-        help=f"what counts as worse, as in --qsens-fail (default: {DEFAULT_FAIL})".replace("%", "%%"),
-    )
+    add_fail(command, "what counts as worse, as in --qsens-fail")
     command.set_defaults(run=run)
 
 

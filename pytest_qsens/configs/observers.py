@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.errors import QsensError
-from pytest_qsens.quant.observer_names import OBSERVERS, canonical
+from pytest_qsens.quant.observer_names import AVERAGING_CONSTANT, OBSERVERS, canonical
 from pytest_qsens.quant.op_scheme import OpScheme
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.fields import ConfigFields
     from pytest_qsens.quant.op_scheme import Kind, Unknown
-
-AVERAGING_CONSTANT = 0.01
 
 COMPRESSED_TENSORS = {"static_minmax": "minmax", "minmax": "moving_average"}
 """Name in llm-compressor 0.14, of static activations → ours."""

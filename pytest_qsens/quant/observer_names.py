@@ -7,6 +7,9 @@ import re
 OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
 """What is known; ``percentile`` may be followed by how many per cent of the values are inside, ``percentile99.9``."""
 
+AVERAGING_CONSTANT = 0.01
+"""Weight of the last call in a moving average: the default of torch, llm-compressor and ONNX Runtime."""
+
 USUAL_PERCENTILE = 99.99
 _PERCENTILE = re.compile(r"percentile([5-9]\d(?:\.\d{1,9})?)?", re.ASCII)
 

@@ -19,7 +19,7 @@ from torch.ao.quantization.observer import (
 from pytest_qsens import profile
 from pytest_qsens.quant.distribution import Distribution
 from pytest_qsens.quant.formats import round_input
-from pytest_qsens.quant.observer_names import percentile_of
+from pytest_qsens.quant.observer_names import AVERAGING_CONSTANT, percentile_of
 from pytest_qsens.quant.range_search import Range, least_error, of_entropy, of_percentile
 from pytest_qsens.threads import one_thread
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
     from pytest_qsens.quant.op_scheme import ActivationScheme
     from pytest_qsens.quant.range_search import Round
-
-AVERAGING_CONSTANT = 0.01
-"""Weight of the last call in a moving average: the default of torch, llm-compressor and ONNX Runtime."""
 
 
 class QParams(NamedTuple):
