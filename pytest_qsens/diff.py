@@ -276,9 +276,10 @@ def read_pair(old: str, new: str) -> tuple[Side, Side]:
         QsensError: If one cannot be read.
 
     """
-    if not Path(old).exists() and ":" not in old and Path(new).exists():
+    if not Path(old).exists() and ":" not in old and Path(new).is_file():
         return _read_revision(old, f"./{Path(new).name}", Path(new).parent), read(new)
-    return read(old), read(new)
+    there = read(new)  # of two that cannot be read, a lone revision is the one that may be right
+    return read(old), there
 
 
 def read(name: str) -> Side:
@@ -291,6 +292,10 @@ def read(name: str) -> Side:
     if ":" in name and not Path(name).exists():
         revision, _, path = name.partition(":")
         return _read_revision(revision, path, Path())
+    if Path(name).is_dir():
+        inside = next(Path(name).rglob("*.json"), None)
+        such = f", such as {inside}" if inside is not None else ""
+        raise QsensError(f"{name} is a directory. Give one of its files{such}.")
     text = read_text(Path(name))
     if text is None:
         raise QsensError(f"there is no file {name}. Give a result file, a snapshot file, or REVISION:PATH of one.")
@@ -303,7 +308,7 @@ def _read_revision(revision: str, path: str, directory: Path) -> Side:
         raise QsensError(f"{revision!r} is no revision. Give one such as HEAD~1 or main.")
     try:
         # the name is one argument, and git takes none that begins with a revision for an option
-        command = ["git", "-C", str(directory), "show", name]
+        command = ["git", "-C", str(directory), "cat-file", "blob", name]
         found = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - as above
     except OSError as error:
         raise QsensError(f"{name} cannot be read, as git cannot be started: {error.strerror}.") from error

@@ -264,6 +264,10 @@ def test_revisions_of_a_snapshot(files: Path, capsys: pytest.CaptureFixture[str]
     for wrong, what in (("nowhere", "git has no nowhere"), ("-p", "is no revision"), ("HEAD:none.json", "git has no")):
         assert main(["diff", "--", wrong, "old.json"]) == 4
         assert what in capsys.readouterr().err
+    assert main(["diff", "HEAD:./", "old.json"]) == 4, "a directory of a revision is no file of it"
+    assert "git has no HEAD:./" in capsys.readouterr().err
+    assert main(["diff", "HEAD", "."]) == 4
+    assert ". is a directory. Give one of its files, such as" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("files")
