@@ -34,7 +34,7 @@ from pytest_qsens.errors import QsensError, told
 from pytest_qsens.files import write_atomically
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.options import MODES
+from pytest_qsens.option_declarations import MODES
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.shards import ELSEWHERE
 from pytest_qsens.time_budget import LATE, LEFT, NOT_MEASURED, left

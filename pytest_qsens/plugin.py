@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qsens import collect, options, time_budget, workers
+from pytest_qsens import collect, option_declarations, time_budget, workers
 from pytest_qsens.ci import CiOutput
 from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
@@ -23,14 +23,14 @@ pytest.register_assert_rewrite("pytest_qsens.builtin_suite")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini settings."""
-    options.declare(parser)
+    option_declarations.declare(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Take our node ids out of the arguments, in workers too: these read the command line again."""
     time_budget.start(config)
-    config.addinivalue_line("markers", options.MARKER_HELP)
+    config.addinivalue_line("markers", option_declarations.MARKER_HELP)
     collect.take_selection(config)
     if not hasattr(config, "workerinput"):
         controller = Controller(config)
@@ -100,7 +100,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Share the cores among the workers about to be started, and spell options so that other machines get them."""
     if any(map(workers.apart, specs)):
-        arguments = options.joined(config.invocation_params.args)
+        arguments = option_declarations.joined(config.invocation_params.args)
         config.invocation_params = replace(config.invocation_params, args=tuple(arguments))
     if collect.base_options(config).model is not None:
         config.add_cleanup(workers.set_threads(specs))
