@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import base_options
 from pytest_qsens.errors import QsensError, told
+from pytest_qsens.given_options import base_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,25 +13,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.cache import trim
-from pytest_qsens.collect import (
-    Case,
-    Subject,
-    base_options,
-    catalogue,
+from pytest_qsens.collection.catalogue import catalogue
+from pytest_qsens.collection.checks import (
     check_interactions,
     check_limits,
     check_ranks,
     check_refinement,
-    check_selection,
     check_shard,
-    plan,
-    select,
-    selection,
-    updating,
-    wants_total,
 )
+from pytest_qsens.collection.choice import select, wants_total
+from pytest_qsens.collection.plan import plan
+from pytest_qsens.collection.subjects import Case, Subject
+from pytest_qsens.collection.suite import check_selection, selection
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.files import write_atomically
+from pytest_qsens.given_options import base_options, updating
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.option_declarations import MODES
@@ -46,7 +42,7 @@ if TYPE_CHECKING:
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
-    from pytest_qsens.collect import Model
+    from pytest_qsens.collection.model import Model
     from pytest_qsens.joint_gates import JointVerdict
     from pytest_qsens.options import Options
     from pytest_qsens.profile import Profile
@@ -98,7 +94,7 @@ class Run:
     """Op → seconds that this run took for it; those that came from the cache are not there."""
     granularity: str = "op"
     config: Payload | None = None
-    """What a config says: see `pytest_qsens.collect.plan`."""
+    """What a config says: see `pytest_qsens.collection.plan.plan`."""
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Op → its scheme in the snapshot and now, where they differ."""
     pruned: bool = False

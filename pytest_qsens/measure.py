@@ -14,10 +14,11 @@ import pytest
 from pytest_qsens import profile
 from pytest_qsens.artifact import Artifact
 from pytest_qsens.cache import default_cache_dir
-from pytest_qsens.collect import base_options, expected
+from pytest_qsens.collection.plan import expected
 from pytest_qsens.engines.availability import KERNEL_ENGINES
 from pytest_qsens.environment import environment
 from pytest_qsens.errors import QsensError
+from pytest_qsens.given_options import base_options
 from pytest_qsens.known_scores import KnownScores, Look, Measured
 from pytest_qsens.memory import parse_memory
 from pytest_qsens.ops import TOTAL, Op
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.collect import Model
+    from pytest_qsens.collection.model import Model
     from pytest_qsens.options import Options, RunSpec
     from pytest_qsens.result_cache import Part
     from pytest_qsens.results import Mode, Payload

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qsens import collect, option_declarations, time_budget, workers
+from pytest_qsens import option_declarations, time_budget, workers
+from pytest_qsens.automatic_workers import automatic_workers
 from pytest_qsens.ci import CiOutput
+from pytest_qsens.collection.items import add_suite
+from pytest_qsens.collection.parametrized import UnusableTest, parametrize
+from pytest_qsens.collection.plan import files, plan
+from pytest_qsens.collection.suite import take_selection
 from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
+from pytest_qsens.given_options import base_options
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -31,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Take our node ids out of the arguments, in workers too: these read the command line again."""
     time_budget.start(config)
     config.addinivalue_line("markers", option_declarations.MARKER_HELP)
-    collect.take_selection(config)
+    take_selection(config)
     if not hasattr(config, "workerinput"):
         controller = Controller(config)
         config.pluginmanager.register(controller, "qsens-controller")
@@ -40,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that takes our fixtures one item for each op."""
-    collect.parametrize(metafunc)
+    parametrize(metafunc)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -48,7 +54,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     """Mark a usage error found at collection, so that the controller knows it from a broken test file."""
     report = yield
     call: pytest.CallInfo[object] | None = getattr(report, "call", None)
-    if call is not None and call.excinfo is not None and isinstance(call.excinfo.value, collect.UnusableTest):
+    if call is not None and call.excinfo is not None and isinstance(call.excinfo.value, UnusableTest):
         report.qsens = {"abort": str(call.excinfo.value)}  # type: ignore[attr-defined]  # reports carry extras
     return report
 
@@ -56,15 +62,15 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     """Add the built-in suite before anything selects, deselects or orders tests."""
-    collect.add_suite(session, items)
+    add_suite(session, items)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """In a worker: tell the controller what will be measured, before xdist tells it which tests there are."""
     channel = getattr(session.config, "workerinput", {}).get(CHANNEL)
-    if channel is not None and (plan := collect.plan(session)) is not None:
-        channel.send(plan | {"files": collect.files(session.config)})
+    if channel is not None and (planned := plan(session)) is not None:
+        channel.send(planned | {"files": files(session.config)})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,7 +99,7 @@ def pytest_assertrepr_compare(
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Choose the number of workers for ``-n auto`` by cores and memory."""
-    return collect.automatic_workers(config)
+    return automatic_workers(config)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -102,5 +108,5 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
     if any(map(workers.apart, specs)):
         arguments = option_declarations.joined(config.invocation_params.args)
         config.invocation_params = replace(config.invocation_params, args=tuple(arguments))
-    if collect.base_options(config).model is not None:
+    if base_options(config).model is not None:
         config.add_cleanup(workers.set_threads(specs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.measure import accept_command
 
 if TYPE_CHECKING:

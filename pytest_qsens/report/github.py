@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.report.accepting import ACCEPTABLE, accepting
 from pytest_qsens.report.findings import FAILING, SAID, findings
 from pytest_qsens.report.places import relative

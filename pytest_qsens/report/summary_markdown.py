@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
 from pytest_qsens.report.findings import FAILING, SAID, counts, findings, said

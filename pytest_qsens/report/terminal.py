@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.rank_gates import RANKED_BY
 from pytest_qsens.report import profile

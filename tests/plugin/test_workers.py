@@ -401,7 +401,7 @@ def test_auto_goes_by_memory(pytester: pytest.Pytester, monkeypatch: pytest.Monk
         told.append(1)
         return 3
 
-    monkeypatch.setattr("pytest_qsens.collect.fitting", asked)
+    monkeypatch.setattr("pytest_qsens.automatic_workers.fitting", asked)
     arguments = ("-n", "auto", "-p", "no:randomly", "--collect-only", "-q")
     config = pytester.parseconfig("--qsens-model", "tiny_qwen2_5_vl", *arguments)
     assert config.hook.pytest_xdist_auto_num_workers(config=config) == 3

@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import base_options, catalogue, updating
+from pytest_qsens.collection.catalogue import catalogue
 from pytest_qsens.compare import count
 from pytest_qsens.details import Details
 from pytest_qsens.diff import of_snapshot
+from pytest_qsens.given_options import base_options, updating
 from pytest_qsens.measure import bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
