@@ -15,7 +15,7 @@ from pytest_qsens.given_options import base_options
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_qsens.controller import Controller
+    from pytest_qsens.session.controller import Controller
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """Variable with the path of the file that Markdown is added to."""

@@ -54,3 +54,8 @@ def updating(config: pytest.Config) -> bool:
     """Whether syrupy was asked to accept what is measured."""
     names = ("update_snapshots", "update_new_snapshots_only")
     return any(config.getoption(name, False) for name in names) and not config.option.collectonly
+
+
+def accepts_all(config: pytest.Config) -> bool:
+    """Whether the snapshot takes what got worse, and not only what is new."""
+    return updating(config) and bool(config.getoption("update_snapshots"))

@@ -14,9 +14,10 @@ from pytest_qsens.collection.items import add_suite
 from pytest_qsens.collection.parametrized import UnusableTest, parametrize
 from pytest_qsens.collection.plan import files, plan
 from pytest_qsens.collection.suite import take_selection
-from pytest_qsens.controller import CHANNEL, Controller
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
 from pytest_qsens.given_options import base_options
+from pytest_qsens.session.controller import Controller
+from pytest_qsens.session.distribution import CHANNEL, Distribution
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -41,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         controller = Controller(config)
         config.pluginmanager.register(controller, "qsens-controller")
+        config.pluginmanager.register(Distribution(controller), "qsens-distribution")
         config.pluginmanager.register(CiOutput(controller), "qsens-ci")
 
 

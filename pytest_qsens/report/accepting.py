@@ -8,8 +8,9 @@ from pytest_qsens.given_options import base_options
 from pytest_qsens.measure import accept_command
 
 if TYPE_CHECKING:
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Kind
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 ACCEPTABLE: tuple[Kind, ...] = ("regressed", "new")
 """What an update of the snapshot accepts of a single op; no update helps what is past a limit or has no score."""

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.results import Interval, Mode, OpResult, Payload, Scores
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 WORST = 10
 LISTED = 5
@@ -83,7 +84,7 @@ def _end(lines: Lines, controller: Controller) -> None:
         lines.write(f"qsens: {warning}", yellow=True)
     for path, news in controller.written.items():
         lines.write(f"qsens: wrote {path}{news}", whole=True)
-    for problem in controller.problems:
+    for problem in controller.problems.messages:
         lines.write(f"qsens: {problem}", red=True)
 
 

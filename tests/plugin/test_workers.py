@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
 from pytest_qsens.report.terminal import attention
 from pytest_qsens.results import OpResult, to_payload
+from pytest_qsens.session.run import Run
 from pytest_qsens.workers import cores, fitting
 from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
 
