@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.given_options import base_options
 from pytest_qsens.report.accepting import ACCEPTABLE, accepting
+from pytest_qsens.report.attention import notes
 from pytest_qsens.report.findings import FAILING, SAID, findings
 from pytest_qsens.report.places import relative
-from pytest_qsens.report.terminal import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,12 +9,14 @@ import pytest
 from pytest_qsens.given_options import base_options
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
+from pytest_qsens.report.attention import notes
+from pytest_qsens.report.counts import config_line, cost
 from pytest_qsens.report.findings import FAILING, SAID, counts, findings, said
 from pytest_qsens.report.markdown import code, escaped, table
 from pytest_qsens.report.measures import by_score, measure_of, score
 from pytest_qsens.report.places import relative
+from pytest_qsens.report.ranking import WORST
 from pytest_qsens.report.repeating import repeating
-from pytest_qsens.report.terminal import WORST, config_line, cost, notes
 from pytest_qsens.time_budget import NOT_MEASURED
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pytest_qsens.ops import Op
-from pytest_qsens.report.terminal import attention
+from pytest_qsens.report.attention import attention
 from pytest_qsens.results import OpResult, to_payload
 from pytest_qsens.session.run import Run
 from pytest_qsens.workers import cores, fitting
