@@ -8,8 +8,8 @@ from pytest_qsens.collection.catalogue import catalogue
 from pytest_qsens.collection.choice import select, wants_total
 from pytest_qsens.collection.subjects import Subject
 from pytest_qsens.given_options import base_options
+from pytest_qsens.op_results import without_score
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.session.run import without_score
 from pytest_qsens.shards import ELSEWHERE
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def result_of(run: Run, config: pytest.Config, wall_seconds: float) -> RunResult
     total = run.total
     if total is None:
         why = "not run" if wants_total(options) else "only some ops were asked for"
-        total = without_score(Op(TOTAL, TOTAL), "unrun", ELSEWHERE if TOTAL in run.elsewhere else why)
+        total = without_score(Op(TOTAL, TOTAL), "unrun", reason=ELSEWHERE if TOTAL in run.elsewhere else why)
     info = RunInfo(
         model=run.model,
         scheme=run.scheme,

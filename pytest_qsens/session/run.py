@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pytest_qsens.op_results import without_score
 from pytest_qsens.ops import TOTAL, Op
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Run:
         if op is not None:
             self.lost.add(name)
             self.failing.add(name)
-            self.results[name] = without_score(op, "failed", reason)
+            self.results[name] = without_score(op, "failed", reason=reason)
             self.verdicts.pop(name, None)
             self.entries.pop(name, None)
             self.compared.pop(name, None)
@@ -214,9 +215,9 @@ class Run:
         if op.name in self.unquantized:
             from pytest_qsens.configs.gate import UNQUANTIZED
 
-            found = without_score(op, "unquantized", UNQUANTIZED)
+            found = without_score(op, "unquantized", reason=UNQUANTIZED)
         else:
-            found = without_score(op, "unrun", reason(op))
+            found = without_score(op, "unrun", reason=reason(op))
         return replace(found, scheme=self.schemes.get(op.name))
 
     @property
@@ -228,14 +229,6 @@ class Run:
     def unquantized(self) -> frozenset[str]:
         """Ops or groups that the config leaves as they are: they have no tests."""
         return frozenset(self.config["unquantized"] if self.config else ())
-
-
-def without_score(op: Op, status: str, reason: str) -> OpResult:
-    """Make the result of an op or group that has no score, and say why."""
-    from pytest_qsens.results import OpResult
-
-    names = op.member_names
-    return OpResult(op.name, op.type, op.block, status, reason, ops=names)  # type: ignore[arg-type]  # literals
 
 
 def _joined(old: OpResult | None, new: OpResult) -> OpResult:
