@@ -26,7 +26,8 @@ from pytest_qsens.profile import Profiler
 from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
 from pytest_qsens.result_cache import ResultCache, SchemeKeys
-from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
+from pytest_qsens.result_payloads import to_payload
+from pytest_qsens.results import LEFT_OUT, OpResult, joined
 from pytest_qsens.snapshot import EVALUATION
 from pytest_qsens.surroundings import surroundings
 from pytest_qsens.time_budget import LATE, left

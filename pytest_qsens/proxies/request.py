@@ -10,7 +10,7 @@ from pytest_qsens.files import check_replaceable
 from pytest_qsens.models.arguments import find_model
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.quant.schemes import scheme_named
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from argparse import Namespace

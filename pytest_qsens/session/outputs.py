@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def write_results(controller: Controller, run: Run) -> None:
     """Write the result file, if one is asked for."""
-    from pytest_qsens.results import write
+    from pytest_qsens.result_files import write
 
     path = base_options(controller.config).json
     if path is not None:

@@ -114,7 +114,7 @@ class Run:
     def profile(self) -> Profile | None:
         """Where the time of all processes went, if that was asked for."""
         from pytest_qsens.profile import total
-        from pytest_qsens.results import read_profile
+        from pytest_qsens.result_files import read_profile
 
         found = [read_profile(payload, f"profile of {process}") for process, payload in self.profiles.items()]
         return total(found) if found else None
@@ -122,7 +122,7 @@ class Run:
     @property
     def functional(self) -> list[OpResult]:
         """Functional ops, which have no tests."""
-        from pytest_qsens.results import from_payload
+        from pytest_qsens.result_payloads import from_payload
 
         return [from_payload(payload) for facts in self.facts[:1] for payload in facts["functional"]]
 
@@ -172,7 +172,7 @@ class Run:
 
     def add(self, payload: Payload, *, passed: bool) -> None:
         """Take one result; the same op may be reported by several tests."""
-        from pytest_qsens.results import from_payload
+        from pytest_qsens.result_payloads import from_payload
         from pytest_qsens.snapshot import Entry, union
         from pytest_qsens.thresholds import Comparison, Verdict, combine
 

@@ -48,7 +48,7 @@ def check_start(config: pytest.Config) -> None:
             "--qsens-max-ops and --qsens-shard"
         )
     if options.json is not None and not config.option.collectonly:
-        from pytest_qsens.results import check_overwritable
+        from pytest_qsens.result_files import check_overwritable
 
         check_overwritable(options.json)
     if options.gitlab is not None and not config.option.collectonly:

@@ -11,7 +11,8 @@ import pytest
 
 from pytest_qsens.ops import Op
 from pytest_qsens.report.attention import attention
-from pytest_qsens.results import OpResult, to_payload
+from pytest_qsens.result_payloads import to_payload
+from pytest_qsens.results import OpResult
 from pytest_qsens.session.run import Run
 from pytest_qsens.workers import cores, fitting
 from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
