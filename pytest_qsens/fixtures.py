@@ -10,9 +10,10 @@ import pytest
 from pytest_qsens.collection.catalogue import catalogue
 from pytest_qsens.collection.parametrized import SPEC, planned
 from pytest_qsens.errors import QsensError
-from pytest_qsens.measure import BudgetTooShort, RunAborted, accept_command, bench
+from pytest_qsens.measure import BudgetTooShort, RunAborted, bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.properties import of_result, of_verdict
+from pytest_qsens.rerun import accept_command
 from pytest_qsens.result_payloads import to_payload
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 from pytest_qsens.workers import place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.given_options import base_options
-from pytest_qsens.measure import accept_command
+from pytest_qsens.rerun import accept_command
 
 if TYPE_CHECKING:
     from pytest_qsens.report.findings import Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.measure import same_command
+from pytest_qsens.rerun import same_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
