@@ -84,20 +84,20 @@ class Measured:
     def of(cls, spec: ModelSpec, ops: list[Op], scheme: str) -> Measured:
         """Quantize every op alone."""
         model = calibrate(spec, ops, scheme, engine="replay", divergence=False)
-        ops = [op for op in ops if model.refused(op) is None]
+        ops = [op for op in ops if model.reach.refused(op) is None]
         references = list(model._engine.references)
         rows = []
         for op in ops:
             pairs = zip(references, model._engine.isolated(op.name), strict=True)
             rows.append(np.concatenate([(found.double() - clean.double()).numpy().ravel() for clean, found in pairs]))
-        changes = np.stack(rows) / np.sqrt(model._reference_size.energy)
+        changes = np.stack(rows) / np.sqrt(model._reference.size.energy)
         return cls(model, ops, (changes**2).sum(1), changes, sketched(model, changes))
 
     def joint(self, places: Sequence[int]) -> float:
         """Measure the NMSE with these ops quantized."""
-        score = self.model._summed(self.model._engine.isolated(*(self.ops[place].name for place in places)))
+        score = self.model._reference.summed(self.model._engine.isolated(*(self.ops[place].name for place in places)))
         assert not isinstance(score, str), score
-        return score.sse / self.model._reference_size.energy
+        return score.sse / self.model._reference.size.energy
 
 
 def sketched(model: CalibratedModel, changes: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.options import MODES
+from pytest_qsens.option_declarations import MODES
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.rank_gates import judge_ranks
 from pytest_qsens.snapshot import (

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import base_options
 from pytest_qsens.errors import QsensError, told
+from pytest_qsens.given_options import base_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_qsens.controller import Controller
+    from pytest_qsens.session.controller import Controller
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """Variable with the path of the file that Markdown is added to."""

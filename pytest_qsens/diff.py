@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pytest_qsens import results, snapshot
+from pytest_qsens import result_files, results, snapshot
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import parse_json, read_text
 from pytest_qsens.ops import TOTAL, Op
@@ -325,7 +325,7 @@ def _parsed(text: str, name: str) -> Side:
     document = parse_json(text, path)
     keys = document.keys() if isinstance(document, dict) else ()
     if "run" in keys:
-        return of_result(results.from_document(document, path), name)
+        return of_result(result_files.from_document(document, path), name)
     if {"model", "scheme", "ops"} <= set(keys):
         return of_snapshot(snapshot.from_document(document, path), name)
     raise QsensError(

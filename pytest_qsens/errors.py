@@ -1,10 +1,15 @@
-"""The one error type for input that a user can correct, and how exceptions of the user's code are told in it."""
+"""The one error type for input that a user can correct, and words for it: of exceptions, of names that do not exist."""
 
 from __future__ import annotations
 
+import difflib
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 class QsensError(Exception):
@@ -30,3 +35,10 @@ def told(error: BaseException) -> str:
 def first_line(error: Exception) -> str:
     """Give type and message of an exception in one line, without place."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def unknown(what: str, value: object, known: Collection[str]) -> str:
+    """Say that a name does not exist, what was probably meant and what there is."""
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"no {what} {value!r}{hint}. Known: {', '.join(known)}"

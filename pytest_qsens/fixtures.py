@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
-from pytest_qsens.collect import SPEC, Model, catalogue, planned
+from pytest_qsens.collection.catalogue import catalogue
+from pytest_qsens.collection.parametrized import SPEC, planned
 from pytest_qsens.errors import QsensError
-from pytest_qsens.measure import BudgetTooShort, RunAborted, accept_command, bench
+from pytest_qsens.measure import BudgetTooShort, RunAborted, bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.properties import of_result, of_verdict
-from pytest_qsens.results import to_payload
+from pytest_qsens.rerun import accept_command
+from pytest_qsens.result_payloads import to_payload
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
 from pytest_qsens.workers import place
 
 if TYPE_CHECKING:
     from pytest_qsens.calibrated import CalibratedModel
+    from pytest_qsens.collection.model import Model
     from pytest_qsens.gates import OpGates
     from pytest_qsens.known_scores import Measured
     from pytest_qsens.ops import Op

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_qsens.collect import Wanted
+    from pytest_qsens.collection.plan import Wanted
     from pytest_qsens.ops import Op
     from pytest_qsens.result_cache import Part, ResultCache
     from pytest_qsens.results import OpResult, Payload

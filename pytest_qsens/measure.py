@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import traceback
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,22 +11,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens import profile
-from pytest_qsens.artifact import Artifact
-from pytest_qsens.cache import default_cache_dir
-from pytest_qsens.collect import base_options, expected
-from pytest_qsens.engines.availability import KERNEL_ENGINES
+from pytest_qsens.collection.plan import expected
 from pytest_qsens.environment import environment
 from pytest_qsens.errors import QsensError
-from pytest_qsens.known_scores import KnownScores, Look, Measured
+from pytest_qsens.given_options import base_options
+from pytest_qsens.known_scores import KnownScores, Measured
 from pytest_qsens.memory import parse_memory
+from pytest_qsens.model_caches import artifact_of, identity_of, look, open_cache
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.profile import Profiler
 from pytest_qsens.refinement import owners
 from pytest_qsens.refining import Refined, TooShort, Work, forwards, refine
-from pytest_qsens.result_cache import ResultCache, SchemeKeys
-from pytest_qsens.results import LEFT_OUT, OpResult, joined, to_payload
+from pytest_qsens.result_payloads import to_payload
+from pytest_qsens.results import LEFT_OUT, OpResult, joined
 from pytest_qsens.snapshot import EVALUATION
-from pytest_qsens.surroundings import surroundings
 from pytest_qsens.time_budget import LATE, left
 from pytest_qsens.workers import SHARE, limit_threads, workers_here
 
@@ -35,13 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
+    from pytest_qsens.artifact import Artifact
     from pytest_qsens.calibrated import CalibratedModel
-    from pytest_qsens.collect import Model
+    from pytest_qsens.collection.model import Model
     from pytest_qsens.options import Options, RunSpec
     from pytest_qsens.result_cache import Part
     from pytest_qsens.results import Mode, Payload
 
 _BENCH = pytest.StashKey["Bench"]()
+
 _DIED = f"{LEFT_OUT}its worker died"
 
 
@@ -93,7 +92,7 @@ class Bench:
             try:
                 with profile.running(self._profiler(spec, model)), profile.phase("load"):
                     limit_threads(self._config)
-                    artifact = _artifact(base_options(self._config), spec, model, scores.seen)
+                    artifact = artifact_of(base_options(self._config), spec, model, scores.seen)
                     self._artifact = None if artifact is None else artifact.entry
                     calibrated = _calibrate(spec, model, scores.missing(), workers_here(self._config), artifact)
                     self._facts = _facts(spec, calibrated)
@@ -101,7 +100,7 @@ class Bench:
                 self._aborted[spec] = _described(error)
                 raise RunAborted(self._aborted[spec]) from error
             self._calibrated = calibrated
-            self._loaded = _identity(model)
+            self._loaded = identity_of(model)
             told = scores.loaded(calibrated.reference_digest)
             self._warnings += [] if told is None else [f"{model.label}: {told}"]
         return self._calibrated
@@ -214,7 +213,7 @@ class Bench:
             RunAborted: If it has been written to, or is gone.
 
         """
-        if _identity(model) != self._loaded:
+        if identity_of(model) != self._loaded:
             self._calibrated = None
             self._aborted[spec] = (
                 f"the files of model {model.label} have changed while it was measured: scores may be of a mixture. "
@@ -239,8 +238,8 @@ class Bench:
             options = base_options(self._config)
             self._scores[spec] = KnownScores(
                 expected(self._config, model.label, spec.scheme),
-                partial(_look, options, model),
-                partial(_open_cache, options, spec, model),
+                partial(look, options, model),
+                partial(open_cache, options, spec, model),
             )
         return self._scores[spec]
 
@@ -316,61 +315,6 @@ def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
     }
 
 
-def _identity(model: Model) -> str | None:
-    try:
-        return model.source.identity(hash_weights=False)
-    except (QsensError, OSError):  # what is wrong is told when it is loaded
-        return None
-
-
-def _look(options: Options, model: Model) -> Look | None:
-    if options.cache_dir() is None:
-        return None
-    identity = _identity(model)
-    try:
-        return None if identity is None else Look(identity, model.source.data_fingerprint())
-    except (QsensError, OSError):  # what is wrong is told when it is loaded
-        return None
-
-
-def _basis(options: Options, spec: RunSpec, model: Model, seen: Look) -> dict[str, object]:
-    """Collect what scores depend on but engine, metrics and schemes, in builtin values."""
-    contents = model.source.identity(hash_weights=True) if options.hash_weights else None
-    facts: dict[str, object] = {
-        "model": contents or seen.identity,
-        "data": seen.data,
-        "device": spec.device,
-        "surroundings": surroundings(),
-    }
-    if spec.device != "cpu" or spec.engine in KERNEL_ENGINES:  # what they are can be told by torch alone
-        with suppress(Exception):  # a device that cannot be used says so when the model is loaded
-            facts["environment"] = environment(spec.device, spec.engine)
-    return facts
-
-
-def _open_cache(options: Options, spec: RunSpec, model: Model, seen: Look) -> ResultCache:
-    """Find the cached scores of a model on all that they depend on."""
-    # what an engine that estimates measures is what the usual one measures
-    engine = "auto" if spec.engine == "probe" else spec.engine
-    facts = _basis(options, spec, model, seen) | {"engine": engine, "divergence": spec.divergence}
-    if spec.interactions:  # scores that are kept without sketches are not all that is asked for
-        facts["interactions"] = True
-    found = model.assigned.assignment
-    return ResultCache(options.cache_dir() or default_cache_dir(), model.label, facts, found.own, found.base)
-
-
-def _artifact(options: Options, spec: RunSpec, model: Model, seen: Look | None) -> Artifact | None:
-    """Find the place of what the first process finds out for all; ``None`` if nothing is to be cached.
-
-    Or nothing can be: engines without a graph find out nothing of it, and graphs on a GPU hold tensors there.
-    """
-    cache_dir = options.cache_dir()
-    if cache_dir is None or seen is None or spec.device != "cpu" or spec.engine in (*KERNEL_ENGINES, "eager"):
-        return None
-    facts = _basis(options, spec, model, seen) | {"schemes": SchemeKeys(model.assigned.assignment.own).joint}
-    return Artifact.of(cache_dir, model.label, facts)
-
-
 def _described(error: Exception) -> str:
     if isinstance(error, QsensError):
         return str(error)
@@ -412,33 +356,3 @@ def _calibrate(
         representatives=spec.representatives,
         interactions=spec.interactions,
     )
-
-
-def accept_command(arguments: Sequence[str], options: Options) -> str:
-    """Build the command that accepts what a run measured: the same one, with ``--snapshot-update``.
-
-    Of a run that estimates, and is not allowed to record, it is the one that measures instead.
-    """
-    if options.recording:
-        return same_command(arguments, ["--snapshot-update"])
-    kept: list[str] = []
-    values = 0
-    for argument in arguments:
-        if argument in _ESTIMATING:  # its value comes next
-            values = 1
-        elif values:
-            values = 0
-        elif argument.partition("=")[0] not in (*_ESTIMATING, "--qsens-gate-estimates"):
-            kept.append(argument)
-    return same_command(kept, ["--qsens-engine=auto", "--snapshot-update"])
-
-
-_ESTIMATING = ("--qsens-engine", "--qsens-representatives")
-
-
-def same_command(arguments: Sequence[str], added: Sequence[str]) -> str:
-    """Build the command of a run without updating, and with more arguments."""
-    import shlex
-
-    kept = [argument for argument in arguments if not argument.startswith("--snapshot-update")]
-    return shlex.join(["pytest", *kept, *added])

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qsens import collect, options, time_budget, workers
+from pytest_qsens import option_declarations, time_budget, workers
+from pytest_qsens.automatic_workers import automatic_workers
 from pytest_qsens.ci import CiOutput
-from pytest_qsens.controller import CHANNEL, Controller
+from pytest_qsens.collection.items import add_suite
+from pytest_qsens.collection.parametrized import UnusableTest, parametrize
+from pytest_qsens.collection.plan import files, plan
+from pytest_qsens.collection.suite import take_selection
 from pytest_qsens.fixtures import annotate, qsens_model, qsens_op, qsens_score, qsens_spec, qsens_total
+from pytest_qsens.given_options import base_options
+from pytest_qsens.session.controller import Controller
+from pytest_qsens.session.distribution import CHANNEL, Distribution
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -23,24 +30,25 @@ pytest.register_assert_rewrite("pytest_qsens.builtin_suite")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini settings."""
-    options.declare(parser)
+    option_declarations.declare(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Take our node ids out of the arguments, in workers too: these read the command line again."""
     time_budget.start(config)
-    config.addinivalue_line("markers", options.MARKER_HELP)
-    collect.take_selection(config)
+    config.addinivalue_line("markers", option_declarations.MARKER_HELP)
+    take_selection(config)
     if not hasattr(config, "workerinput"):
         controller = Controller(config)
         config.pluginmanager.register(controller, "qsens-controller")
+        config.pluginmanager.register(Distribution(controller), "qsens-distribution")
         config.pluginmanager.register(CiOutput(controller), "qsens-ci")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test that takes our fixtures one item for each op."""
-    collect.parametrize(metafunc)
+    parametrize(metafunc)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -48,7 +56,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     """Mark a usage error found at collection, so that the controller knows it from a broken test file."""
     report = yield
     call: pytest.CallInfo[object] | None = getattr(report, "call", None)
-    if call is not None and call.excinfo is not None and isinstance(call.excinfo.value, collect.UnusableTest):
+    if call is not None and call.excinfo is not None and isinstance(call.excinfo.value, UnusableTest):
         report.qsens = {"abort": str(call.excinfo.value)}  # type: ignore[attr-defined]  # reports carry extras
     return report
 
@@ -56,15 +64,15 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     """Add the built-in suite before anything selects, deselects or orders tests."""
-    collect.add_suite(session, items)
+    add_suite(session, items)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """In a worker: tell the controller what will be measured, before xdist tells it which tests there are."""
     channel = getattr(session.config, "workerinput", {}).get(CHANNEL)
-    if channel is not None and (plan := collect.plan(session)) is not None:
-        channel.send(plan | {"files": collect.files(session.config)})
+    if channel is not None and (planned := plan(session)) is not None:
+        channel.send(planned | {"files": files(session.config)})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,14 +101,14 @@ def pytest_assertrepr_compare(
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Choose the number of workers for ``-n auto`` by cores and memory."""
-    return collect.automatic_workers(config)
+    return automatic_workers(config)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Share the cores among the workers about to be started, and spell options so that other machines get them."""
     if any(map(workers.apart, specs)):
-        arguments = options.joined(config.invocation_params.args)
+        arguments = option_declarations.joined(config.invocation_params.args)
         config.invocation_params = replace(config.invocation_params, args=tuple(arguments))
-    if collect.base_options(config).model is not None:
+    if base_options(config).model is not None:
         config.add_cleanup(workers.set_threads(specs))

@@ -167,7 +167,7 @@ class _Sought:
         self.open: set[str] = set()
         self.beliefs: dict[str, Belief] = {}
         for op, parts in work.parts.items():
-            if op.name != TOTAL and calibrated.refused(op) is not None:
+            if op.name != TOTAL and calibrated.reach.refused(op) is not None:
                 continue  # there is nothing to measure
             known = {part: found.result for part in parts if (found := work.known(op, part))}
             if len(known) < len(parts) and op.name in work.own:

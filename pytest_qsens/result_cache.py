@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_qsens import cache
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
-from pytest_qsens.results import from_payload, to_payload
+from pytest_qsens.result_payloads import from_payload, to_payload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

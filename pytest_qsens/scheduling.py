@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xdist.remote import Producer  # type: ignore[import-untyped]  # it ships no types
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]  # it ships no types
 
-    from pytest_qsens.collect import Case
+    from pytest_qsens.collection.subjects import Case
 
 
 class BlockScheduling(LoadScopeScheduling):  # type: ignore[misc]  # an untyped base

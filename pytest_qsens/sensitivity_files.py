@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import Fields, parse_json, read_text, typed
 from pytest_qsens.quant.schemes import noun
-from pytest_qsens.results import MODES, from_document, lost_in_noise
+from pytest_qsens.result_files import from_document
+from pytest_qsens.results import MODES, lost_in_noise
 from pytest_qsens.thresholds import METRICS
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def predicted_costs(ops: Sequence[Op], engine: str, units: Sequence[Op] | None =
 
     Args:
         ops: All ops of the model, in its order.
-        engine: One of `pytest_qsens.options.ENGINES`.
+        engine: One of `pytest_qsens.option_declarations.ENGINES`.
         units: What is measured, where that are groups.
 
     """

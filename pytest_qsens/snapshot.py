@@ -37,7 +37,8 @@ from pytest_qsens.files import (
     write_atomically,
 )
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import MODES, Mode, OpResult, Payload, Scores, read_scores, round_score
+from pytest_qsens.result_payloads import read_scores
+from pytest_qsens.results import MODES, Mode, OpResult, Payload, Scores, round_score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens.cli import main
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.snapshot import Entry, Snapshot, load
 from pytest_qsens.snapshot import write as write_snapshot
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_qsens import calibrated as calibrated_module
-from pytest_qsens import preparation
+from pytest_qsens import engine_setup, preparation
 from pytest_qsens.artifact import Artifact, Content
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines.delta import DeltaEngine
@@ -67,7 +66,7 @@ def test_others_run_a_graph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     alone = made(tmp_path, scheme, artifact=None)
     expected = scores(measured(alone))
     first = made(tmp_path, scheme)
-    monkeypatch.setattr(calibrated_module, "prepare", refuse)
+    monkeypatch.setattr(engine_setup, "prepare", refuse)
     monkeypatch.setattr(preparation, "run_model", refuse)
     monkeypatch.setattr("pytest_qsens.engines.delta.DeltaEngine._find_verdict", refuse)
     second = made(tmp_path, scheme)

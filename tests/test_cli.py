@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pytest_qsens.cli import main
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, Scores, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, Scores
 
 
 def op(name: str, nmse: float, fallback: Scores | None = None) -> OpResult:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qsens import results, snapshot
+from pytest_qsens import result_files, snapshot
 from pytest_qsens.cli import main
 from pytest_qsens.diff import KINDS, Diff, diff, of_result, of_snapshot
 from pytest_qsens.ops import TOTAL
@@ -288,7 +288,7 @@ def test_what_cannot_be(arguments: tuple[str, ...], message: str, capsys: pytest
     """Each is told with what is wrong, and nothing is written."""
     Path("other.json").write_text(snapshot.dumps(of({NAMES[0]: entry(0.1)}, model="n")))
     Path("groups.json").write_text(snapshot.dumps(of({NAMES[0]: entry(0.1)}, granularity="fused")))
-    Path("empty.json").write_text(results.dump(RunResult(RUN, ())))
+    Path("empty.json").write_text(result_files.dump(RunResult(RUN, ())))
     Path("list.json").write_text("[]")
     before = {path: path.read_bytes() for path in Path().iterdir()}
     assert main(["diff", *arguments]) == 4

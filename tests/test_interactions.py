@@ -15,17 +15,9 @@ from hypothesis.extra import numpy as arrays
 from pytest_qsens import QsensError
 from pytest_qsens.interactions import DIMENSIONS, decode, encode, matrix, predict, relative_error, with_prediction
 from pytest_qsens.ops import TOTAL
-from pytest_qsens.results import (
-    Cost,
-    Interactions,
-    OpResult,
-    RunInfo,
-    RunResult,
-    from_payload,
-    load,
-    to_payload,
-    write,
-)
+from pytest_qsens.result_files import load, write
+from pytest_qsens.result_payloads import from_payload, to_payload
+from pytest_qsens.results import Cost, Interactions, OpResult, RunInfo, RunResult
 
 if TYPE_CHECKING:
     from pathlib import Path

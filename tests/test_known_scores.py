@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import Wanted
+from pytest_qsens.collection.plan import Wanted
 from pytest_qsens.known_scores import KnownScores, Look
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.schemes import SCHEMES

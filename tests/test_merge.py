@@ -15,7 +15,8 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.merge import merge
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.profile import Profile
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, load, write
+from pytest_qsens.result_files import load, write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.shards import ELSEWHERE, Shard
 from tests.plugin.harness import LABEL, MODEL, OPS, write_model
 

@@ -16,7 +16,7 @@ from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.profile import PHASES, Profile, Profiler, kind_of, total
 from pytest_qsens.report.profile import LARGEST, table
-from pytest_qsens.results import read_profile
+from pytest_qsens.result_files import read_profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,20 +14,9 @@ from hypothesis import strategies as st
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.profile import Profile
-from pytest_qsens.results import (
-    INTERVAL,
-    NON_NEGATIVE,
-    Cost,
-    OpResult,
-    RunInfo,
-    RunResult,
-    check_overwritable,
-    dump,
-    from_payload,
-    load,
-    to_payload,
-    write,
-)
+from pytest_qsens.result_files import check_overwritable, dump, load, write
+from pytest_qsens.result_payloads import INTERVAL, NON_NEGATIVE, from_payload, to_payload
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.shards import Shard
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, Op
-from pytest_qsens.options import ENGINES
+from pytest_qsens.option_declarations import ENGINES
 from pytest_qsens.shards import WHOLE_RUNS, Shard, predicted_costs, split
 
 

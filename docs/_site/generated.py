@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest_qsens
-from pytest_qsens import options
 from pytest_qsens.cli import main
+from pytest_qsens.option_declarations import DECLARATIONS, MARKER_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ def table() -> Iterator[str]:
     yield ""
     yield "| option | ini key | keyword of `@pytest.mark.qsens` | help |"
     yield "|---|---|---|---|"
-    for declared in options._DECLARATIONS:  # noqa: SLF001 - this is what registers them
+    for declared in DECLARATIONS:
         flag = declared.flag if declared.metavar is None else f"{declared.flag} {declared.metavar}"
         marker = f"`{declared.name}`" if declared.marker else ""
         text = declared.help.replace("%%", "%").replace("|", "\\|").replace("*", "\\*")
@@ -79,7 +79,7 @@ def api() -> Iterator[str]:
     for name, scope, text in fixtures():
         yield f"| `{name}` | {scope} | {text} |"
     yield "\n## The marker\n"
-    yield f"`{options.MARKER_HELP.partition(':')[0]}`\n\n{options.MARKER_HELP.partition(': ')[2]}"
+    yield f"`{MARKER_HELP.partition(':')[0]}`\n\n{MARKER_HELP.partition(': ')[2]}"
     yield "\n## What fixtures give"
     members = {
         "ops.Op": "members",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.accept import accept
 from pytest_qsens.compare import count
 from pytest_qsens.gates import parse_gates
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from pytest_qsens.thresholds import DEFAULT_FAIL
 
 if TYPE_CHECKING:

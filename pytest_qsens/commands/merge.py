@@ -10,7 +10,7 @@ from pytest_qsens.commands.command import GateFailed
 from pytest_qsens.errors import QsensError
 from pytest_qsens.gates import Gates, parse_gates
 from pytest_qsens.merge import merge
-from pytest_qsens.results import check_overwritable, write
+from pytest_qsens.result_files import check_overwritable, write
 from pytest_qsens.snapshot import file_name
 from pytest_qsens.snapshot import load as load_snapshot
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.commands.command import add_fail
 from pytest_qsens.gates import parse_gates
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.report.scores import table
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from argparse import Namespace

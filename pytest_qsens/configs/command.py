@@ -16,7 +16,7 @@ from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import STATES, Op
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -13,7 +13,8 @@ from pytest_qsens.inspection.found import Recorded
 from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
-from pytest_qsens.results import OpResult, load
+from pytest_qsens.result_files import load
+from pytest_qsens.results import OpResult
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -13,7 +13,7 @@ from pytest_qsens.interactions import decode
 from pytest_qsens.ops import STATES, Op, matches
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
-from pytest_qsens.results import OpResult, RunInfo, RunResult, load
+from pytest_qsens.result_files import load
 from pytest_qsens.same_run import SAME_MODEL, difference, difference_of_ops, machine_difference
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.plans.problem import Floats
+    from pytest_qsens.results import OpResult, RunInfo, RunResult
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.models.arguments import check_same
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from pytest_qsens.errors import QsensError
+from pytest_qsens.errors import QsensError, unknown
 from pytest_qsens.files import check_replaceable
 from pytest_qsens.models.arguments import find_model
-from pytest_qsens.options import unknown
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.quant.schemes import scheme_named
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import base_options
-from pytest_qsens.measure import accept_command
+from pytest_qsens.given_options import base_options
+from pytest_qsens.rerun import accept_command
 
 if TYPE_CHECKING:
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Kind
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 ACCEPTABLE: tuple[Kind, ...] = ("regressed", "new")
 """What an update of the snapshot accepts of a single op; no update helps what is past a limit or has no score."""

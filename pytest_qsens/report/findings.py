@@ -13,8 +13,8 @@ from pytest_qsens.report.places import SnapshotLines
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pytest_qsens.controller import Run
     from pytest_qsens.results import OpResult
+    from pytest_qsens.session.run import Run
     from pytest_qsens.thresholds import Comparison
 
 Kind = Literal["exceeded", "regressed", "failed", "lost", "new", "unexercised"]

@@ -9,17 +9,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.report.accepting import ACCEPTABLE, accepting
+from pytest_qsens.report.attention import notes
 from pytest_qsens.report.findings import FAILING, SAID, findings
 from pytest_qsens.report.places import relative
-from pytest_qsens.report.terminal import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Finding
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 SHOWN = 10
 """Annotations of one level that GitHub shows of a step."""
@@ -31,12 +32,12 @@ def workflow_commands(controller: Controller) -> Iterator[str]:
         yield command("error", controller.stopped, title="qsens: not measured")
         return
     runs = [run for run in controller.runs.values() if run.results]
-    errors = [command("error", problem, title="qsens") for problem in controller.problems]
+    errors = [command("error", problem, title="qsens") for problem in controller.problems.messages]
     failing = [(run, finding) for run in runs for finding in findings(run) if finding.kind in FAILING]
     failing.sort(key=lambda pair: FAILING.index(pair[1].kind))  # stable: each run has its worst first
     errors += [_error(controller, run, finding) for run, finding in failing]
     if len(errors) > SHOWN:
-        hidden = failing[max(0, SHOWN - 1 - len(controller.problems)) :]
+        hidden = failing[max(0, SHOWN - 1 - len(controller.problems.messages)) :]
         names = ", ".join(finding.op for _, finding in hidden[:SHOWN])
         named = f": {names}{', ...' * (len(hidden) > SHOWN)}" if names else ""
         more = f"{len(errors) - SHOWN + 1} more{named}"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from pytest_qsens.controller import Run
     from pytest_qsens.report.findings import Finding, Kind
+    from pytest_qsens.session.run import Run
 
 _SEVERITY: dict[Kind, str] = {
     "exceeded": "critical",

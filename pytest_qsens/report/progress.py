@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping
     from typing import TextIO
 
-    from pytest_qsens.collect import Case, Subject
+    from pytest_qsens.collection.subjects import Case, Subject
     from pytest_qsens.ops import Op
 
 INTERVAL = 30.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.measure import same_command
+from pytest_qsens.rerun import same_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Finding, Kind
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 REPEATED: tuple[Kind, ...] = ("exceeded", "failed", "lost")
 """What no update of the snapshot accepts."""

@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import base_options
+from pytest_qsens.given_options import base_options
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
+from pytest_qsens.report.attention import notes
+from pytest_qsens.report.counts import config_line, cost
 from pytest_qsens.report.findings import FAILING, SAID, counts, findings, said
 from pytest_qsens.report.markdown import code, escaped, table
 from pytest_qsens.report.measures import by_score, measure_of, score
 from pytest_qsens.report.places import relative
+from pytest_qsens.report.ranking import WORST
 from pytest_qsens.report.repeating import repeating
-from pytest_qsens.report.terminal import WORST, config_line, cost, notes
 from pytest_qsens.time_budget import NOT_MEASURED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Finding
     from pytest_qsens.report.measures import Measure
     from pytest_qsens.results import OpResult
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
     from pytest_qsens.thresholds import Comparison
 
 ROWS = 100
@@ -42,7 +45,7 @@ def document(controller: Controller) -> list[str]:
     lines = [f"## {headline(controller, [finding for run in runs for finding in found[id(run)]])}"]
     for run in [] if controller.stopped else runs:
         lines += ["", *_section(controller, run, found[id(run)])]
-    tail = [*controller.problems, *(f"{warning}" for warning in controller.warnings)]
+    tail = [*controller.problems.messages, *(f"{warning}" for warning in controller.warnings)]
     if tail:
         lines += ["", *(f"- {escaped(line)}" for line in tail)]
     return lines
@@ -57,7 +60,7 @@ def headline(controller: Controller, found: list[Finding]) -> str:
     kinds = [finding.kind for finding in found if finding.op != TOTAL]
     parts = [said(kind, kinds.count(kind)) for kind in FAILING if kind in kinds]
     parts += [f"the whole model {SAID[f.kind].one}" for f in found if f.op == TOTAL]
-    parts += [escaped(_short(controller.problems[0]))] if controller.problems and not parts else []
+    parts += [escaped(_short(controller.problems.messages[0]))] if controller.problems.messages and not parts else []
     verdict = ", ".join(parts)
     results = [result for run in controller.runs.values() for op, result in run.results.items() if op != TOTAL]
     ops = _with(results, "measured")

@@ -12,7 +12,8 @@ import pytest
 
 from pytest_qsens.cli import main
 from pytest_qsens.configs.names import FORMATS, WRITTEN
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from tests.configs.ops import FILES
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def test_nothing_runs_what_is_in_a_file() -> None:
 
 def test_what_is_imported_by_name() -> None:
     """Names come from the user (factories), from a list (operators in a cached graph) or are our own."""
-    assert calls()["importlib.import_module"] == {"models/factory.py", "graph/serialize.py", "collect.py"}
+    assert calls()["importlib.import_module"] == {"models/factory.py", "graph/serialize.py", "collection/suite.py"}
 
 
 def test_what_is_started() -> None:

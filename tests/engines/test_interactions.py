@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from pytest_qsens import calibrated
+from pytest_qsens import engine_setup
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.groups import grouped
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
+
+    from pytest_qsens.calibrated import CalibratedModel
 
 DIMENSIONS = 96
 """Fewer than the columns of the outputs here: these are sketched by columns first, too."""
@@ -47,19 +49,19 @@ def swept(
     return {result.op: decode(result.sketch, result.op) for result in results if result.sketch is not None}
 
 
-def by_hand(model: calibrated.CalibratedModel, ops: list[str]) -> np.ndarray:
+def by_hand(model: CalibratedModel, ops: list[str]) -> np.ndarray:
     """Sketch the change of the whole output that replaying these ops gives."""
     pairs = list(zip(model._engine.references, model._engine.isolated(*ops), strict=True))
     sketchers = make_sketchers([reference.shape for reference, _ in pairs], DIMENSIONS)
     with torch.no_grad():
         found = sum(sketch(output - reference) for sketch, (reference, output) in zip(sketchers, pairs, strict=True))
     assert isinstance(found, torch.Tensor)
-    return found.numpy() / math.sqrt(model._reference_size.energy)
+    return found.numpy() / math.sqrt(model._reference.size.energy)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrated, "make_sketchers", partial(make_sketchers, dimensions=DIMENSIONS))
+    monkeypatch.setattr(engine_setup, "make_sketchers", partial(make_sketchers, dimensions=DIMENSIONS))
 
 
 @pytest.mark.parametrize("engine", ["delta", "replay", "eager"])

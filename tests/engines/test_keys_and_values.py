@@ -18,8 +18,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
 
-from pytest_qsens import QsensError
-from pytest_qsens import calibrated as calibrated_module
+from pytest_qsens import QsensError, engine_setup
 from pytest_qsens.calibrated import CalibratedModel, calibrate
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.engines.delta import tolerance
@@ -263,7 +262,7 @@ def test_estimates_change_nothing() -> None:
 def test_processes_share_what_calibration_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process, which calibrates nothing, has the bits of the first."""
     first = calibrated("llama", "kv_fp8_head", "delta", artifact=artifact(tmp_path))
-    monkeypatch.setattr(calibrated_module, "prepare", refuse)
+    monkeypatch.setattr(engine_setup, "prepare", refuse)
     second = calibrated("llama", "kv_fp8_head", "delta", artifact=artifact(tmp_path))
     assert [r.isolated for r in scores(first, "llama")] == [r.isolated for r in scores(second, "llama")]
     assert first.total().isolated == second.total().isolated

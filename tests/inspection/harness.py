@@ -14,7 +14,8 @@ from pytest_qsens.inspection.command import inspect_op
 from pytest_qsens.inspection.request import read_request
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import find_model
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 
 if TYPE_CHECKING:
     from pathlib import Path

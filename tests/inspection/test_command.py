@@ -16,7 +16,8 @@ from pytest_qsens.cli import main
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from tests.inspection.harness import printed
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.op_scheme import OpScheme, SmoothQuant, WeightScheme
 from pytest_qsens.quant.schemes import PER_TOKEN, SCHEMES, Scheme
 from pytest_qsens.quant.simulate import Simulator
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.inspection.harness import NETS, inspected, printed, write_result
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pytest_qsens.configs.read import read_config
 from pytest_qsens.interactions import encode
 from pytest_qsens.ops import Op
 from pytest_qsens.plans.bits import scheme_bits
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:

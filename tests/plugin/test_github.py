@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pytest_qsens.ci import LIMIT, append
-from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
 from pytest_qsens.report import summary_markdown
 from pytest_qsens.report.findings import counts, findings
 from pytest_qsens.report.github import command, workflow_commands
 from pytest_qsens.results import OpResult
+from pytest_qsens.session.run import Run
 from pytest_qsens.snapshot import Entry, Snapshot, dumps
 from pytest_qsens.thresholds import Comparison, Verdict
 from pytest_qsens.time_budget import NOT_MEASURED

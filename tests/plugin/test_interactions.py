@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qsens.cli import main
 from pytest_qsens.interactions import decode, predict
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.checkpoints import bert
 from tests.plugin.harness import MODEL, OPS, write_model
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import vl_convert  # noqa: F401 - before a run in this process, which forgets what it imports: it cannot be twice
 
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.plugin.harness import LABEL, MODEL, write_model
 from tests.plugin.test_github import commands
 

@@ -10,7 +10,7 @@ from pytest_qsens.cli import main
 from pytest_qsens.configs.decisions import decide
 from pytest_qsens.configs.read import read_config
 from pytest_qsens.ops import Op
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.plugin.harness import MODEL, OPS, write_model
 
 

@@ -13,7 +13,7 @@ from pytest_qsens.configs.read import read_config
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import Op
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.plans.test_pareto import texts
 
 BLOCK = "encoder.layer.0.*"

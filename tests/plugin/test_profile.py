@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.plugin.harness import LABEL, MODEL, OPS, write_model
 
 if TYPE_CHECKING:

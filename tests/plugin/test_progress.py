@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens.collect import Case, Subject
+from pytest_qsens.collection.subjects import Case, Subject
 from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.report import progress
 from pytest_qsens.report.progress import Progress, Tally, duration

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import pytest_qsens
-from pytest_qsens.options import joined
+from pytest_qsens.option_declarations import joined
 from tests.checkpoints import bert
 from tests.plugin.harness import MODEL, OPS, listing, snapshot_file, write_model
 

@@ -11,7 +11,7 @@ import vl_convert  # noqa: F401 - before a run in this process, which forgets wh
 
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
 from pytest_qsens.cli import main
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.plugin.harness import LABEL, MODEL, OPS, listing, snapshot_ops, write_model
 
 if TYPE_CHECKING:

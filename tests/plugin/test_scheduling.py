@@ -10,7 +10,7 @@ import execnet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qsens.collect import Case
+from pytest_qsens.collection.subjects import Case
 from pytest_qsens.scheduling import BlockScheduling
 from pytest_qsens.workers import workers_beside
 

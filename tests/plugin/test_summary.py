@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, cast
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from pytest_qsens.controller import Run
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.report.attention import attention
 from pytest_qsens.report.lines import Lines
-from pytest_qsens.report.terminal import attention, worst_ops
+from pytest_qsens.report.ranking import worst_ops
 from pytest_qsens.results import OpResult
+from pytest_qsens.session.run import Run
 from tests.plugin.harness import MODEL, write_model
 
 if TYPE_CHECKING:

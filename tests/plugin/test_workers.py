@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qsens.controller import Run
 from pytest_qsens.ops import Op
-from pytest_qsens.report.terminal import attention
-from pytest_qsens.results import OpResult, to_payload
+from pytest_qsens.report.attention import attention
+from pytest_qsens.result_payloads import to_payload
+from pytest_qsens.results import OpResult
+from pytest_qsens.session.run import Run
 from pytest_qsens.workers import cores, fitting
 from tests.plugin.harness import MODEL, OPS, listing, op_id, snapshot_file, snapshot_ops, write_model
 
@@ -401,7 +402,7 @@ def test_auto_goes_by_memory(pytester: pytest.Pytester, monkeypatch: pytest.Monk
         told.append(1)
         return 3
 
-    monkeypatch.setattr("pytest_qsens.collect.fitting", asked)
+    monkeypatch.setattr("pytest_qsens.automatic_workers.fitting", asked)
     arguments = ("-n", "auto", "-p", "no:randomly", "--collect-only", "-q")
     config = pytester.parseconfig("--qsens-model", "tiny_qwen2_5_vl", *arguments)
     assert config.hook.pytest_xdist_auto_num_workers(config=config) == 3

@@ -15,7 +15,7 @@ from pytest_qsens.cli import main
 from pytest_qsens.graph.narrow import make_wide
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.results import load
+from pytest_qsens.result_files import load
 from tests.installed import required
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pytest_qsens.cli import main
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.proxies.functions import PROXIES
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, load, write
+from pytest_qsens.result_files import load, write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable

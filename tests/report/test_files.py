@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qsens import results
+from pytest_qsens import result_files
 from pytest_qsens.cli import main
 from pytest_qsens.details import Channels, Details
 from pytest_qsens.diff import of_result
@@ -98,9 +98,9 @@ def test_json_is_a_result_file(tmp_path: Path) -> None:
     """It reads as what was written, details with it, and a report can be made of it again, byte for byte."""
     result = hostile()
     write_report(tmp_path / "one", of(result))
-    assert results.load(tmp_path / "one" / "report.json") == result
-    assert results.from_document(json.loads(results.dump(small())), tmp_path) == small()
-    write_report(tmp_path / "two", of(results.load(tmp_path / "one" / "report.json")))
+    assert result_files.load(tmp_path / "one" / "report.json") == result
+    assert result_files.from_document(json.loads(result_files.dump(small())), tmp_path) == small()
+    write_report(tmp_path / "two", of(result_files.load(tmp_path / "one" / "report.json")))
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -116,20 +116,20 @@ def test_json_is_a_result_file(tmp_path: Path) -> None:
 )
 def test_damaged_details(tmp_path: Path, change: dict[str, object], message: str) -> None:
     """What is wrong in a file is told with its place."""
-    document = json.loads(results.dump(replace(small(), details=Details())))
+    document = json.loads(result_files.dump(replace(small(), details=Details())))
     document["details"] |= change
     path = tmp_path / "damaged.json"
     path.write_text(json.dumps(document))
     with pytest.raises(QsensError, match=re.escape(message)):
-        results.load(path)
+        result_files.load(path)
 
 
 def test_a_picture_is_a_picture(tmp_path: Path) -> None:
     """A file cannot bring in another kind of address."""
-    text = results.dump(hostile()).replace("data:image/png;base64,", "https://example.com/")
+    text = result_files.dump(hostile()).replace("data:image/png;base64,", "https://example.com/")
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(QsensError, match="a PNG or JPEG data URL is needed"):
-        results.load(tmp_path / "a.json")
+        result_files.load(tmp_path / "a.json")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +137,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.chdir(tmp_path)
     old = small()
     new = replace(old, ops=(measured("b.0.up", 0.2), *old.ops[1:]))
-    results.write(tmp_path / "old.json", old)
-    results.write(tmp_path / "new.json", new)
+    result_files.write(tmp_path / "old.json", old)
+    result_files.write(tmp_path / "new.json", new)
     assert main(["report", "new.json", "a/b", "--against", "old.json"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"wrote a/b/report.{kind}" for kind in ("json", "csv", "md", "html")
@@ -156,7 +156,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_others_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """A file by one of the names that is no report of ours ends it before anything is written."""
-    results.write(tmp_path / "result.json", small())
+    result_files.write(tmp_path / "result.json", small())
     there = tmp_path / "dir" / name
     there.parent.mkdir()
     there.write_text("<html>another tool's</html>")
@@ -167,7 +167,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file, something below one, and a directory in the place of a file are refused."""
-    results.write(tmp_path / "result.json", small())
+    result_files.write(tmp_path / "result.json", small())
     arguments = ["report", str(tmp_path / "result.json")]
     for place, message in (("result.json", "is a file, not a directory"), ("result.json/a", "is a file. Choose")):
         assert main([*arguments, str(tmp_path / place)]) == 4
@@ -182,7 +182,7 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_place_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is refused, and it is said which place that is; in /proc root cannot write either."""
-    results.write(tmp_path / "result.json", small())
+    result_files.write(tmp_path / "result.json", small())
     assert main(["report", str(tmp_path / "result.json"), "/proc/report"]) == 4
     assert "/proc/report is not writable" in capsys.readouterr().err
 
@@ -191,7 +191,7 @@ def test_without_the_packages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says what to install."""
-    results.write(tmp_path / "result.json", small())
+    result_files.write(tmp_path / "result.json", small())
     monkeypatch.setattr("pytest_qsens.report.directory.write.find_spec", lambda _: None)
     assert main(["report", str(tmp_path / "result.json"), str(tmp_path / "dir")]) == 4
     assert "needs jinja2 and vl_convert" in (told := capsys.readouterr().err)
@@ -293,8 +293,8 @@ def test_gates_of_a_finished_result(tmp_path: Path, capsys: pytest.CaptureFixtur
     worst = ranked(old)[0]
     swapped = {op.op: other.isolated for op, other in zip(ranked(old), reversed(ranked(old)), strict=True)}
     new = replace(old, ops=tuple(replace(op, isolated=swapped[op.op]) for op in old.ops))
-    results.write(tmp_path / "old.json", old)
-    results.write(tmp_path / "new.json", new)
+    result_files.write(tmp_path / "old.json", old)
+    result_files.write(tmp_path / "new.json", new)
     out = tmp_path / "a b"
     bound = (worst.isolated or {})["nmse"] or 0
     assert main(["report", str(tmp_path / "old.json"), str(out), "--fail", f"{worst.op}.nmse<={bound / 2!r}"]) == 0
@@ -325,7 +325,7 @@ def test_what_to_do_next_can_be_done(
     given = (large(30), small(), replace(large(1), ops=(keys,)), replace(large(1), ops=(never,)))
     offered = []
     for result in given:
-        results.write(tmp_path / "r.json", result)
+        result_files.write(tmp_path / "r.json", result)
         assert main(["report", "r.json", str(out)]) == 0
         commands = re.findall(r": `(.*)`$", (out / "report.md").read_text(), re.MULTILINE)
         for command in commands:

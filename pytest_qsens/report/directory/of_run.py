@@ -6,25 +6,28 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pytest_qsens.collect import base_options, catalogue, updating
+from pytest_qsens.collection.catalogue import catalogue
 from pytest_qsens.compare import count
 from pytest_qsens.details import Details
 from pytest_qsens.diff import of_snapshot
+from pytest_qsens.given_options import base_options, updating
 from pytest_qsens.measure import bench
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.accepting import accepting
 from pytest_qsens.report.directory.channel_charts import wanted, without_ranges
 from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
 from pytest_qsens.report.findings import FAILING, SAID, findings, said
+from pytest_qsens.session.result import result_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pytest
 
-    from pytest_qsens.controller import Controller, Run
     from pytest_qsens.report.findings import Finding
     from pytest_qsens.results import RunResult
+    from pytest_qsens.session.controller import Controller
+    from pytest_qsens.session.run import Run
 
 
 def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
@@ -38,7 +41,7 @@ def report_of(controller: Controller, run: Run, *, interrupted: bool) -> Report:
     """
     config = controller.config
     gates = base_options(config).gates
-    result = controller.result(run)
+    result = result_of(run, config, controller.wall_seconds)
     if interrupted:
         details = Details(notes=("The run was interrupted, so ranges and samples of the data were not collected.",))
     else:
@@ -87,14 +90,14 @@ def _judgement(
     if TOTAL in run.failing:
         what = SAID[kinds[TOTAL]].one if TOTAL in kinds else "failed for another reason"
         reasons.append(f"The whole model {what}.")
-    reasons += [f"{problem[0].upper()}{problem[1:]}." for problem in controller.problems]
+    reasons += [f"{problem[0].upper()}{problem[1:]}." for problem in controller.problems.messages]
     commands = suggestions(result, base_options(controller.config).report)
     if accept := accepting(controller, run):
         commands = (("Accept these scores, if they are as they should be", accept), *commands)
     if interrupted:
         left = sum(op.status == "unrun" for op in result.ops)
         return Judgement("failed", "Interrupted", (f"{count(left, unit)} not run.", *reasons), commands)
-    if run.failing or controller.problems:
+    if run.failing or controller.problems.messages:
         headline = "Failed" + (f": {', '.join(parts)}" if parts else "")
         return Judgement("failed", headline, tuple(reasons), commands)
     if updating(controller.config) and run.path in controller.written:

@@ -9,7 +9,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_writable, write_atomically
 from pytest_qsens.report.directory.markdown import MARK, as_markdown
 from pytest_qsens.report.directory.sheet import FIRST, as_csv
-from pytest_qsens.results import dump, load
+from pytest_qsens.result_files import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,98 @@
+"""A model as collection knows it: its ops, groups of them, and how each is quantized. No weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qsens.errors import QsensError
+from pytest_qsens.groups import grouped
+from pytest_qsens.quant.assignment import Assigned, Assignment
+from pytest_qsens.quant.schemes import scheme_named
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qsens.groups import Fused
+    from pytest_qsens.models.source import ModelSource
+    from pytest_qsens.ops import Op
+    from pytest_qsens.options import Options, RunSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model as collection knows it, to be quantized in one way.
+
+    Attributes:
+        source: Where it comes from.
+        ops: Its layers; its keys and values, where something is said of these; where only of these, they alone.
+        assigned: How each op is quantized.
+
+    """
+
+    source: ModelSource
+    ops: tuple[Op, ...]
+    assigned: Assigned
+    _units: dict[tuple[str, tuple[Fused, ...]], tuple[Op, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: ModelSource, ops: Sequence[Op], spec: RunSpec) -> Model:
+        """Tell how the ops of a model are quantized; a config is read once.
+
+        Args:
+            source: The model.
+            ops: Of its manifest.
+            spec: With the scheme or the config.
+
+        Raises:
+            QsensError: If the config cannot be used, or the scheme is of keys and values and the model has none.
+
+        """
+        if spec.config is not None:
+            from pytest_qsens.configs.gate import assign
+
+            assigned = assign(spec.config, ops)
+            return cls(source, tuple(op for op in ops if op.name in assigned.assignment.names), assigned)
+        scheme = scheme_named(spec.scheme, "scheme")
+        meant = tuple(op for op in ops if scheme.means(op.type))
+        if not meant:
+            raise QsensError(
+                f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
+                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
+            )
+        return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
+
+    def units(self, options: Options) -> tuple[Op, ...]:
+        """List what is measured as one: the ops, or groups of them.
+
+        Raises:
+            QsensError: If two would have one name.
+
+        """
+        key = options.granularity, options.fused
+        if key not in self._units:
+            self._units[key] = grouped(self.ops, *key)
+        return self._units[key]
+
+    def measurable(self, options: Options) -> tuple[Op, ...]:
+        """List what is measured as one, but for what a config leaves unquantized."""
+        assignment = self.assigned.assignment
+        return tuple(unit for unit in self.units(options) if assignment.measures(unit))
+
+    @property
+    def label(self) -> str:
+        """Name in node ids and snapshot paths."""
+        return self.source.label
+
+    @property
+    def config_hashes(self) -> dict[str, str]:
+        """Name of the config that was read, if one was → hash of the file."""
+        about = self.assigned.about
+        return {} if about is None else {Path(about["path"]).name: about["sha256"]}
+
+    @cached_property
+    def evaluation(self) -> str | None:
+        """Hash of the evaluation data, as it was when first asked for."""
+        return self.source.evaluation_fingerprint()
