@@ -1,7 +1,7 @@
 """As much of GitHub's REST API as our workflows ask, on a socket of this machine, for the real ``gh``.
 
-``gh`` sends what it would send to GitHub to the socket that its setting ``http_unix_socket`` names, without TLS. Shapes of answers:
-https://docs.github.com/en/rest/collaborators/collaborators and https://docs.github.com/en/rest/pulls/pulls.
+``gh`` sends to the socket that its setting ``http_unix_socket`` names what it would send to GitHub, without TLS.
+Shapes of answers: https://docs.github.com/en/rest/collaborators/collaborators, https://docs.github.com/en/rest/pulls/pulls.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HOST = "api.github.com"
 _IN_CI = bool(os.environ.get("QSENS_CI"))
 """Asked while the environment is still that of the machine."""
 
 
 @dataclass
 class GitHub:
-    """What is asked, and what is answered: a status and a body for each path; 404 for others, 401 without the token."""
+    """What is asked, and what is answered: status and body by address, 404 for others, 401 without the token."""
 
     config: Path
     """Directory of settings, to be named by ``GH_CONFIG_DIR``: the user's are not looked at."""
     token: str
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    """Method, host and path of every request, in order."""
+    """Addresses, in order; there is nothing but GET."""
 
     @property
     def env(self) -> dict[str, str]:
         """What ``gh`` needs to find the socket."""
-        return {"GH_CONFIG_DIR": str(self.config), "GH_NO_UPDATE_NOTIFIER": "1", "GH_TELEMETRY": "false"}
+        return {
+            "GH_CONFIG_DIR": str(self.config),
+            "GH_HOST": "github.com",
+            "GH_NO_UPDATE_NOTIFIER": "1",
+            "GH_TELEMETRY": "false",
+        }
 
-    def answer(self, method: str, host: str, path: str, authorization: str | None) -> tuple[int, Any]:
-        """Take down a request, and answer it."""
-        self.asked.append(f"{method} {host}{path}")
+    def answer(self, url: str, authorization: str | None) -> tuple[int, Any]:
+        """Take down what is asked for, and answer it."""
+        self.asked.append(url)
         if authorization != f"token {self.token}":
             return refusal(401, "Bad credentials")
-        if method != "GET" or host != HOST:
-            return refusal(404, "Not Found")
-        return self.answers.get(path, refusal(404, "Not Found"))
+        return self.answers.get(url, refusal(404, "Not Found"))
 
 
 def refusal(status: int, message: str) -> tuple[int, dict[str, str]]:
@@ -60,21 +62,24 @@ def refusal(status: int, message: str) -> tuple[int, dict[str, str]]:
 
 
 def permission(login: str, role: str) -> tuple[int, dict[str, Any]]:
-    """Give what somebody may do: ``permission`` knows four words, into which the role ``maintain`` and others are mapped."""
+    """Give what somebody may do; of roles, ``permission`` knows neither ``maintain`` nor ``triage``."""
     legacy = {"maintain": "write", "triage": "read"}.get(role, role)
-    allowed = {name: legacy in names for name, names in (("admin", "admin"), ("push", ("admin", "write")))}
+    allowed = {name: legacy in names for name, names in (("admin", ("admin",)), ("push", ("admin", "write")))}
     user = {"login": login, "id": 1, "type": "User", "site_admin": False, "permissions": allowed, "role_name": role}
     return 200, {"permission": legacy, "role_name": role, "user": user}
 
 
-def pull(base: str, head: str | None, *, number: int, state: str, commit: str, branch: str) -> tuple[int, dict[str, Any]]:
+def pull(
+    base: str, head: str | None, *, number: int, state: str, commit: str, branch: str
+) -> tuple[int, dict[str, Any]]:
     """Give a pull request; the repository of its branch is null when the fork is gone."""
     sides = {
         name: {
             "label": f"{(repository or 'unknown').split('/')[0]}:{ref}",
             "ref": ref,
             "sha": sha,
-            "repo": repository and {"id": 2, "name": repository.split("/")[1], "full_name": repository, "fork": name == "head"},
+            "repo": repository
+            and {"id": 2, "name": repository.split("/")[1], "full_name": repository, "fork": name == "head"},
         }
         for name, repository, ref, sha in (("head", head, branch, commit), ("base", base, "main", "f" * 40))
     }
@@ -104,16 +109,14 @@ class _Server(ThreadingMixIn, UnixStreamServer):
 def _handler(github: GitHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            host, authorization = self.headers["Host"], self.headers["Authorization"]
-            status, content = github.answer(self.command, host, self.path, authorization)
+            url = f"https://{self.headers['Host']}{self.path}"
+            status, content = github.answer(url, self.headers["Authorization"])
             body = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-
-        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # taken down, and answered with 404
 
         def log_message(self, *_: object) -> None:
             """Say nothing on standard error."""

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 REPOSITORY = "owner/name"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-PERMISSION = f"/repos/{REPOSITORY}/collaborators/octo-cat/permission"
-PULL = f"/repos/{REPOSITORY}/pulls/7"
+API = f"https://api.github.com/repos/{REPOSITORY}"
+PERMISSION = f"{API}/collaborators/octo-cat/permission"
+PULL = f"{API}/pulls/7"
 
 
 @pytest.fixture
@@ -56,12 +57,12 @@ def errors(found: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("role", ["admin", "maintain", "write"])
 def test_who_may_write_may_accept(api: GitHub, tmp_path: Path, role: str) -> None:
-    """The commit is settled once, before anything is measured; nothing but these two questions is asked, and nothing written."""
+    """The commit is settled once, before anything is measured; nothing else is asked, and nothing written."""
     api.answers[PERMISSION] = permission("octo-cat", role)
     found, output = authorize(api, tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr
     assert output == f"commit={COMMIT}\nbranch=topic/x\n"
-    assert api.asked == [f"GET api.github.com{path}" for path in (PERMISSION, PULL)]
+    assert api.asked == [PERMISSION, PULL]
     assert errors(found) == []
 
 
@@ -88,10 +89,11 @@ def test_what_cannot_be_committed_to(api: GitHub, tmp_path: Path, pulled: tuple[
 
 @pytest.mark.parametrize("path", [PERMISSION, PULL])
 @pytest.mark.parametrize(
-    "answer", [refusal(404, "Not Found"), refusal(403, "Resource not accessible by integration"), refusal(502, "Server Error")]
+    "answer",
+    [refusal(404, "Not Found"), refusal(403, "Resource not accessible by integration"), refusal(502, "Server Error")],
 )
 def test_an_answer_that_is_none(api: GitHub, tmp_path: Path, path: str, answer: tuple[int, object]) -> None:
-    """Errors of GitHub allow nothing, although ``gh`` prints their text as it prints answers; what it says is to be seen."""
+    """Errors allow nothing, although ``gh`` prints their text as it prints answers; what GitHub says is to be seen."""
     api.answers[path] = answer
     found, output = authorize(api, tmp_path)
     assert found.returncode == 1

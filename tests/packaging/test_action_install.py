@@ -24,7 +24,11 @@ class Installation:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.action, self.work, self.environment = directory / "the action", directory / "work", directory / "environment"
+        self.action, self.work, self.environment = (
+            directory / "the action",
+            directory / "work",
+            directory / "environment",
+        )
         self.wheels, self.report = directory / "wheels", directory / "report.json"
         copy_sources(self.action)
         shutil.copy(ACTION.with_name("constraints.txt"), self.action)
@@ -70,7 +74,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 
 def test_it_installs_itself(installation: Installation) -> None:
-    """With its own constraints and without requirements: the plugin of the action's checkout, with charts, and its program."""
+    """The plugin of the action's checkout, with charts and under its constraints, and its program."""
     found = installation.run(dry=False)
     assert found.returncode == 0, found.stdout + found.stderr
     own = installation.reported()["pytest-qsens"]
@@ -78,12 +82,14 @@ def test_it_installs_itself(installation: Installation) -> None:
     assert own["download_info"] == {"dir_info": {}, "url": installation.action.as_uri()}
     where = installation.python("import pytest_qsens; print(pytest_qsens.__file__)")
     assert Path(where).is_relative_to(installation.site)
-    done = subprocess.run([installation.environment / "bin" / "qsens", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [installation.environment / "bin" / "qsens", "--help"], capture_output=True, text=True, check=True
+    )
     assert "merge" in done.stdout
 
 
 def test_its_versions_or_those_of_the_project(installation: Installation) -> None:
-    """The action's constraints hold where no requirements are given, and only there; nothing for charts if none are wanted."""
+    """Without requirements the action's constraints hold, with them not; nothing for charts if none are wanted."""
     limits = installation.action / "constraints.txt"
     before = limits.read_text()
     limits.write_text(f"{before}\nfilelock==4.0.0.dev1\n")
