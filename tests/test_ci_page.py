@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ import yaml
 
 from pytest_qsens.cli import main
 from pytest_qsens.options import Options
-from tests.workflows import ACTION, parsed
+from tests.workflows import ACTION, WORKFLOWS, environments, parsed, schema_errors, shellcheck, zizmor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +21,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "ci.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 RECIPES = [yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml"]
 INDENTED = "\n".join(line[4:] for line in PAGE.read_text().splitlines() if line.startswith("    "))
+_EXPRESSION = re.compile(r"\$\{\{.*?\}\}")
+_OF_SLURM = {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"}
 _FILLED_IN = re.compile(r"\$\{\{.*?\}\}|\$\(\(.*?\)\)|\$\w+")
 
 
@@ -78,7 +78,7 @@ def test_indexes_of_jobs() -> None:
     matrix = actions["jobs"]["measure"]["strategy"]["matrix"]["shard"]
     assert matrix == list(range(1, len(matrix) + 1))
     assert any(f"--qsens-shard ${{{{ matrix.shard }}}}/{len(matrix)} " in text for text in texts(actions))
-    assert any(f"--qsens-shard $shard/{job['spec']['completions']} " in text for text in texts(job))
+    assert any(f'--qsens-shard "$shard/{job["spec"]["completions"]}" ' in text for text in texts(job))
 
 
 def kind_of(recipe: dict[str, Any]) -> str:
@@ -86,17 +86,65 @@ def kind_of(recipe: dict[str, Any]) -> str:
     return "workflow" if "jobs" in recipe else "kubernetes" if "apiVersion" in recipe else "gitlab"
 
 
-@pytest.mark.parametrize("schema", ["github-workflows", "gitlab-ci"])
-def test_schemas(tmp_path: Path, schema: str) -> None:
-    """Recipes are what the schemas of GitHub and GitLab say."""
-    kind = "workflow" if schema == "github-workflows" else "gitlab"
+@pytest.fixture
+def workflows(tmp_path: Path) -> list[Path]:
+    """Put the recipes for GitHub where a repository has them."""
+    return written(tmp_path / ".github" / "workflows", "workflow")
+
+
+def written(directory: Path, kind: str) -> list[Path]:
+    """Write the recipes of a kind, each into a file; there are some."""
+    directory.mkdir(parents=True)
     texts = [text for language, text in BLOCKS if language == "yaml" and kind_of(yaml.safe_load(text)) == kind]
-    assert texts
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.yml").write_text(text)
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", f"vendor.{schema}"]
-    found = subprocess.run([*command, *tmp_path.iterdir()], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+    paths = [directory / f"{number}.yml" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    assert paths
+    return paths
+
+
+def test_schemas(tmp_path: Path, workflows: list[Path]) -> None:
+    """Recipes are what the schemas of GitHub and GitLab say."""
+    assert schema_errors("github-workflows", *workflows) == ""
+    assert schema_errors("gitlab-ci", *written(tmp_path / "gitlab", "gitlab")) == ""
+
+
+def test_audit(tmp_path: Path, workflows: list[Path]) -> None:
+    """Whoever copies a recipe for GitHub gets one in which an auditor finds nothing."""
+    found = zizmor(tmp_path, ".")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stderr.count(" completed ") == len(workflows)
+
+
+def test_pins(workflows: list[Path]) -> None:
+    """Recipes use the versions of actions that our own workflows use."""
+    used = [dict(re.findall(r"uses: (actions/[\w/-]+)(@\w+ # \S+)", path.read_text())) for path in (ACTION, *WORKFLOWS)]
+    own = {name: version for found in used for name, version in found.items()}
+    for path in workflows:
+        found = re.findall(r"uses: (actions/[\w/-]+)(.*)$", path.read_text(), re.MULTILINE)
+        assert found
+        assert all(own[name] == version for name, version in found)
+
+
+def test_scripts(workflows: list[Path]) -> None:
+    """The scripts of recipes have no mistakes that a linter knows, and use no variable that nothing sets."""
+    scripts = [("bash", text, _OF_SLURM) for kind, text in BLOCKS if kind == "bash"]
+    scripts += [(path.name, step["run"], known) for path in workflows for step, known in environments(path)]
+    scripts += [("gitlab", line, set()) for recipe in RECIPES if kind_of(recipe) == "gitlab" for line in script(recipe)]
+    for recipe in RECIPES:
+        if kind_of(recipe) == "kubernetes":
+            (container,) = recipe["spec"]["template"]["spec"]["containers"]
+            scripts.append(("kubernetes", container["args"][0], {"JOB_COMPLETION_INDEX"}))
+    assert {name for name, _, _ in scripts} == {"bash", "gitlab", "kubernetes", *(path.name for path in workflows[1:])}
+    for _, text, known in scripts:
+        assert shellcheck(_EXPRESSION.sub("1", text), known) == ""
+
+
+def script(recipe: dict[str, Any]) -> list[str]:
+    """Give the lines of a GitLab recipe's one job."""
+    (job,) = (value for value in recipe.values() if isinstance(value, dict) and "script" in value)
+    lines: list[str] = job["script"]
+    return lines
 
 
 def test_inputs_of_the_action() -> None:

@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
 ACTION = ROOT / "action.yml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 ACCEPT = ROOT / ".github" / "workflows" / "qsens-accept.yml"
 
+_CHECKS = (
+    "add-default-case",
+    "check-extra-masked-returns",
+    "check-set-e-suppressed",
+    "check-unassigned-uppercase",
+    "deprecate-which",
+    "quote-safe-variables",
+)
+_SET = ("GITHUB_OUTPUT",)
 _EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _ERRORS = ["bash", "--noprofile", "--norc", "-eo", "pipefail"]
@@ -41,6 +51,42 @@ def steps(path: Path) -> list[dict[str, Any]]:
 def step(path: Path, name: str) -> dict[str, Any]:
     """Find the step of this name that has a script; of two the last one."""
     return [step for step in steps(path) if step.get("name") == name and "run" in step][-1]
+
+
+def environments(path: Path) -> list[tuple[dict[str, Any], set[str]]]:
+    """List all steps that have a script, with the names that GitHub or the file puts into its environment."""
+    document = parsed(path)
+    jobs = [document["runs"]] if "runs" in document else list(document["jobs"].values())
+    return [
+        (step, {*_SET, *document.get("env", {}), *job.get("env", {}), *step.get("env", {})})
+        for job in jobs
+        for step in job["steps"]
+        if "run" in step
+    ]
+
+
+def shellcheck(script: str, known: Iterable[str] = ()) -> str:
+    """Check a script as one that GitHub runs, and more strictly than by default; returns what is wrong with it.
+
+    Variables in capitals that are neither assigned nor known are mistakes, too.
+    """
+    declared = "".join(f"read -r {name}; export {name}\n" for name in sorted(known))
+    command = [BIN / "shellcheck", "--shell=bash", "--norc", f"--enable={','.join(_CHECKS)}", "-"]
+    text = f"set -eo pipefail\n{declared}{script}"
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False).stdout
+
+
+def zizmor(directory: Path, *paths: str) -> subprocess.CompletedProcess[str]:
+    """Audit files of a directory; a file that cannot be read is an error, too."""
+    command = [BIN / "zizmor", "--offline", "--no-progress", "--strict-collection", *paths]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+
+
+def schema_errors(schema: str, *files: Path) -> str:
+    """Check files by a schema that check-jsonschema brings along; returns what is wrong with them."""
+    command = [BIN / "check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if found.returncode == 0 else found.stdout + found.stderr
 
 
 def filled_in(text: str, context: Mapping[str, str]) -> str:
@@ -69,14 +115,19 @@ def inputs(**given: str) -> dict[str, str]:
 
 
 def run(
-    found: Mapping[str, Any], context: Mapping[str, str], directory: Path, *, env: Mapping[str, str] | None = None
+    found: Mapping[str, Any],
+    context: Mapping[str, str],
+    directory: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    programs: Path = BIN,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script of a step in bash, with nothing of the context but what its ``env`` names.
 
-    ``python``, ``pytest`` and ``qsens`` are those of this process.
+    ``python``, ``pytest`` and ``qsens`` are those of this process, or of another environment's directory of programs.
     """
     own = {name: filled_in(str(value), context) for name, value in found.get("env", {}).items()}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [*_ERRORS, "-c", found["run"]],
         cwd=directory,

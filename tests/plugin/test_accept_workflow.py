@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -284,54 +284,6 @@ def test_a_branch_that_has_moved_on(dry: Dry) -> None:
     head = dry.head
     assert dry.commit().returncode != 0
     assert dry.head == head
-
-
-def authorized(directory: Path, permission: str, pull: str) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run the script that asks GitHub who it is, with a client that answers as GitHub would."""
-    shim = directory / "bin" / "gh"
-    shim.parent.mkdir()
-    shim.write_text(
-        f'#!/bin/sh\ncase "$*" in *collaborators/me/permission*) echo {permission};; *) echo "{pull}";; esac\n'
-    )
-    shim.chmod(0o755)
-    output = directory / "output"
-    output.touch()
-    context = {
-        "github.event.sender.login": "me",
-        "github.repository": "owner/name",
-        "github.token": "secret",
-        "github.event.issue.number || github.event.pull_request.number": "7",
-    }
-    found = step(ACCEPT, "Find the commit")
-    script: dict[str, Any] = {**found, "run": f'PATH="{shim.parent}:$PATH"\n{found["run"]}'}
-    return run(script, context, directory, env={"GITHUB_OUTPUT": str(output)}), output.read_text()
-
-
-@pytest.mark.parametrize("permission", ["admin", "write"])
-def test_who_may_write_may_accept(tmp_path: Path, permission: str) -> None:
-    """The commit is settled once, before anything is measured."""
-    found, output = authorized(tmp_path, permission, "open owner/name abc123 topic/x")
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert output == "commit=abc123\nbranch=topic/x\n"
-
-
-@pytest.mark.parametrize(
-    ("permission", "pull"),
-    [
-        ("read", "open owner/name abc123 topic/x"),
-        ("none", "open owner/name abc123 topic/x"),
-        ("", "open owner/name abc123 topic/x"),
-        ("write", "open fork/name abc123 topic/x"),
-        ("write", "open  abc123 topic/x"),
-        ("write", "closed owner/name abc123 topic/x"),
-    ],
-)
-def test_others_may_not(tmp_path: Path, permission: str, pull: str) -> None:
-    """Nor can a branch of a fork, or one that is merged, be committed to."""
-    found, output = authorized(tmp_path, permission, pull)
-    assert found.returncode == 1
-    assert output == ""
-    assert "::error title=qsens accept::" in found.stdout
 
 
 def test_jobs_are_apart() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
@@ -84,29 +83,6 @@ def test_inputs_are_no_code(pytester: pytest.Pytester, given: dict[str, str]) ->
     assert found.returncode != 0
     assert outputs.get("exit-code") in (None, "4")
     assert not list(pytester.path.rglob("pwned"))
-
-
-def test_install(pytester: pytest.Pytester) -> None:
-    """The action installs itself, with the versions it is tested with or those of the project."""
-    shim = pytester.path / "bin" / "python"
-    shim.parent.mkdir()
-    shim.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {pytester.path / 'called'}\n")
-    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
-    found = step(ACTION, "Install")
-    script = {**found, "run": f'PATH="{shim.parent}:$PATH"\n{found["run"]}'}
-    own = ["-c", f"{ACTION.parent}/constraints.txt"]
-    for requirements, versions, report, extras in (
-        ("", own, "true", "xdist,report"),
-        ("a b.txt", ["-r", "a b.txt"], "true", "xdist,report"),
-        ("", own, "false", "xdist"),
-    ):
-        given = context(pytester, model=MODEL, requirements=requirements, report=report)
-        ended = run(script, given, pytester.path)
-        assert ended.returncode == 0, ended.stderr
-        called = (pytester.path / "called").read_text().splitlines()
-        assert called[:3] == ["-m", "pip", "install"]
-        assert called[-3:] == [*versions, f"{ACTION.parent}[{extras}]"]
-    assert (ACTION.parent / "constraints.txt").is_file()
 
 
 def key(pytester: pytest.Pytester, action: Path = ACTION.parent, **given: str) -> str:
