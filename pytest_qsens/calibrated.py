@@ -18,10 +18,11 @@ from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
-from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
+from pytest_qsens.graph.narrow import mapped_bytes
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
+from pytest_qsens.models.spec import ready
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.ops import STATES, TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
@@ -429,12 +430,7 @@ def calibrate(
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
-    model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.to(device).eval().requires_grad_(False)
-    if engine in KERNEL_ENGINES:  # what they convert must be plain
-        make_wide(model)
-    else:
-        keep_narrow(model)
+    model = ready(spec, device, wide=engine in KERNEL_ENGINES)  # what those convert must be plain
     limit = default_memory(workers, device, mapped_bytes(model)) if memory is None else memory
     setup = _Setup(
         model,
