@@ -14,6 +14,7 @@ from pytest_qsens import profile
 from pytest_qsens.graph.calls import finite_rows, unquantized
 from pytest_qsens.graph.narrow import memory_for, part_channels
 from pytest_qsens.ops import STATES
+from pytest_qsens.parts import rows_within
 from pytest_qsens.quant.formats import RoundedWeight, round_between, round_input, round_weight
 from pytest_qsens.quant.integers import (
     CHUNK,
@@ -356,5 +357,5 @@ def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         tensors = tuple(tensor.view(-1, tensor.shape[-1]) for tensor in tensors)
     elif tensors[0].dim() < int(kind[4]) + 2:  # no batch
         return iter([tensors])
-    rows = max(1, CHUNK // max(1, tensors[0].shape[1:].numel()))
+    rows = rows_within(CHUNK, tensors[0])
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
