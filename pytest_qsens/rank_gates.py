@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pytest_qsens.compare import FEWEST, kendall_tau_b
 from pytest_qsens.errors import QsensError
 from pytest_qsens.results import round_score
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -62,9 +63,7 @@ class Ranking:
 
     def moves(self, ops: Iterable[str]) -> str:
         """Name ops with their rank in the snapshot and now."""
-        chosen = list(ops)
-        named = ", ".join(f"{op} ({self.old[op]} → {self.new[op]})" for op in chosen[:_NAMED])
-        return f"{named} and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else named
+        return first_of([f"{op} ({self.old[op]} → {self.new[op]})" for op in ops], _NAMED)
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def _judged(
     ranking = Ranking.of({op: (old, now[op]) for op, old in recorded.items() if op in now})
     for gate in gates:
         if missing:
-            names = f"{', '.join(missing[:_NAMED])}{f' and {len(missing) - _NAMED} more' * (len(missing) > _NAMED)}"
+            names = first_of(missing, _NAMED)
             why = f"{len(missing)} of the {len(recorded)} ops in the snapshot were not measured ({names})"
             yield RankVerdict(gate, mode, "not judged", why)
         elif len(recorded) < gate.needed:

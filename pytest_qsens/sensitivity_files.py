@@ -11,6 +11,7 @@ from pytest_qsens.files import Fields, parse_json, read_text, typed
 from pytest_qsens.quant.schemes import noun
 from pytest_qsens.results import MODES, from_document, lost_in_noise
 from pytest_qsens.thresholds import METRICS
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,8 +121,7 @@ def _read(path: Path) -> _Results | Sensitivities:
     if "run" in document and "ops" in document:
         return _ours(document, path)
     keys = [repr(key) for key in document]
-    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-    found = f"keys {', '.join(keys[:_KEYS_SHOWN])}{more}" if keys else "an object without keys"
+    found = f"keys {first_of(keys, _KEYS_SHOWN)}" if keys else "an object without keys"
     raise QsensError(f"{path}: unknown shape, found {found}. Known are {_KNOWN}.")
 
 

@@ -14,6 +14,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.rank_gates import is_rank
 from pytest_qsens.results import round_score
 from pytest_qsens.uncertainty import allowance
+from pytest_qsens.wording import score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -242,10 +243,11 @@ def judge(
         if old is None or name not in old:
             if name in new:
                 seen = Comparison(mode, name, None, new[name], None, "new")
-                found.append(Verdict("new", (f"{mode} {name} {_text(new[name])}",), compared=(seen,)))
+                found.append(Verdict("new", (f"{mode} {name} {score_text(new[name], 6)}",), compared=(seen,)))
         elif name not in new:
+            line = f"{mode} {name} {score_text(old[name], 6)} → not measured"
             lost = Comparison(mode, name, old[name], None, None, "regressed")
-            found.append(Verdict("regressed", (f"{mode} {name} {_text(old[name])} → not measured",), compared=(lost,)))
+            found.append(Verdict("regressed", (line,), compared=(lost,)))
         else:
             chance = 0.0 if threshold.strict else allowance(name, old[name], new, other_data=other_data)
             found.append(_compared(threshold, old[name], new[name], mode, chance))
@@ -294,12 +296,8 @@ def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | No
     limit, reach = threshold.limit(before, way), threshold.limit(before, way, chance)
     amount = f"{'+' if metric.higher_is_worse == (way > 0) else '-'}{threshold.amount.replace('%', ' %')}"
     if reach != limit:
-        parts.append(f"{amount} is {_text(limit)}, noise reaches {_text(reach)}")
+        parts.append(f"{amount} is {score_text(limit, 6)}, noise reaches {score_text(reach, 6)}")
     elif kind == "regressed":
-        parts.append(f"limit {_text(limit)} = {amount}")
+        parts.append(f"limit {score_text(limit, 6)} = {amount}")
     details = f" ({', '.join(parts)})" if parts else ""
-    return f"{threshold.metric} {_text(old)} → {_text(new)}{details}"
-
-
-def _text(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.6g}"
+    return f"{threshold.metric} {score_text(old, 6)} → {score_text(new, 6)}{details}"

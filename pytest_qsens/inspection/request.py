@@ -14,6 +14,7 @@ from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.results import OpResult, load
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -109,9 +110,8 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
     found = {op.op: op for op in result.ops}
     members = {member: op for op in result.ops for member in op.ops}
     if name in found and found[name].ops:
-        listed = ", ".join(found[name].ops[:_NAMED])
-        more = f" and {len(found[name].ops) - _NAMED} more" * (len(found[name].ops) > _NAMED)
-        raise QsensError(f"{name} is a group of {len(found[name].ops)} ops. Inspect one of them: {listed}{more}.")
+        ops = found[name].ops
+        raise QsensError(f"{name} is a group of {len(ops)} ops. Inspect one of them: {first_of(ops, _NAMED)}.")
     if name in found:
         return found[name]
     if name in members:

@@ -7,7 +7,8 @@ import math
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from pytest_qsens.compare import NEVER_MEASURED, count
+from pytest_qsens.compare import NEVER_MEASURED
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -18,6 +18,7 @@ from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.report.lines import Lines
 from pytest_qsens.report.repeating import repeating
 from pytest_qsens.results import CANNOT, LEFT_OUT, MODES, lost_in_noise
+from pytest_qsens.wording import first_of, score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -269,7 +270,8 @@ def _numbers(scores: Scores) -> str:
     for metric, name in names.items():
         if metric in scores:
             value = scores[metric]
-            parts.append(f"{name} infinite" if value is None else f"{name} {value:.4g}{' dB' * (metric == 'sqnr_db')}")
+            unit = " dB" * (metric == "sqnr_db" and value is not None)
+            parts.append(f"{name} {score_text(value)}{unit}")
     return ", ".join(parts)
 
 
@@ -362,14 +364,14 @@ def _about_config(run: Run) -> Iterator[str]:
     if left_out:
         yield (
             f"NOT SIMULATED: the config quantizes {len(left_out)} of {ops} ops in a way that has no score; the "
-            f"total is without them: {_shown(left_out)}"
+            f"total is without them: {first_of(left_out, LISTED)}"
         )
     moved = [f"{op} ({old} → {new})" for op, (old, new) in run.moved.items() if op != TOTAL]
     if moved:
         prune = " --qsens-snapshot-prune" if run.unquantized.intersection(run.moved) else ""
         yield (
-            f"the snapshot was measured with another scheme of {len(moved)} {_noun(run)}: {_shown(moved)}; record with "
-            f"--snapshot-update{prune}"
+            f"the snapshot was measured with another scheme of {len(moved)} {_noun(run)}: {first_of(moved, LISTED)}; "
+            f"record with --snapshot-update{prune}"
         )
 
 
@@ -402,19 +404,16 @@ def _estimates(run: Run, *, gated: bool) -> Iterator[str]:
     left_out = [result for result in run.results.values() if (result.reason or "").startswith(LEFT_OUT)]
     for reason in sorted({result.reason or "" for result in left_out}):
         names = [result.op for result in sorted(left_out, key=_most) if result.reason == reason]
-        yield f"{reason}: {_shown(names)}"
+        yield f"{reason}: {first_of(names, LISTED)}"
     refused = [result for result in run.measured if (result.reason or "").startswith(CANNOT)]
     for reason in sorted({result.reason or "" for result in refused}):
-        yield f"{_shown([result.op for result in refused if result.reason == reason])}: {reason}"
+        names = [result.op for result in refused if result.reason == reason]
+        yield f"{first_of(names, LISTED)}: {reason}"
 
 
 def _most(result: OpResult) -> float:
     """Key by which what may be most sensitive comes first."""
     return -max((high for _, high in result.intervals.values()), default=math.inf)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED} more' * (len(names) > LISTED)}"
 
 
 def _grouped(results: Iterable[OpResult]) -> str:
