@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,7 +13,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.rank_gates import is_rank
 from pytest_qsens.results import round_score
 from pytest_qsens.uncertainty import allowance
-from pytest_qsens.wording import score_text
+from pytest_qsens.wording import did_you_mean, score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -137,11 +136,9 @@ def parse_thresholds(parts: Iterable[str], text: str, where: str) -> tuple[Thres
                 f"{where} {text!r}: {part.strip()!r} limits a score, and says nothing about a change. Write nmse:5%."
             )
         if name not in METRICS:
-            close = get_close_matches(name, METRICS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
             raise QsensError(
-                f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}; for the order of all ops, "
-                "topN and kendall."
+                f"{where} {text!r}: no metric {name!r}{did_you_mean(name, METRICS)}. Known: {', '.join(METRICS)}; for "
+                "the order of all ops, topN and kendall."
             )
         if name in thresholds:
             raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")

@@ -138,6 +138,13 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
     return finite.flatten(1).all(1) if batched else finite.all()
 
 
+def filled(values: Tensor, finite: Tensor | None, value: float) -> Tensor:
+    """Put a number into the rows (or samples) that are not finite, as `finite_rows` tells them."""
+    if finite is None:
+        return values
+    return values.masked_fill(~finite.view(*finite.shape, *[1] * (values.dim() - finite.dim())), value)
+
+
 def finite_channels(x: Tensor, kind: str) -> Tensor:
     """Return an input or output of a linear or a convolution, channels last, without the rows that are not finite.
 

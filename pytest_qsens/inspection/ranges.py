@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens.details import OUTLIER
-from pytest_qsens.graph.calls import channel_rows, finite_rows
+from pytest_qsens.graph.calls import channel_rows, filled, finite_rows
 from pytest_qsens.inspection.found import Channel, ChannelSummary, Lost
 from pytest_qsens.parts import rows_within
 from pytest_qsens.quant.formats import E2M1_MAX, E4M3_MAX, RoundedWeight, round_weight
@@ -199,10 +199,10 @@ def add_lost_input(
     if activation is None or not call.x.numel():
         return
     finite = finite_rows(call.x, call.kind)
-    x = call.x if finite is None else call.x.masked_fill(~over(finite, call.x), 0)
+    x = filled(call.x, finite, 0)
     error = simulator.input_error(op, type(call)(call.kind, x, call.weight, call.bias, call.conv))
     kept = channel_rows(call.x, call.kind)
-    shares = channel_rows(error if finite is None else error.masked_fill(~over(finite, error), torch.nan), call.kind)
+    shares = channel_rows(filled(error, finite, torch.nan), call.kind)
     found.add(kept, shares, _clipped_input(op, kept, activation, calibration))
 
 
@@ -235,8 +235,3 @@ def add_lost_output(found: Losses, op: str, output: Tensor, calibration: Calibra
     for _, part in parts_of(output.reshape(-1)):
         kept = part[torch.isfinite(part)]
         found.add(kept, fake_quantized(kept, qparams) - kept, clipped_uint8(kept, *qparams))
-
-
-def over(finite: Tensor, values: Tensor) -> Tensor:
-    """Shape what is told of rows (or samples) so that it broadcasts over their values."""
-    return finite.view(*finite.shape, *[1] * (values.dim() - finite.dim()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -14,7 +13,7 @@ from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.results import OpResult, load
-from pytest_qsens.wording import first_of
+from pytest_qsens.wording import did_you_mean, first_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -120,8 +119,7 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
         return OpResult(name, group.type, group.block, "unrun", why)
     if name == TOTAL:
         raise QsensError(f"{TOTAL!r} is the whole model. Give the name of an op; `qsens show {path}` lists them.")
-    near = difflib.get_close_matches(name, [*found, *members], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(name, [*found, *members])
     raise QsensError(f"{path} has no op {name!r}{hint}. `qsens show {path}` lists its {len(found)} ops.")
 
 
