@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.files import check_replaceable
+from pytest_qsens.files import check_json_output
 from pytest_qsens.inspection.found import Recorded
 from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
@@ -92,16 +91,7 @@ def check_output(path: Path | None, result: Path) -> None:
         return
     if path.resolve() == result.resolve():
         raise QsensError(f"--json {path} would overwrite the result that is inspected. Choose another name.")
-    check_replaceable(path, _check_own)
-
-
-def _check_own(path: Path) -> None:
-    try:
-        known = "inspection" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        known = False
-    if not known:
-        raise QsensError(f"{path} exists and was not written by `qsens inspect`. Choose another name or remove it.")
+    check_json_output(path, "inspection", "qsens inspect")
 
 
 def _find(result: RunResult, name: str, path: Path) -> OpResult:
