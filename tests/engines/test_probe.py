@@ -222,7 +222,7 @@ def test_architectures(name: str) -> None:
             ratios.append(values["nmse"] / result.isolated["nmse"])  # type: ignore[operator] # numbers
     assert len(ratios) >= len([r for r in exact.values() if r.isolated]) - MEASURED - 2
     assert sorted(ratios)[len(ratios) // 2] == pytest.approx(1, abs=0.3)
-    assert sum(inside) >= 0.75 * len(inside)
+    assert sum(inside) >= 0.65 * len(inside)
 
 
 def test_the_total_is_measured() -> None:
