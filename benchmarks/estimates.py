@@ -26,6 +26,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scale
+from digits import digits_cnn
 from subjects import Subject, language_model
 from timing import Forwards, machine, seconds
 
@@ -36,7 +37,6 @@ from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from tests.architectures import ARCHITECTURES
-from tests.digits import digits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,12 +52,12 @@ HERE = Path(__file__).resolve().parent
 MODELS: dict[str, Callable[[], ModelSpec]] = {
     "MiniLM": lambda: resolve(ModelRequest("minilm")).load(),
     "tiny_qwen2_5_vl": lambda: resolve(ModelRequest("tiny_qwen2_5_vl")).load(),
-    "CNN trained on digits": digits,
+    "CNN trained on digits": digits_cnn,
     "causal LM, 6 layers": lambda: language_model(6, 4096, 64, 2).spec,
 }
 
 HELD_OUT: dict[str, Callable[[], ModelSpec]] = {
-    "another CNN trained on digits": lambda: digits(seed=1),
+    "another CNN trained on digits": lambda: digits_cnn(seed=1),
     "small ViT": ARCHITECTURES["vit"].spec,
     "small GPT-2": ARCHITECTURES["gpt2"].spec,
     "small Whisper": ARCHITECTURES["whisper"].spec,

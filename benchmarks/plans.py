@@ -23,7 +23,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from digits_mlp import digits_mlp  # noqa: E402 - after the path
+from digits import digits_mlp  # noqa: E402 - after the path
 from timing import machine  # noqa: E402
 
 from pytest_qsens.calibrated import CalibratedModel, calibrate  # noqa: E402

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.gates import Gates
-    from pytest_qsens.rank_gates import RankGate, RankVerdict
+    from pytest_qsens.rank_gates import RankGate
     from pytest_qsens.results import OpResult, RunResult
+    from pytest_qsens.run_verdicts import RunVerdict
     from pytest_qsens.snapshot import Snapshot
     from pytest_qsens.thresholds import Threshold
 
@@ -87,7 +88,7 @@ def accept(result: RunResult, directory: Path, gates: Gates, *, allow_ci: bool =
     return path, news
 
 
-def ranks_of(result: RunResult, snapshot: Snapshot, gates: Sequence[RankGate]) -> list[RankVerdict]:
+def ranks_of(result: RunResult, snapshot: Snapshot, gates: Sequence[RankGate]) -> list[RunVerdict]:
     """Compare the order of the ops in a result file with a snapshot's."""
     ops = [
         Op(op.op, op.type)

@@ -14,10 +14,11 @@ import torch
 from pytest_qsens import profile
 from pytest_qsens.engine_setup import Setup
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group
-from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
+from pytest_qsens.graph.narrow import mapped_bytes
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score
+from pytest_qsens.models.spec import ready
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.op_results import measured_result, some, told, without_score
 from pytest_qsens.ops import TOTAL, Op
@@ -308,12 +309,7 @@ def calibrate(
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
-    model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.to(device).eval().requires_grad_(False)
-    if engine in KERNEL_ENGINES:  # what they convert must be plain
-        make_wide(model)
-    else:
-        keep_narrow(model)
+    model = ready(spec, device, wide=engine in KERNEL_ENGINES)  # what those convert must be plain
     limit = default_memory(workers, device, mapped_bytes(model)) if memory is None else memory
     setup = Setup(
         model,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qsens.errors import QsensError
 from pytest_qsens.op_names import match
 from pytest_qsens.results import round_score
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -260,8 +261,3 @@ def _shortage(source: Sensitivities, shared: Iterable[Shared]) -> str:
         reasons.append(f"{count(len(source.without), 'op')} without a value")
     tail = f", {', '.join(reasons)}" if reasons else ""
     return f"{source.path}: {count(len(source.ops), 'op')}{tail}"
-
-
-def count(number: int, noun: str) -> str:
-    """Give a number of things, in words."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

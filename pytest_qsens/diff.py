@@ -15,6 +15,7 @@ from pytest_qsens.ops import TOTAL, Op
 from pytest_qsens.quant.schemes import noun
 from pytest_qsens.snapshot import EVALUATION, environment_diff, on_other_data
 from pytest_qsens.thresholds import applied, combine, judge
+from pytest_qsens.wording import score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -252,8 +253,7 @@ def _values(scores: Mapping[Mode, Scores], thresholds: Sequence[Threshold]) -> I
     for mode, found in scores.items():
         for name in dict.fromkeys(threshold.metric for threshold in applied(thresholds, mode)):
             if name in found:
-                value = found[name]
-                yield f"{mode} {name} {'infinite' if value is None else f'{value:.6g}'}"
+                yield f"{mode} {name} {score_text(found[name], 6)}"
 
 
 def _worst_first(change: Change) -> tuple[int, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sysconfig
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pytest_qsens.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -39,6 +40,4 @@ def first_line(error: Exception) -> str:
 
 def unknown(what: str, value: object, known: Collection[str]) -> str:
     """Say that a name does not exist, what was probably meant and what there is."""
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"no {what} {value!r}{hint}. Known: {', '.join(known)}"
+    return f"no {what} {value!r}{did_you_mean(str(value), known)}. Known: {', '.join(known)}"

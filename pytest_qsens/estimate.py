@@ -167,6 +167,12 @@ class Estimator:
         self.variances = {op: spread for op, (_, spread) in logarithms.items()}
         self.values = {op: math.exp(mean) for op, (mean, _) in logarithms.items()}
 
+    def _compared(self, exact: Mapping[str, float]) -> tuple[dict[str, float], float, float]:
+        """Logarithms of the ratios at the ops that were measured; the weight of their mean, and that mean, shrunk."""
+        errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
+        weight = sum(1 / self.variances[op] for op in errors) + _BIAS**-2
+        return errors, weight, sum(error / self.variances[op] for op, error in errors.items()) / weight
+
     def corrected(self, exact: Mapping[str, float]) -> dict[str, Estimate]:
         """Correct by the ratio at the ops that were measured, and tell how far the others may be off.
 
@@ -178,9 +184,7 @@ class Estimator:
             exact: Op → exact value, for some of the ops; those of zero say nothing.
 
         """
-        errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
-        weight = sum(1 / self.variances[op] for op in errors) + _BIAS**-2
-        bias = sum(error / self.variances[op] for op, error in errors.items()) / weight
+        errors, weight, bias = self._compared(exact)
         freedom = _PRIOR + len(errors)
         squares = sum((error - bias) ** 2 / self.variances[op] for op, error in errors.items()) + (bias / _BIAS) ** 2
         reach = quantile(freedom) * math.sqrt((_PRIOR + squares) / freedom)
@@ -203,9 +207,7 @@ class Estimator:
             types: From `depths`.
 
         """
-        errors = {op: math.log(self.values[op] / value) for op, value in exact.items() if value > 0}
-        weight = sum(1 / self.variances[op] for op in errors) + _BIAS**-2
-        bias = sum(error / self.variances[op] for op, error in errors.items()) / weight
+        errors, weight, bias = self._compared(exact)
         groups = [[op for op in ops if op in self.values] for ops in types]
         told = [[op for op in ops if op in errors] for ops in groups]
         means = [fmean(errors[op] - bias for op in ops) if ops else 0.0 for ops in told]

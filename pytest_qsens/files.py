@@ -297,6 +297,30 @@ def check_replaceable(path: Path, check_own: Callable[[Path], object]) -> None:
     check_writable(path.parent)
 
 
+def check_json_output(path: Path, key: str, command: str) -> None:
+    """Make sure that a command can write its JSON, and replaces none but its own.
+
+    Args:
+        path: The file.
+        key: Of the document, which no other command's has.
+        command: Such as ``qsens inspect``.
+
+    Raises:
+        QsensError: As `check_replaceable`, or if what is there is something else.
+
+    """
+
+    def check_own(path: Path) -> None:
+        try:
+            known = key in json.loads(path.read_bytes())
+        except (OSError, ValueError, TypeError):
+            known = False
+        if not known:
+            raise QsensError(f"{path} exists and was not written by `{command}`. Choose another name or remove it.")
+
+    check_replaceable(path, check_own)
+
+
 def check_writable(directory: Path) -> None:
     """Try that files can be created in ``directory``, or where it would be made.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.limits import taken_apart
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.results import round_score
+from pytest_qsens.run_verdicts import RunVerdict
 from pytest_qsens.thresholds import NUMBER, percentage, value_of
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ _ABOUT = {
 }
 _GAP = "_gap"
 _AMOUNT = re.compile(rf"{NUMBER}\s*(?P<percent>%?)", re.ASCII | re.IGNORECASE)
-
-State = Literal["held", "failed", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -51,32 +50,19 @@ class JointGate:
         """The part after the sign."""
         return percentage(self.bound) if self.name.endswith(_GAP) else repr(self.bound)
 
-    def judge(self, total: OpResult | None) -> JointVerdict:
+    def judge(self, total: OpResult | None) -> RunVerdict:
         """Tell whether it holds for the whole model."""
         scores = (total and total.status == "measured" and total.isolated) or {}
         measured, predicted = scores.get("nmse"), scores.get(self.name.removesuffix(_GAP))
         if predicted is None or measured is None:
-            return JointVerdict(self, "not judged", "not all ops and the whole model were measured, with interactions")
+            return RunVerdict(self, "not judged", "not all ops and the whole model were measured, with interactions")
         about, found = _ABOUT[self.name], predicted
         told = f"{about} {predicted:.4g}"
         if self.name.endswith(_GAP):
             found = abs(predicted - measured) / measured if measured else math.inf if predicted else 0.0
             off = f" ({predicted / measured - 1:+.1%})" if measured else ""
             told = f"{told}, measured {measured:.4g}{off}"
-        return JointVerdict(self, "held" if round_score(found) <= self.bound else "failed", told)
-
-
-@dataclass(frozen=True)
-class JointVerdict:
-    """What a gate found."""
-
-    gate: JointGate
-    state: State
-    text: str
-
-    def __str__(self) -> str:
-        """Give one line, without the model."""
-        return f"{self.gate} {self.state}: {self.text}"
+        return RunVerdict(self, "held" if round_score(found) <= self.bound else "failed", told)
 
 
 def is_joint(text: str) -> bool:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL, matches
 from pytest_qsens.results import round_score
 from pytest_qsens.thresholds import METRICS, NUMBER, Comparison, Verdict, value_of
+from pytest_qsens.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -101,11 +101,9 @@ def parse_limit(text: str, where: str) -> Limit:
     """
     glob, name, sign, given = taken_apart(text, where)
     if name not in METRICS:
-        close = get_close_matches(name, METRICS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
         raise QsensError(
-            f"{where}: no metric {name!r}{hint} to limit. Known: {', '.join(METRICS)}; with --qsens-interactions also "
-            "additive, quadratic, additive_gap and quadratic_gap of total."
+            f"{where}: no metric {name!r}{did_you_mean(name, METRICS)} to limit. Known: {', '.join(METRICS)}; with "
+            "--qsens-interactions also additive, quadratic, additive_gap and quadratic_gap of total."
         )
     right = sign_of(name)
     if sign != right:

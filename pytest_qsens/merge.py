@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pytest_qsens import profile
-from pytest_qsens.compare import count
 from pytest_qsens.details import joined
 from pytest_qsens.errors import QsensError
 from pytest_qsens.ops import TOTAL
@@ -16,6 +15,7 @@ from pytest_qsens.result_files import load
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from pytest_qsens.same_run import SAME_RUN, difference, difference_of_ops, listed, machine_difference
 from pytest_qsens.shards import ELSEWHERE
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,10 +10,11 @@ import torch
 from pytest_qsens.details import Channels, Details, OpRanges
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.exhibits import exhibits
-from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.calls import channel_rows
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
-from pytest_qsens.graph.narrow import keep_narrow
+from pytest_qsens.models.spec import ready
+from pytest_qsens.parts import rows_within
 from pytest_qsens.preparation import placed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ BINS = 240
 """Values that are kept of one op: where it has more channels, each is the largest of some that follow each other."""
 
 OUTLIERS = 5
-_ROWS = 2**22
+_PART = 2**22
 """Values of a weight that are looked at together: a table of embeddings may have hundreds of millions."""
 
 
@@ -60,9 +61,7 @@ def _observed(spec: ModelSpec, ops: Collection[str], device: str) -> tuple[OpRan
     if not ops:
         return ()
     observer = RangeObserver(ops)
-    model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.to(device).eval().requires_grad_(requires_grad=False)
-    keep_narrow(model)
+    model = ready(spec, device)
     for batch in spec.evaluation:
         on_device = placed(batch, device)
         with unchanged_state(model), OpInterceptor(model, observer.handle), torch.no_grad():
@@ -107,8 +106,8 @@ class RangeObserver:
 
 def largest_of_rows(weight: Tensor) -> Tensor:
     """Largest magnitudes ``(out,)`` of each output channel of a weight ``(out, ...)``, fp32."""
-    rows = max(1, _ROWS // max(1, weight.shape[1:].numel()))
-    return torch.cat([part.abs().amax(1).float() for part in torch.split(weight.flatten(1), rows)])
+    parts = torch.split(weight.flatten(1), rows_within(_PART, weight))
+    return torch.cat([part.abs().amax(1).float() for part in parts])
 
 
 def largest_of_channels(x: Tensor, kind: str) -> Tensor | None:
@@ -117,14 +116,7 @@ def largest_of_channels(x: Tensor, kind: str) -> Tensor | None:
     Rows (a convolution's samples) that are not finite are left out, as calibration leaves them out; ``None`` if there
     are no others.
     """
-    finite = finite_rows(x, kind)
-    if kind == "linear":
-        rows = x if finite is None else x[finite]
-        rows = rows.reshape(-1, x.shape[-1])
-    else:
-        batched = x if x.dim() == int(kind[4]) + 2 else x[None]
-        batched = batched if finite is None else batched[finite.view(-1)]
-        rows = batched.flatten(2).transpose(1, 2).flatten(0, 1)
+    rows = channel_rows(x, kind)
     return rows.abs().amax(0).float() if len(rows) else None
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pytest_qsens.compare import FEWEST, kendall_tau_b
 from pytest_qsens.errors import QsensError
 from pytest_qsens.results import round_score
+from pytest_qsens.run_verdicts import RunVerdict
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,9 +33,6 @@ _NAMED = 5
 
 _TOP = re.compile(r"top([1-9][0-9]{0,8})", re.ASCII)
 _KENDALL = "kendall"
-
-State = Literal["held", "failed", "not judged", "accepted"]
-"""What became of a gate; ``accepted``: it failed, and the snapshot takes the new order."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,7 @@ class Ranking:
 
     def moves(self, ops: Iterable[str]) -> str:
         """Name ops with their rank in the snapshot and now."""
-        chosen = list(ops)
-        named = ", ".join(f"{op} ({self.old[op]} → {self.new[op]})" for op in chosen[:_NAMED])
-        return f"{named} and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else named
+        return first_of([f"{op} ({self.old[op]} → {self.new[op]})" for op in ops], _NAMED)
 
 
 @dataclass(frozen=True)
@@ -126,20 +123,6 @@ class Kendall:
 RankGate = Top | Kendall
 
 
-@dataclass(frozen=True)
-class RankVerdict:
-    """What a gate found in one mode."""
-
-    gate: RankGate
-    mode: Mode
-    state: State
-    text: str
-
-    def __str__(self) -> str:
-        """Give one line, without the model."""
-        return f"{self.gate} {self.state}, {self.mode} {RANKED_BY[self.mode]}: {self.text}"
-
-
 def is_rank(name: str) -> bool:
     """Whether the part of a rule before the colon names a gate of ranks; ``top1`` is a metric, top-1 agreement."""
     return name == _KENDALL or (name != "top1" and re.fullmatch(r"top[0-9]*", name, re.ASCII) is not None)
@@ -187,7 +170,7 @@ def judge_ranks(
     entries: Mapping[str, Entry],
     results: Iterable[OpResult],
     modes: Iterable[Mode],
-) -> list[RankVerdict]:
+) -> list[RunVerdict]:
     """Compare the order of the ops with the snapshot's.
 
     Args:
@@ -208,20 +191,21 @@ def _judged(
     entries: Mapping[str, Entry],
     measured: Sequence[OpResult],
     mode: Mode,
-) -> Iterator[RankVerdict]:
+) -> Iterator[RunVerdict]:
     recorded = recorded_scores(ops, entries, mode)
     metric = RANKED_BY[mode]
+    by = f"{mode} {metric}"
     now = {result.op: value for result in measured if (value := result.modes.get(mode, {}).get(metric)) is not None}
     missing = [op for op in recorded if op not in now]
     ranking = Ranking.of({op: (old, now[op]) for op, old in recorded.items() if op in now})
     for gate in gates:
         if missing:
-            names = f"{', '.join(missing[:_NAMED])}{f' and {len(missing) - _NAMED} more' * (len(missing) > _NAMED)}"
+            names = first_of(missing, _NAMED)
             why = f"{len(missing)} of the {len(recorded)} ops in the snapshot were not measured ({names})"
-            yield RankVerdict(gate, mode, "not judged", why)
+            yield RunVerdict(gate, "not judged", why, by)
         elif len(recorded) < gate.needed:
             why = f"the snapshot has {len(recorded)} of the model's ops, and {gate.needed} are needed at least"
-            yield RankVerdict(gate, mode, "not judged", why)
+            yield RunVerdict(gate, "not judged", why, by)
         else:
             holds, text = gate.judge(ranking)
-            yield RankVerdict(gate, mode, "held" if holds else "failed", f"{text} (of {len(recorded)} ops)")
+            yield RunVerdict(gate, "held" if holds else "failed", f"{text} (of {len(recorded)} ops)", by)

@@ -12,6 +12,7 @@ from pytest_qsens.quant.schemes import noun
 from pytest_qsens.result_files import from_document
 from pytest_qsens.results import MODES, lost_in_noise
 from pytest_qsens.thresholds import METRICS
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,8 +122,7 @@ def _read(path: Path) -> _Results | Sensitivities:
     if "run" in document and "ops" in document:
         return _ours(document, path)
     keys = [repr(key) for key in document]
-    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-    found = f"keys {', '.join(keys[:_KEYS_SHOWN])}{more}" if keys else "an object without keys"
+    found = f"keys {first_of(keys, _KEYS_SHOWN)}" if keys else "an object without keys"
     raise QsensError(f"{path}: unknown shape, found {found}. Known are {_KNOWN}.")
 
 

@@ -20,6 +20,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.limits import judge_limits
 from pytest_qsens.snapshot import Entry, accepted, load, on_other_data
 from pytest_qsens.thresholds import Verdict, applied, combine, judge
+from pytest_qsens.wording import score_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -264,7 +265,7 @@ class ScoreExtension(AbstractSyrupyExtension):
 
 def _lines(modes: Mapping[Mode, Scores]) -> list[str]:
     return [
-        f"{mode} {metric} {'infinite' if value is None else f'{value:.6g}'}"
+        f"{mode} {metric} {score_text(value, 6)}"
         for mode, scores in modes.items()
         for metric, value in sorted(scores.items())
     ]

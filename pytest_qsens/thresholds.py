@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,6 +13,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.rank_gates import is_rank
 from pytest_qsens.results import round_score
 from pytest_qsens.uncertainty import allowance
+from pytest_qsens.wording import did_you_mean, score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -136,11 +136,9 @@ def parse_thresholds(parts: Iterable[str], text: str, where: str) -> tuple[Thres
                 f"{where} {text!r}: {part.strip()!r} limits a score, and says nothing about a change. Write nmse:5%."
             )
         if name not in METRICS:
-            close = get_close_matches(name, METRICS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
             raise QsensError(
-                f"{where} {text!r}: no metric {name!r}{hint}. Known: {', '.join(METRICS)}; for the order of all ops, "
-                "topN and kendall."
+                f"{where} {text!r}: no metric {name!r}{did_you_mean(name, METRICS)}. Known: {', '.join(METRICS)}; for "
+                "the order of all ops, topN and kendall."
             )
         if name in thresholds:
             raise QsensError(f"{where} {text!r}: {name} is there twice. Give one threshold for each metric.")
@@ -242,10 +240,11 @@ def judge(
         if old is None or name not in old:
             if name in new:
                 seen = Comparison(mode, name, None, new[name], None, "new")
-                found.append(Verdict("new", (f"{mode} {name} {_text(new[name])}",), compared=(seen,)))
+                found.append(Verdict("new", (f"{mode} {name} {score_text(new[name], 6)}",), compared=(seen,)))
         elif name not in new:
+            line = f"{mode} {name} {score_text(old[name], 6)} → not measured"
             lost = Comparison(mode, name, old[name], None, None, "regressed")
-            found.append(Verdict("regressed", (f"{mode} {name} {_text(old[name])} → not measured",), compared=(lost,)))
+            found.append(Verdict("regressed", (line,), compared=(lost,)))
         else:
             chance = 0.0 if threshold.strict else allowance(name, old[name], new, other_data=other_data)
             found.append(_compared(threshold, old[name], new[name], mode, chance))
@@ -294,12 +293,8 @@ def _change(threshold: Threshold, kind: Kind, old: float | None, new: float | No
     limit, reach = threshold.limit(before, way), threshold.limit(before, way, chance)
     amount = f"{'+' if metric.higher_is_worse == (way > 0) else '-'}{threshold.amount.replace('%', ' %')}"
     if reach != limit:
-        parts.append(f"{amount} is {_text(limit)}, noise reaches {_text(reach)}")
+        parts.append(f"{amount} is {score_text(limit, 6)}, noise reaches {score_text(reach, 6)}")
     elif kind == "regressed":
-        parts.append(f"limit {_text(limit)} = {amount}")
+        parts.append(f"limit {score_text(limit, 6)} = {amount}")
     details = f" ({', '.join(parts)})" if parts else ""
-    return f"{threshold.metric} {_text(old)} → {_text(new)}{details}"
-
-
-def _text(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.6g}"
+    return f"{threshold.metric} {score_text(old, 6)} → {score_text(new, 6)}{details}"

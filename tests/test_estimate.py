@@ -23,8 +23,8 @@ def test_many_samples_decide() -> None:
     """The estimate without assumption counts little if it rests on four squares, and nearly alone if on thousands."""
     few = Estimator({"op": Evidence([[1.0, 1.0]], [8.0] * 4)}, 10**6).values["op"]
     many = Estimator({"op": Evidence([[1.0, 1.0]], [8.0 / 2000] * 4000)}, 10**6).values["op"]
-    assert few == pytest.approx(1, rel=0.1)
-    assert many == pytest.approx(8, rel=0.3)
+    assert 1 < few < 1.1
+    assert 6.5 < many < 8
 
 
 def test_a_common_error_is_corrected_in_part() -> None:

@@ -140,6 +140,7 @@ def test_no_noise(engine: str) -> None:
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     spec = ModelSpec(Steps().eval(), [{"x": x}], [{"x": x}], lambda out, _: out)
     _, results = scored(spec, engine)
+    assert len(results) == 2
     for result in results:
         assert result.fallback is not None
         assert result.fallback["noise"] == 0

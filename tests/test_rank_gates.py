@@ -21,8 +21,9 @@ from pytest_qsens.thresholds import parse_fail
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pytest_qsens.rank_gates import RankGate, RankVerdict
+    from pytest_qsens.rank_gates import RankGate
     from pytest_qsens.results import Mode
+    from pytest_qsens.run_verdicts import RunVerdict
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ OPS = [Op(name, "linear") for name in OLD]
 ENTRIES = {name: Entry("linear", isolated={"nmse": value}) for name, value in OLD.items()}
 
 
-def judged(results: list[OpResult], entries: Mapping[str, Entry] = ENTRIES, gate: RankGate = Top(2, 2)) -> RankVerdict:  # noqa: B008 - frozen
+def judged(results: list[OpResult], entries: Mapping[str, Entry] = ENTRIES, gate: RankGate = Top(2, 2)) -> RunVerdict:  # noqa: B008 - frozen
     """Judge one gate by the ops of `OLD`."""
     (verdict,) = judge_ranks([gate], OPS, entries, results, ["isolated"])
     return verdict

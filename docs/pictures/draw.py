@@ -53,6 +53,16 @@ class Picture:
             f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}" xml:space="preserve">{escape(line)}</text>'
         )
 
+    def lines(self, x: float, y: float, *lines: str) -> None:
+        """Write small lines below each other; ``y`` is the base line of the first."""
+        for number, line in enumerate(lines):
+            self.text(x, y + number * 16, line, "small")
+
+    def column(self, x: float, head: str, below: str) -> None:
+        """Write the head of a column, and what explains it."""
+        self.text(x, 30, head, "bold")
+        self.text(x, 48, below, "small")
+
     def arrow(self, *points: tuple[float, float], kind: str = "arrow") -> None:
         """Draw a line through points with a head at its end."""
         path = " L ".join(f"{x:g} {y:g}" for x, y in points)
@@ -92,7 +102,7 @@ def flip_one_op() -> Picture:
     p.box(668, 80, 76, 42, "output")
     p.arrow((224, 65), (246, 65), (246, 94), (266, 94))
     p.arrow((224, 137), (246, 137), (246, 108), (266, 108), kind="arrow-hot")
-    p.text(20, 26, "Not downstream of it: values of the unquantized run, computed once for all ops", "")
+    p.text(20, 26, "Not downstream of it: values of the unquantized run, computed once for all ops")
     p.text(182, 182, "its weight and", "ink-hot", "middle")
     p.text(182, 200, "input are rounded", "ink-hot", "middle")
     p.text(457, 152, "what reads a changed value runs again", "ink-warm", "middle")
@@ -132,14 +142,14 @@ def modes() -> Picture:
                 ink="ink-hot bold" if quantized else "small",
             )
         p.arrow((486, y + 20), (512, y + 20))
-        p.text(522, y + 25, reading, "")
+        p.text(522, y + 25, reading)
     p.parts.append('<rect class="faint" x="308" y="14" width="50" height="192" rx="5"/>')
     p.text(333, 222, "the op", "small", "middle")
     p.text(522, 222, "gain = total − fallback", "mono")
     p.text(522, 242, "higher: fp32 helps more here", "small")
     p.box(20, 236, 18, 18, kind="hot")
     p.text(46, 250, "quantized", "small")
-    p.box(120, 236, 18, 18, kind="plain")
+    p.box(120, 236, 18, 18)
     p.text(146, 250, "as it was", "small")
     return p
 
@@ -155,14 +165,10 @@ def side_by_side() -> Picture:
         "lane ends in the error of its op.",
     )
     lanes = ("q_proj", "k_proj", "v_proj", "o_proj")
-    p.text(20, 30, "a block's ops,", "bold")
-    p.text(20, 48, "each quantized alone", "small")
-    p.text(190, 30, "linear layer", "bold")
-    p.text(190, 48, "one product for all lanes", "small")
-    p.text(386, 30, "anything else", "bold")
-    p.text(386, 48, "each lane with its values", "small")
-    p.text(572, 30, "last layer", "bold")
-    p.text(572, 48, "no logits are made", "small")
+    p.column(20, "a block's ops,", "each quantized alone")
+    p.column(190, "linear layer", "one product for all lanes")
+    p.column(386, "anything else", "each lane with its values")
+    p.column(572, "last layer", "no logits are made")
     for number, name in enumerate(lanes):
         y = 68 + number * 44
         p.box(20, y, 84, 32, name, kind="hot", ink="ink-hot")
@@ -186,13 +192,12 @@ def side_by_side() -> Picture:
     p.box(20, 262, 656, 32, "clean values x, y of the unquantized model: one run, shared by all lanes and blocks")
     for x in (275, 466, 624):
         p.arrow((x, 260), (x, 241))
-    p.text(
+    p.lines(
         20,
         322,
         "The first op and the last but one are also replayed exactly. If the two do not agree, all ops are replayed,",
-        "small",
+        "and the summary says why.",
     )
-    p.text(20, 338, "and the summary says why.", "small")
     return p
 
 
@@ -206,29 +211,25 @@ def gate() -> Picture:
         "the threshold, or new, fails: somebody repairs the cause, or accepts the new score with --snapshot-update, "
         "which is reviewed as a change of a file.",
     )
-    p.box(20, 60, 130, 56, "measure the op", "or its cached score", kind="plain")
+    p.box(20, 60, 130, 56, "measure the op", "or its cached score")
     p.box(200, 60, 170, 56, "worse by more than", "threshold and noise?", kind="warm", ink="ink-warm")
-    p.box(200, 176, 170, 56, "snapshot, committed", "one line for each op", kind="plain")
+    p.box(200, 176, 170, 56, "snapshot, committed", "one line for each op")
     p.arrow((150, 88), (198, 88))
     p.arrow((285, 174), (285, 119))
     p.box(440, 20, 130, 50, "pass", "the same, or better", kind="good", ink="ink-good bold")
     p.box(440, 108, 130, 50, "fail", "worse, or new", kind="hot", ink="ink-hot bold")
     p.arrow((370, 78), (404, 78), (404, 45), (437, 45))
     p.arrow((370, 98), (404, 98), (404, 133), (437, 133), kind="arrow-hot")
-    p.text(586, 42, "exit code 0", "small")
-    p.text(586, 58, "recorded by an update", "small")
-    p.text(586, 130, "exit code 1: op, metric, old", "small")
-    p.text(586, 146, "and new value, the limit", "small")
+    p.lines(586, 42, "exit code 0", "recorded by an update")
+    p.lines(586, 130, "exit code 1: op, metric, old", "and new value, the limit")
     p.arrow((505, 160), (505, 182))
     p.text(505, 200, "somebody decides", "bold", "middle")
     p.box(420, 246, 152, 52, "--snapshot-update", "accept it")
-    p.box(590, 246, 156, 52, "repair the cause", "or keep the op in fp32", kind="plain")
+    p.box(590, 246, 156, 52, "repair the cause", "or keep the op in fp32")
     p.arrow((480, 208), (480, 243))
     p.arrow((540, 208), (540, 226), (668, 226), (668, 243))
     p.arrow((418, 272), (285, 272), (285, 235))
-    p.text(20, 264, "a change of lines in a file,", "small")
-    p.text(20, 280, "reviewed like code; in CI", "small")
-    p.text(20, 296, "nothing is ever updated unasked", "small")
+    p.lines(20, 264, "a change of lines in a file,", "reviewed like code; in CI", "nothing is ever updated unasked")
     return p
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qsens.accept import accept
-from pytest_qsens.compare import count
 from pytest_qsens.gates import parse_gates
 from pytest_qsens.result_files import load
 from pytest_qsens.thresholds import DEFAULT_FAIL
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -69,12 +69,12 @@ def run(arguments: Namespace) -> list[str]:
     run = merged.result.run
     path = arguments.snapshot_dir / run.model / file_name(run.scheme, run.granularity)
     recorded = load_snapshot(path, model=run.model, scheme=run.scheme, granularity=run.granularity)
-    verdicts = ranks_of(merged.result, recorded, gates.ranks) if gates.ranks else []
+    ranks = ranks_of(merged.result, recorded, gates.ranks) if gates.ranks else []
     joint = [gate.judge(merged.result.total) for gate in gates.joint]
     check_overwritable(arguments.output)
     write(arguments.output, merged.result)
-    order = [f"order of ops, {path}: {verdict}" for verdict in verdicts]
+    order = [f"order of ops, {path}: {verdict}" for verdict in ranks]
     lines = [*merged.notes, *order, *(f"interactions: {verdict}" for verdict in joint), f"wrote {arguments.output}"]
-    if any(state != "held" for state in [*(verdict.state for verdict in verdicts), *(each.state for each in joint)]):
+    if any(verdict.state != "held" for verdict in (*ranks, *joint)):
         raise GateFailed(lines)
     return lines

@@ -17,6 +17,7 @@ from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import STATES, Op
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 from pytest_qsens.result_files import load
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -48,7 +49,7 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
     else:
         decisions, problems = decide(config, _ops(given))
     if given.strict and problems:
-        raise QsensError("\n  ".join([f"{count(len(problems))} (--strict):", *map(str, problems)]))
+        raise QsensError("\n  ".join([f"{count(len(problems), 'problem')} (--strict):", *map(str, problems)]))
     if given.to is not None:
         if given.ops_from is not None:
             _check_states(config, decisions, given.ops_from)
@@ -87,11 +88,6 @@ def _convert(config: Config, decisions: Sequence[Decision], target: str, path: P
             )
         assignment[decision.op.name] = decision.scheme
     write_atomically(path, write_config(assignment, [decision.op for decision in decisions], target, syntax))
-
-
-def count(problems: int) -> str:
-    """Say how many there are."""
-    return "1 problem" if problems == 1 else f"{problems} problems"
 
 
 def _ops(given: Namespace) -> Sequence[Op]:

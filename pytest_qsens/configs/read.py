@@ -15,6 +15,7 @@ from pytest_qsens.configs import (
 )
 from pytest_qsens.configs.documents import as_text, read_document
 from pytest_qsens.errors import QsensError
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,5 +99,4 @@ def _found(value: object) -> str:
     if not isinstance(value, dict):
         return as_text(value)
     keys = [as_text(key) for key in value]
-    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-    return f"keys {', '.join(keys[:_KEYS_SHOWN])}{more}" if keys else "an object without keys"
+    return f"keys {first_of(keys, _KEYS_SHOWN)}" if keys else "an object without keys"

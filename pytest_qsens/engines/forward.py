@@ -13,6 +13,7 @@ from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.metrics import same
 from pytest_qsens.threads import one_thread
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -141,10 +142,9 @@ class KernelEngine(ForwardEngine):
         from pytest_qsens.quant.kernels import dropped_hooks  # what it imports is of no use to other engines
 
         if hooked := dropped_hooks(model):
-            names = ", ".join(name or "the model itself" for name in hooked[:3])
-            more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
+            names = first_of([name or "the model itself" for name in hooked], 3)
             raise QsensError(
-                f"engine {self.name}: torch's conversion drops the forward hooks of {names}{more}, so it would measure "
+                f"engine {self.name}: torch's conversion drops the forward hooks of {names}, so it would measure "
                 "another model. Remove them, or use engine auto, which runs them."
             )
         super().__init__(model, batches, output, quantizable)

@@ -138,6 +138,35 @@ def finite_rows(values: Tensor, kind: str) -> Tensor | None:
     return finite.flatten(1).all(1) if batched else finite.all()
 
 
+def filled(values: Tensor, finite: Tensor | None, value: float) -> Tensor:
+    """Put a number into the rows (or samples) that are not finite, as `finite_rows` tells them."""
+    if finite is None:
+        return values
+    return values.masked_fill(~finite.view(*finite.shape, *[1] * (values.dim() - finite.dim())), value)
+
+
+def finite_channels(x: Tensor, kind: str) -> Tensor:
+    """Return an input or output of a linear or a convolution, channels last, without the rows that are not finite.
+
+    Returns:
+        A linear's ``(*, in)``, or, where rows are left out, ``(rows, in)``; of a convolution, whose samples are left
+        out as a whole, ``(samples, positions, C)``.
+
+    """
+    finite = finite_rows(x, kind)
+    if kind != "linear":
+        batched = x if x.dim() == int(kind[4]) + 2 else x[None]
+        x = batched.flatten(2).transpose(1, 2)
+        finite = None if finite is None else finite.view(-1)
+    return x if finite is None else x[finite]
+
+
+def channel_rows(x: Tensor, kind: str) -> Tensor:
+    """Return an input or output of a linear or a convolution as ``(rows, channels)``, without what is not finite."""
+    found = finite_channels(x, kind)
+    return found.reshape(-1, found.shape[-1])
+
+
 def unquantized(call: Call) -> Tensor:
     """Compute what a call gives in the model, fp32."""
     if call.kind in STATES:

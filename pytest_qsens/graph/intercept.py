@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from pytest_qsens.graph.attention import StateHooks
 from pytest_qsens.graph.calls import Call, bind, is_op_call, of_state, weight_argument
+from pytest_qsens.graph.names import name_of
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 
 Handler = Callable[[str, Call, Callable[[], Tensor]], Tensor]
@@ -60,9 +61,7 @@ class OpInterceptor(TorchFunctionMode):
             if op is not None:
                 self._called.add(op)
                 return self._handler(op, bind(func, args, kwargs), lambda: func(*args, **kwargs))
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", name)  # the attribute, such as T
+        name = name_of(func)
         if name not in _METADATA:
             for argument in tree_leaves((args, kwargs)):
                 for op in self._index.owners(argument):

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pytest_qsens.graph.names import name_of
+from pytest_qsens.parts import rows_within
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -65,7 +68,7 @@ class NarrowWeight(Tensor):
             return args[0]
         if func is Tensor.to and _is_as_told(*args, **kwargs):
             return args[0]
-        if _name(func) in _FORM:
+        if name_of(func) in _FORM:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as subclasses do
                 return func(*args, **kwargs)
         if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -115,12 +118,6 @@ _FORM = frozenset(
 """Functions and attributes that need none of a weight's values. (Operators cannot widen it where a graph is traced.)"""
 
 
-def _name(func: Any) -> str:  # noqa: ANN401 - a torch function
-    """Name of a function, or of the attribute that it gets."""
-    name: str = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
 def _is_as_told(weight: Tensor, *args: Any, **kwargs: Any) -> bool:  # noqa: ANN401 - those of `Tensor.to`
     """Whether a weight is in fp32 and on the device that ``to`` asks for."""
     if args and isinstance(args[0], Tensor):
@@ -152,8 +149,8 @@ def _call_widened(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             continue
         if wide._version:  # noqa: SLF001 - torch has no public name
             raise RuntimeError(
-                f"{_name(func)} writes into a weight of shape {tuple(narrow.shape)}, which is kept as it is stored, in "
-                f"{narrow.stored.dtype}. A model whose weights change while it runs cannot be measured."
+                f"{name_of(func)} writes into a weight of shape {tuple(narrow.shape)}, which is kept as it is stored, "
+                f"in {narrow.stored.dtype}. A model whose weights change while it runs cannot be measured."
             )
     return found
 
@@ -219,7 +216,7 @@ def _narrow(weight: nn.Parameter) -> nn.Parameter | None:
 
 def _lossless(weight: Tensor) -> Tensor | None:
     """Return a weight in bf16 if nothing of it is lost; checked part by part, as most are told by the first."""
-    rows = max(1, _PART // weight.shape[1:].numel())
+    rows = rows_within(_PART, weight)
     found = torch.empty_like(weight, dtype=torch.bfloat16)
     for narrow, part in zip(torch.split(found, rows), torch.split(weight, rows), strict=True):
         narrow.copy_(part)
@@ -284,7 +281,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def narrow_transposed(values: Tensor, weight: Tensor) -> Tensor:
     """Multiply ``(*, out)`` by the transpose of a narrow weight ``(out, in)``, part by part, in the values' dtype."""
-    channels = max(1, _PART // max(1, weight.shape[1]))
+    channels = rows_within(_PART, weight)
     found = values.new_zeros((*values.shape[:-1], weight.shape[1]))
     for part, rows in zip(torch.split(values, channels, -1), torch.split(weight, channels), strict=True):
         found += torch.matmul(part, _buffer.widened(rows, values.dtype))

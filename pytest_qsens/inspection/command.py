@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.inspection.flips import part_flips
 from pytest_qsens.inspection.found import Alternative, Inspection, Shape
 from pytest_qsens.inspection.measure import Meter, Switch
@@ -21,6 +20,7 @@ from pytest_qsens.inspection.tokens import tokens_of
 from pytest_qsens.inspection.words import described
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
+from pytest_qsens.models.spec import ready
 from pytest_qsens.ops import STATES
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.preparation import placed, prepare
@@ -73,9 +73,7 @@ def inspect_op(request: Request, source: ModelSource, tell: Callable[[str], None
         raise QsensError(f"{op.name} cannot be quantized: {reason}. Ask about another scheme with --scheme.")
     reproducible_sums()
     spec = source.load()
-    model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.eval().requires_grad_(requires_grad=False)
-    keep_narrow(model)
+    model = ready(spec)
     with torch.no_grad():
         inspector = _Inspector(request, replace(spec, model=model), model, ops, op, scheme, tokens_of(source), tell)
         return inspector.found()

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from pytest_qsens.graph.calls import finite_rows, unquantized
+from pytest_qsens.graph.calls import filled, finite_rows, unquantized
 from pytest_qsens.graph.narrow import part_channels
-from pytest_qsens.inspection.ranges import over
 from pytest_qsens.quant.integers import fake_quantized
 
 if TYPE_CHECKING:
@@ -66,6 +65,6 @@ def _with_weight(op: str, call: Call, simulator: Simulator) -> Tensor:
 
 def _with_input(op: str, call: Call, simulator: Simulator) -> Tensor:
     finite = finite_rows(call.x, call.kind)
-    x = call.x if finite is None else call.x.masked_fill(~over(finite, call.x), 0)
+    x = filled(call.x, finite, 0)
     output = unquantized(replace(call, x=x + simulator.input_error(op, replace(call, x=x))))
-    return output if finite is None else output.masked_fill(~over(finite, output), float("nan"))
+    return filled(output, finite, torch.nan)

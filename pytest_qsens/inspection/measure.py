@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.errors import first_line
-from pytest_qsens.graph.calls import finite_rows, unquantized
+from pytest_qsens.graph.calls import filled, finite_rows, unquantized
 from pytest_qsens.inspection.found import Flip
 from pytest_qsens.inspection.positions import has_pixels, real_rows, row_energies, row_errors, sites_of, whole_shape
-from pytest_qsens.inspection.ranges import over
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.samples import rows_of
@@ -68,9 +67,7 @@ class Switch(Simulator):
         if not exact.numel():
             return found
         finite = None if call.kind == "embedding" else finite_rows(exact, call.kind)
-        left, right = exact, found
-        if finite is not None:
-            left, right = (value.masked_fill(~over(finite, value), 0) for value in (exact, found))
+        left, right = (filled(values, finite, 0) for values in (exact, found))
         batch = self._batches[self.batch - 1]
         sites = sites_of(whole_shape(call.kind, exact.shape), batch, flat=not has_pixels(batch))
         errors, sizes = row_errors(left, right, sites.rows), row_energies(left, sites.rows)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pytest_qsens.graph.calls import channel_rows
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.inspection.found import Inputs
 from pytest_qsens.inspection.positions import has_pixels, place, sites_of, whole_shape
-from pytest_qsens.inspection.ranges import Losses, Seen, add_lost_input, add_lost_output, channel_rows
+from pytest_qsens.inspection.ranges import Losses, Seen, add_lost_input, add_lost_output
 from pytest_qsens.quant.calibration import Calibration
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_qsens.inspection.places import Group, Place, Where, Worst
+from pytest_qsens.parts import rows_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,7 +111,7 @@ def row_sums(values: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
 def row_errors(reference: Tensor, output: Tensor, rows: int) -> Tensor:
     """Sum of squared differences of every row: float64, ``(rows,)``."""
     left, right = reference.reshape(rows, -1), output.reshape(rows, -1)
-    step = max(1, _CHUNK // max(1, left.shape[1]))
+    step = rows_within(_CHUNK, left)
     pairs = zip(torch.split(left, step), torch.split(right, step), strict=True)
     return row_sums([(b.double() - a.double()).square().sum(1).cpu() for a, b in pairs])
 
@@ -118,9 +119,7 @@ def row_errors(reference: Tensor, output: Tensor, rows: int) -> Tensor:
 def row_energies(reference: Tensor, rows: int) -> Tensor:
     """Sum of squares of every row: float64, ``(rows,)``."""
     flat = reference.reshape(rows, -1)
-    return row_sums(
-        [part.double().square().sum(1).cpu() for part in torch.split(flat, max(1, _CHUNK // flat.shape[1]))]
-    )
+    return row_sums([part.double().square().sum(1).cpu() for part in torch.split(flat, rows_within(_CHUNK, flat))])
 
 
 class Located:

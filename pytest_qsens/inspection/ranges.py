@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens.details import OUTLIER
-from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.calls import channel_rows, filled, finite_rows
 from pytest_qsens.inspection.found import Channel, ChannelSummary, Lost
+from pytest_qsens.parts import rows_within
 from pytest_qsens.quant.formats import E2M1_MAX, E4M3_MAX, RoundedWeight, round_weight
 from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
@@ -65,20 +66,8 @@ def weight_channels(weight: Tensor) -> tuple[ChannelSummary, ChannelSummary]:
 
 def parts_of(values: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Split a tensor along its first dimension, each part with the number of its first entry."""
-    rows = max(1, _PART // max(1, values.shape[1:].numel()))
+    rows = rows_within(_PART, values)
     return ((start, values[start : start + rows]) for start in range(0, len(values), rows))
-
-
-def channel_rows(x: Tensor, kind: str) -> Tensor:
-    """Bring the finite part of an op's input into the form ``(rows, channels)``."""
-    finite = finite_rows(x, kind)
-    if kind == "linear":
-        rows = x.reshape(-1, x.shape[-1])
-        return rows if finite is None else rows[finite.reshape(-1)]
-    batched = x if x.dim() == int(kind[4]) + 2 else x[None]
-    if finite is not None:
-        batched = batched[finite.reshape(-1)]
-    return batched.flatten(2).transpose(1, 2).reshape(-1, batched.shape[1])
 
 
 class Seen:
@@ -184,8 +173,7 @@ class Losses:
 def lost_in_weight(op: str, call: Call, scheme: Scheme, simulator: Simulator, calibration: Calibration) -> Lost:
     """Count what rounding loses of an op's weight; what is clipped is what is rounded, so of a smoothed one."""
     found = Losses("weight")
-    rows = max(1, _PART // max(1, call.weight.shape[1:].numel()))
-    for start, error in simulator.weight_errors(op, call, rows):
+    for start, error in simulator.weight_errors(op, call, rows_within(_PART, call.weight)):
         found.add(call.weight[start : start + len(error)].float(), error, 0)
     lost = found.found
     clipped = _clipped_weight(op, call, scheme, calibration)
@@ -211,10 +199,10 @@ def add_lost_input(
     if activation is None or not call.x.numel():
         return
     finite = finite_rows(call.x, call.kind)
-    x = call.x if finite is None else call.x.masked_fill(~over(finite, call.x), 0)
+    x = filled(call.x, finite, 0)
     error = simulator.input_error(op, type(call)(call.kind, x, call.weight, call.bias, call.conv))
     kept = channel_rows(call.x, call.kind)
-    shares = channel_rows(error if finite is None else error.masked_fill(~over(finite, error), torch.nan), call.kind)
+    shares = channel_rows(filled(error, finite, torch.nan), call.kind)
     found.add(kept, shares, _clipped_input(op, kept, activation, calibration))
 
 
@@ -247,8 +235,3 @@ def add_lost_output(found: Losses, op: str, output: Tensor, calibration: Calibra
     for _, part in parts_of(output.reshape(-1)):
         kept = part[torch.isfinite(part)]
         found.add(kept, fake_quantized(kept, qparams) - kept, clipped_uint8(kept, *qparams))
-
-
-def over(finite: Tensor, values: Tensor) -> Tensor:
-    """Shape what is told of rows (or samples) so that it broadcasts over their values."""
-    return finite.view(*finite.shape, *[1] * (values.dim() - finite.dim()))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.files import check_replaceable
+from pytest_qsens.files import check_json_output
 from pytest_qsens.inspection.found import Recorded
 from pytest_qsens.ops import STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.result_files import load
 from pytest_qsens.results import OpResult
+from pytest_qsens.wording import did_you_mean, first_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -93,16 +92,7 @@ def check_output(path: Path | None, result: Path) -> None:
         return
     if path.resolve() == result.resolve():
         raise QsensError(f"--json {path} would overwrite the result that is inspected. Choose another name.")
-    check_replaceable(path, _check_own)
-
-
-def _check_own(path: Path) -> None:
-    try:
-        known = "inspection" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        known = False
-    if not known:
-        raise QsensError(f"{path} exists and was not written by `qsens inspect`. Choose another name or remove it.")
+    check_json_output(path, "inspection", "qsens inspect")
 
 
 def _find(result: RunResult, name: str, path: Path) -> OpResult:
@@ -110,9 +100,8 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
     found = {op.op: op for op in result.ops}
     members = {member: op for op in result.ops for member in op.ops}
     if name in found and found[name].ops:
-        listed = ", ".join(found[name].ops[:_NAMED])
-        more = f" and {len(found[name].ops) - _NAMED} more" * (len(found[name].ops) > _NAMED)
-        raise QsensError(f"{name} is a group of {len(found[name].ops)} ops. Inspect one of them: {listed}{more}.")
+        ops = found[name].ops
+        raise QsensError(f"{name} is a group of {len(ops)} ops. Inspect one of them: {first_of(ops, _NAMED)}.")
     if name in found:
         return found[name]
     if name in members:
@@ -121,8 +110,7 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
         return OpResult(name, group.type, group.block, "unrun", why)
     if name == TOTAL:
         raise QsensError(f"{TOTAL!r} is the whole model. Give the name of an op; `qsens show {path}` lists them.")
-    near = difflib.get_close_matches(name, [*found, *members], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(name, [*found, *members])
     raise QsensError(f"{path} has no op {name!r}{hint}. `qsens show {path}` lists its {len(found)} ops.")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,11 +76,9 @@ class Checkpoint:
                 f"code in the checkpoint (auto_map), and code from a checkpoint is never run. Read it, then "
                 f"{FACTORY_HINT}."
             )
-        close = get_close_matches(name, known, n=1)
-        suggestion = f" (did you mean {close[0]}?)" if close else ""
         raise QsensError(
-            f"{where}: transformers {transformers.__version__} has no architecture {name!r}{suggestion}. Upgrade "
-            f"transformers if the model is newer, or {FACTORY_HINT}."
+            f"{where}: transformers {transformers.__version__} has no architecture {name!r}{did_you_mean(name, known)}"
+            f". Upgrade transformers if the model is newer, or {FACTORY_HINT}."
         )
 
     @property

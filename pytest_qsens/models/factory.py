@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from pytest_qsens.errors import QsensError, told
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.models.transformers_model import on_meta
+from pytest_qsens.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,8 +130,7 @@ class FactorySource:
             raise QsensError(f"cannot import {self.module} for {self.name}: {told(error)}") from error
         factory = getattr(module, self.attribute, None)
         if factory is None:
-            close = get_close_matches(self.attribute, vars(module), n=1)
-            suggestion = f" (did you mean {close[0]}?)" if close else ""
+            suggestion = did_you_mean(self.attribute, vars(module))
             raise QsensError(f"module {self.module} ({module.__file__}) has no {self.attribute!r}{suggestion}.")
         if not callable(factory):
             raise QsensError(f"{self.name} is {type(factory).__name__}, not a function that returns a ModelSpec.")

@@ -40,3 +40,32 @@ class ModelSpec:
     output: Callable[[Any, Batch], torch.Tensor]
     logits: bool = False
     rows: Callable[[Batch], Iterable[int] | None] | None = None
+
+
+def built(spec: ModelSpec) -> torch.nn.Module:
+    """Return the module of a spec, which its callable builds anew in every call."""
+    from torch import nn  # specs are imported where no model is loaded yet
+
+    return spec.model if isinstance(spec.model, nn.Module) else spec.model()
+
+
+def ready(spec: ModelSpec, device: str = "cpu", *, wide: bool = False) -> torch.nn.Module:
+    """Return the module of a spec as it is measured: on a device, in evaluation mode, without gradients, in fp32.
+
+    A module that the spec holds is itself changed.
+
+    Args:
+        spec: The model.
+        device: A torch device.
+        wide: Whether weights stored in bf16 or fp16 become fp32, which kernels need; else they are widened as they
+            are used (`pytest_qsens.graph.narrow`).
+
+    """
+    from pytest_qsens.graph.narrow import keep_narrow, make_wide
+
+    model = built(spec).to(device).eval().requires_grad_(requires_grad=False)
+    if wide:
+        make_wide(model)
+    else:
+        keep_narrow(model)
+    return model

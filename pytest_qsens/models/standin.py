@@ -11,7 +11,6 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from pytest_qsens.models.checkpoint import Checkpoint
 from pytest_qsens.models.data import Data
 from pytest_qsens.models.directory import DirectorySource
 from pytest_qsens.models.hub import FILES
+from pytest_qsens.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,11 +132,9 @@ def _resolve(source: str) -> tuple[Callable[[Path], None], Path | None]:
     if path.is_dir():
         Checkpoint(path).check_config()
         return lambda directory: _copy_small_files(path, directory), path
-    close = get_close_matches(source, PRESETS, n=1)
-    suggestion = f" (did you mean {close[0]}?)" if close else ""
     raise QsensError(
-        f"no stand-in can be made for {source!r}{suggestion}. Known: {', '.join(PRESETS)}. A directory with "
-        f"config.json and the files of a tokenizer or processor also works."
+        f"no stand-in can be made for {source!r}{did_you_mean(source, PRESETS)}. Known: {', '.join(PRESETS)}. A "
+        f"directory with config.json and the files of a tokenizer or processor also works."
     )
 
 

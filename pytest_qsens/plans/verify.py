@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.environment import environment
 from pytest_qsens.errors import QsensError
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
+from pytest_qsens.models.spec import built
 from pytest_qsens.ops import layers
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
@@ -51,8 +50,7 @@ class Verifier:
         _check_ops(path, self._ops, problem)
         reproducible_sums()
         spec = source.load()
-        model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-        self._spec = replace(spec, model=model)
+        self._spec = replace(spec, model=built(spec))
         self._path, self._run = path, run
 
     def nmse(self, assignment: Mapping[str, str | None]) -> float:

@@ -10,8 +10,8 @@ import torch
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.errors import QsensError, told
-from pytest_qsens.graph.narrow import keep_narrow
 from pytest_qsens.manifest import load_manifest
+from pytest_qsens.models.spec import ready
 from pytest_qsens.ops import layers
 from pytest_qsens.preparation import References, observe_all, placed
 from pytest_qsens.proxies.agreement import agreement, best_first
@@ -92,9 +92,7 @@ def compare_proxies(
     spec = source.load()
     if exact is None:
         exact = _measured(spec, ops, scheme)
-    model = spec.model if isinstance(spec.model, torch.nn.Module) else spec.model()
-    model = model.eval().requires_grad_(requires_grad=False)
-    keep_narrow(model)
+    model = ready(spec)
     wanted = [PROXIES[name] for name in PROXIES if not names or name in names]
     collected = _Collected(model, spec, [op for op in ops if op.name in exact.nmse], scheme, draws)
     without = collected.collect(frozenset(group for proxy in wanted for group in proxy.needs))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.calls import finite_channels, finite_rows
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.metrics import energy, squared_distance
+from pytest_qsens.parts import rows_within
 from pytest_qsens.proxies.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Observer:
 
 def rounding_errors(simulator: Simulator, op: str, call: Call) -> Iterator[tuple[int, Tensor]]:
     """Give what rounding does to a weight, fp32, some rows at a time, each with the first row's number."""
-    return simulator.weight_errors(op, call, max(1, _PART // max(1, call.weight.shape[1:].numel())))
+    return simulator.weight_errors(op, call, rows_within(_PART, call.weight))
 
 
 def add_uint8_errors(op: Statistics, weight: Tensor) -> None:
@@ -108,8 +109,7 @@ def add_uint8_errors(op: Statistics, weight: Tensor) -> None:
     NNCF's default ``WeightCompressionConfig``, INT8_ASYM, with which its criteria measure.
     """
     op.uint8_sse, op.uint8_worst = 0.0, 0.0
-    rows = max(1, _PART // max(1, weight.shape[1:].numel()))
-    for part in torch.split(weight.flatten(1), rows):
+    for part in torch.split(weight.flatten(1), rows_within(_PART, weight)):
         exact = part.float()
         factory = {"device": weight.device}
         observer = PerChannelMinMaxObserver(
@@ -139,14 +139,7 @@ def add_input(op: Statistics, call: Call) -> None:
     A row is what a linear sees at one position, and the channels at one position of a convolution's input. Variances
     and magnitudes of a channel are taken over the rows of one sample, the dimension before the last, as in NNCF.
     """
-    x = call.x
-    finite = finite_rows(x, call.kind)
-    if call.kind != "linear":
-        batched = x if x.dim() == int(call.kind[4]) + 2 else x[None]
-        x = batched.flatten(2).transpose(1, 2)  # (N, C, *spatial) to (N, positions, C)
-        finite = None if finite is None else finite.view(-1)
-    if finite is not None:
-        x = x[finite]
+    x = finite_channels(call.x, call.kind)
     x = x if x.dim() > 1 else x[None]
     if not x.numel():
         return

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError, unknown
-from pytest_qsens.files import check_replaceable
+from pytest_qsens.files import check_json_output
 from pytest_qsens.models.arguments import find_model
 from pytest_qsens.proxies.functions import PROXIES
 from pytest_qsens.quant.schemes import scheme_named
@@ -43,16 +42,7 @@ def check_output(path: Path | None, result: Path | None) -> None:
         return
     if result is not None and path.resolve() == result.resolve():
         raise QsensError(f"--json {path} would overwrite the result that the exact scores come from. Choose another.")
-    check_replaceable(path, _check_own)
-
-
-def _check_own(path: Path) -> None:
-    try:
-        known = "proxies" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        known = False
-    if not known:
-        raise QsensError(f"{path} exists and was not written by `qsens proxies`. Choose another name or remove it.")
+    check_json_output(path, "proxies", "qsens proxies")
 
 
 def find(given: Namespace) -> tuple[ModelSource, str]:

@@ -16,6 +16,7 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from pytest_qsens import profile
 from pytest_qsens.graph.calls import CONVOLUTIONS
+from pytest_qsens.parts import rows_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
     values = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
     sums = torch.empty_like(scale, dtype=torch.int64)
     parts = (values.flatten(1), channels, (1 / scale)[:, None], sums)
-    rows = max(1, CHUNK // max(1, parts[0].shape[1]))
+    rows = rows_within(CHUNK, channels)
     for integers, part, inverse, total in zip(*(torch.split(tensor, rows) for tensor in parts), strict=True):
         rounded = (part.float() * inverse).round_().clamp_(-128, 127)
         integers.copy_(rounded)

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from pytest_qsens import profile
-from pytest_qsens.graph.calls import finite_rows, unquantized
+from pytest_qsens.graph.calls import filled, finite_rows, unquantized
 from pytest_qsens.graph.narrow import memory_for, part_channels
 from pytest_qsens.ops import STATES
+from pytest_qsens.parts import rows_within
 from pytest_qsens.quant.formats import RoundedWeight, round_between, round_input, round_weight
 from pytest_qsens.quant.integers import (
     CHUNK,
@@ -82,19 +83,19 @@ class Simulator:
         if call.kind == "linear":
             output = self._linear(op, self._linear_input(op, call.x, finite), weight, call.bias)
         elif isinstance(weight, RoundedWeight):
-            output = self._convolved(op, call, self._rounded_input(op, _finite_only(call.x, finite)), weight)
+            output = self._convolved(op, call, self._rounded_input(op, filled(call.x, finite, 0)), weight)
         else:
             x = self._calibration.input_qparams(op)
             scale = torch.tensor(x.scale, device=call.x.device)
             output = self._real(op, call.kind, convolution_products(call, weight, x), scale, weight.scale, call.bias)
-        return _without_infinities(output, finite)
+        return filled(output, finite, torch.nan)
 
     def _state(self, op: str, call: Call) -> Tensor:
         """Round keys or values to what a cache would give back."""
         cache = self._scheme_of(op).parts.cache
         assert cache is not None  # noqa: S101 - no other is given to keys and values
         finite = finite_rows(call.x, call.kind)
-        x = _finite_only(call.x, finite)
+        x = filled(call.x, finite, 0)  # the scale of a tensor is that of the rows that are finite
         if cache.kind == "static":
             low, high = (seen.to(x.device) for seen in self._calibration.extremes(op, x.shape[-1]))
             found = round_between(x, cache, low, high)
@@ -103,7 +104,7 @@ class Simulator:
             found = round_input(x, cache, float(torch.maximum(-low, high)))
         else:
             found = round_input(x, cache)
-        return _without_infinities(found, finite)
+        return filled(found, finite, torch.nan)
 
     def _rows(self, op: str, rows: Tensor, weight: Tensor) -> Tensor:
         """Round looked-up rows of an embedding; of the others the extremes are known, where all have one scale."""
@@ -165,7 +166,7 @@ class Simulator:
         biases = call.bias if call.bias is None else torch.split(call.bias.expand(len(weight.values)), channels)
         for part, bias in zip(parts, biases or [None] * len(parts), strict=True):
             with profile.phase("local quantization"):
-                output = _without_infinities(self._linear(op, x, part, bias), finite)
+                output = filled(self._linear(op, x, part, bias), finite, torch.nan)
             yield output
 
     def _weight(self, op: str, call: Call) -> QuantizedWeight | RoundedWeight:
@@ -242,7 +243,7 @@ class Simulator:
         x = x if smoothed_by is None else x / smoothed_by
         if self._scheme_of(op).is_integer:
             return self._quantized_rows(op, x)
-        return self._rounded_input(op, _finite_only(x, finite))
+        return self._rounded_input(op, filled(x, finite, 0))
 
     def _convolved(self, op: str, call: Call, x: Tensor, weight: RoundedWeight) -> Tensor:
         # a convolution's output has the layout of its input and its weight
@@ -334,27 +335,11 @@ def _product(x: Tensor, weight: RoundedWeight, bias: Tensor | None) -> Tensor:
     return found.view(*x.shape[:-1], outputs)
 
 
-def _finite_only(values: Tensor, finite: Tensor | None) -> Tensor:
-    """Put zero into the rows (or samples) that are not finite: the scale of a tensor is that of the others."""
-    return values if finite is None else values.masked_fill(~_over(finite, values), 0)
-
-
-def _without_infinities(values: Tensor, finite: Tensor | None) -> Tensor:
-    """Put NaN into the rows (or samples) that are not finite."""
-    if finite is None:
-        return values
-    return values.masked_fill(~_over(finite, values), torch.nan)
-
-
-def _over(finite: Tensor, values: Tensor) -> Tensor:
-    return finite.view(*finite.shape, *[1] * (values.dim() - finite.dim()))
-
-
 def _rows(kind: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split outputs of one shape into parts that fit into a cache, none of them through a channel's values."""
     if kind == "linear":
         tensors = tuple(tensor.view(-1, tensor.shape[-1]) for tensor in tensors)
     elif tensors[0].dim() < int(kind[4]) + 2:  # no batch
         return iter([tensors])
-    rows = max(1, CHUNK // max(1, tensors[0].shape[1:].numel()))
+    rows = rows_within(CHUNK, tensors[0])
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

@@ -11,9 +11,10 @@ from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.counts import noun
 from pytest_qsens.report.findings import findings
 from pytest_qsens.results import CANNOT, LEFT_OUT
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from pytest_qsens.results import OpResult
     from pytest_qsens.session.run import Run
@@ -113,13 +114,13 @@ def _about_config(run: Run) -> Iterator[str]:
     if left_out:
         yield (
             f"NOT SIMULATED: the config quantizes {len(left_out)} of {ops} ops in a way that has no score; the "
-            f"total is without them: {_shown(left_out)}"
+            f"total is without them: {first_of(left_out, LISTED)}"
         )
     moved = [f"{op} ({old} → {new})" for op, (old, new) in run.moved.items() if op != TOTAL]
     if moved:
         prune = " --qsens-snapshot-prune" if run.unquantized.intersection(run.moved) else ""
         yield (
-            f"the snapshot was measured with another scheme of {len(moved)} {noun(run)}: {_shown(moved)}; record with "
+            f"the snapshot was measured with another scheme of {len(moved)} {noun(run)}: {first_of(moved, LISTED)}; record with "
             f"--snapshot-update{prune}"
         )
 
@@ -153,19 +154,16 @@ def _estimates(run: Run, *, gated: bool) -> Iterator[str]:
     left_out = [result for result in run.results.values() if (result.reason or "").startswith(LEFT_OUT)]
     for reason in sorted({result.reason or "" for result in left_out}):
         names = [result.op for result in sorted(left_out, key=_most) if result.reason == reason]
-        yield f"{reason}: {_shown(names)}"
+        yield f"{reason}: {first_of(names, LISTED)}"
     refused = [result for result in run.measured if (result.reason or "").startswith(CANNOT)]
     for reason in sorted({result.reason or "" for result in refused}):
-        yield f"{_shown([result.op for result in refused if result.reason == reason])}: {reason}"
+        names = [result.op for result in refused if result.reason == reason]
+        yield f"{first_of(names, LISTED)}: {reason}"
 
 
 def _most(result: OpResult) -> float:
     """Key by which what may be most sensitive comes first."""
     return -max((high for _, high in result.intervals.values()), default=math.inf)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:LISTED])}{f' and {len(names) - LISTED} more' * (len(names) > LISTED)}"
 
 
 def _grouped(results: Iterable[OpResult]) -> str:

@@ -7,7 +7,9 @@ import math
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from pytest_qsens.compare import NEVER_MEASURED, count
+from pytest_qsens.compare import NEVER_MEASURED
+from pytest_qsens.report.numbers import coefficient
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,11 +88,7 @@ def _correlations(found: Comparison) -> Iterator[str]:
     width = max(len(name) for name, _ in rows)
     yield f"  {'':<{width}}  {'ops':>5}  {'Spearman':>9}  {'Kendall tau-b':>13}"
     for name, row in rows:
-        yield f"  {name:<{width}}  {row.ops:>5}  {_coefficient(row.spearman):>9}  {_coefficient(row.kendall_tau_b):>13}"
-
-
-def _coefficient(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+        yield f"  {name:<{width}}  {row.ops:>5}  {coefficient(row.spearman):>9}  {coefficient(row.kendall_tau_b):>13}"
 
 
 def _top(found: Comparison) -> Iterator[str]:

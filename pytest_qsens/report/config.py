@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.command import count
 from pytest_qsens.configs.decisions import scheme_name
 from pytest_qsens.configs.simulated import simulated_as
 from pytest_qsens.configs.write import TARGETS
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ def _row(decision: Decision) -> list[str]:
 def trouble(problems: Sequence[Problem]) -> Iterator[str]:
     """Everything that is wrong."""
     if problems:
-        yield f"{count(len(problems))}; with --strict they are errors:"
+        yield f"{count(len(problems), 'problem')}; with --strict they are errors:"
         yield from (f"  {problem}" for problem in problems)
     else:
         yield "no problems"

@@ -6,11 +6,11 @@ import json
 from html import escape
 from typing import TYPE_CHECKING
 
-from pytest_qsens.compare import count
 from pytest_qsens.diff import KINDS
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.quant.schemes import noun
 from pytest_qsens.report.markdown import escaped
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

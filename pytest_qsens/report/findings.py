@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pytest_qsens.compare import count
 from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.places import SnapshotLines
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -21,6 +21,11 @@ def typeset(value: float | None) -> str:
     return _signed(f"{mantissa}e{int(exponent)}" if exponent else mantissa)
 
 
+def coefficient(value: float | None) -> str:
+    """Write a rank correlation."""
+    return "undefined" if value is None else f"{value:.3f}"
+
+
 def decibels(scores: Scores) -> str:
     """Write an SQNR with its unit; nothing where none was measured."""
     if "sqnr_db" not in scores:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_qsens.interactions import relative_error
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,12 +57,12 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
     free = {unit for unit, taken in zip(problem.owners, plan.chosen, strict=True) if taken}
     left = [unit.name for place, unit in enumerate(problem.units) if unit.kept is None and place not in free]
     if left:
-        yield f"unquantized by choice: {_listed(left)}"
+        yield f"unquantized by choice: {first_of(left, _LISTED)}"
     reasons: dict[str, list[str]] = {}
     for unit in kept:
         reasons.setdefault(unit.kept or "", []).append(unit.name)
     for reason, names in reasons.items():
-        yield f"unquantized, {reason}: {_listed(names)}"
+        yield f"unquantized, {reason}: {first_of(names, _LISTED)}"
 
 
 def _measured(problem: Problem, plan: Plan) -> Iterator[str]:
@@ -102,7 +103,3 @@ def _cells(problem: Problem, plan: Plan) -> list[str]:
         f"{problem.predicted(plan.chosen):.4g}",
         f"{problem.additive(plan.chosen):.4g}",
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_LISTED])}{f' and {len(names) - _LISTED} more' * (len(names) > _LISTED)}"

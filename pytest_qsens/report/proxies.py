@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from pytest_qsens.proxies.functions import PROXIES
+from pytest_qsens.report.numbers import coefficient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,15 +42,11 @@ def _row(proxy: Agreement) -> list[str]:
     return [
         proxy.name,
         str(len(proxy.values)),
-        _coefficient(proxy.spearman),
-        _coefficient(proxy.kendall_tau_b),
+        coefficient(proxy.spearman),
+        coefficient(proxy.kendall_tau_b),
         f"{proxy.top}/{proxy.places} ({proxy.expected_by_chance:.1f})",
         f"{proxy.forwards:.1f}",
     ]
-
-
-def _coefficient(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
 
 
 def as_json(found: Comparison) -> str:

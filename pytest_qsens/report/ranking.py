@@ -10,6 +10,7 @@ from pytest_qsens.rank_gates import RANKED_BY
 from pytest_qsens.report.heat import strip
 from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import MODES, lost_in_noise
+from pytest_qsens.wording import score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -159,5 +160,6 @@ def _numbers(scores: Scores) -> str:
     for metric, name in names.items():
         if metric in scores:
             value = scores[metric]
-            parts.append(f"{name} infinite" if value is None else f"{name} {value:.4g}{' dB' * (metric == 'sqnr_db')}")
+            unit = " dB" * (metric == "sqnr_db" and value is not None)
+            parts.append(f"{name} {score_text(value)}{unit}")
     return ", ".join(parts)

@@ -8,6 +8,7 @@ from pytest_qsens.ops import TOTAL
 from pytest_qsens.report.columns import aligned
 from pytest_qsens.report.interactions import side_by_side
 from pytest_qsens.results import lost_in_noise
+from pytest_qsens.wording import score_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,5 +80,4 @@ def _least_sensitive_last(op: OpResult) -> tuple[float | str, ...]:
 def _cell(scores: Scores | None, metric: str) -> str:
     if scores is None or metric not in scores:
         return "-"
-    value = scores[metric]
-    return "infinite" if value is None else f"{value:.4g}"
+    return score_text(scores[metric])

@@ -18,6 +18,7 @@ from pytest_qsens.report.places import relative
 from pytest_qsens.report.ranking import WORST
 from pytest_qsens.report.repeating import repeating
 from pytest_qsens.time_budget import NOT_MEASURED
+from pytest_qsens.wording import count, score_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,7 @@ def headline(controller: Controller, found: list[Finding]) -> str:
     ops = _with(results, "measured")
     if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
         how = "interrupted" if status == pytest.ExitCode.INTERRUPTED else "ended by an internal error"
-        return f"⚠️ qsens: {how} after {_count(ops)}, exit code {status}{f': {verdict}' * bool(verdict)}"
+        return f"⚠️ qsens: {how} after {count(ops, 'op')}, exit code {status}{f': {verdict}' * bool(verdict)}"
     if verdict:
         return f"❌ qsens: {verdict}"
     if not results and not any(run.total for run in controller.runs.values()):
@@ -74,15 +75,12 @@ def headline(controller: Controller, found: list[Finding]) -> str:
     others = [f"{number} {said}" for status_, said in _OTHERS.items() if (number := _with(results, status_))]
     also = "" if status == 0 else f"; pytest ended with exit code {status} for other reasons"
     what = "nothing that was measured" if others else "nothing"
-    return f"✅ qsens: {what} got worse, {', '.join([f'{_count(ops)} measured', *others])}{also}"
+    measured = ", ".join([f"{count(ops, 'op')} measured", *others])
+    return f"✅ qsens: {what} got worse, {measured}{also}"
 
 
 def _with(results: list[OpResult], status: str) -> int:
     return sum(result.status == status for result in results)
-
-
-def _count(number: int) -> str:
-    return f"{number} op{'s' * (number != 1)}"
 
 
 def _section(controller: Controller, run: Run, found: list[Finding]) -> Iterator[str]:
@@ -137,25 +135,18 @@ def _compared(finding: Finding) -> Iterator[list[str]]:
 
 def _values(found: Comparison) -> list[str]:
     if found.kind == "new":
-        return ["none", _number(found.new), ""]
+        return ["none", score_text(found.new), ""]
     if found.kind == "exceeded":
-        return ["", "not measured" if found.limit is None else _number(found.new), _limit(found)]
+        measured = ["not measured", ""] if found.limit is None else [score_text(found.new), score_text(found.limit)]
+        return ["", *measured]
     if found.limit is None:
-        return [_number(found.old), "not measured", ""]
+        return [score_text(found.old), "not measured", ""]
     change = ""
     if found.new is not None and found.old:
         percent = (found.new - found.old) / abs(found.old) * 100
         digits = 1 if abs(percent) < 100 else 0
         change = f" ({found.new - found.old:+.3g} dB)" if found.metric == "sqnr_db" else f" ({percent:+.{digits}f} %)"
-    return [_number(found.old), f"{_number(found.new)}{change}", _number(found.limit)]
-
-
-def _limit(found: Comparison) -> str:
-    return "" if found.limit is None else _number(found.limit)
-
-
-def _number(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4g}"
+    return [score_text(found.old), f"{score_text(found.new)}{change}", score_text(found.limit)]
 
 
 def _worst(run: Run) -> Iterator[str]:
@@ -173,12 +164,12 @@ def _worst(run: Run) -> Iterator[str]:
     total = run.total
     if total is not None and total.isolated is not None:
         yield ""
-        yield f"Everything quantized: nmse {_number(total.isolated['nmse'])}, SQNR {_decibels(total.isolated)} dB."
+        yield f"Everything quantized: nmse {score_text(total.isolated['nmse'])}, SQNR {_decibels(total.isolated)} dB."
 
 
 def _scores(result: OpResult, measure: Measure) -> list[str]:
     mode = measure.of(result).mode
-    value = _number(score(result, measure)) + f" ({mode})" * (measure.also is not None)
+    value = score_text(score(result, measure)) + f" ({mode})" * (measure.also is not None)
     if mode in result.intervals:
         low, high = result.intervals[mode]
         value += f" (estimated, {low:.3g} to {high:.3g})"

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pytest_qsens.joint_gates import JointVerdict
     from pytest_qsens.profile import Profile
-    from pytest_qsens.rank_gates import RankVerdict
     from pytest_qsens.results import OpResult, Payload
+    from pytest_qsens.run_verdicts import RunVerdict
     from pytest_qsens.snapshot import Entry, Snapshot
     from pytest_qsens.thresholds import Verdict
 
@@ -49,9 +48,9 @@ class Run:
     """Ops with a failed test."""
     recorded: Snapshot | None = None
     """The snapshot before it was updated, if there is going to be a report."""
-    ranks: list[RankVerdict] = field(default_factory=list)
+    ranks: list[RunVerdict] = field(default_factory=list)
     """What gates of the order of ops found, once all ops are through."""
-    joint: list[JointVerdict] = field(default_factory=list)
+    joint: list[RunVerdict] = field(default_factory=list)
     """What gates of interactions found, likewise."""
     spent: dict[str, float] = field(default_factory=dict)
     """Op → seconds that this run took for it; those that came from the cache are not there."""

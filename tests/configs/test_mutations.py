@@ -71,6 +71,14 @@ def survives(path: Path, name: str | None = None) -> None:
     assert "\n" not in refusal
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_changed_is_read(tmp_path: Path, document: Any) -> None:  # noqa: ANN401 - JSON
+    """Before anything of it is changed, each document is a config that says something of the ops of a model."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert read_config(path).rules
+
+
 @_SETTINGS
 @given(st.data())
 def test_any_value_anywhere(tmp_path: Path, data: st.DataObject) -> None:

@@ -54,12 +54,16 @@ def test_errors_are_those_of_a_replay(name: str) -> None:
     for divergence in (False, True):
         fast = measured(ARCHITECTURES[name].spec(), "delta", divergence=divergence)
         assert fast.keys() == exact.keys()
+        assert sum(result.status == "measured" for result in fast.values()) > len(fast) / 2
         for op, result in fast.items():
             assert result.status == exact[op].status, op
-            if exact[op].isolated is None or result.isolated is None:
+            expected = exact[op].isolated
+            if expected is None:
+                assert result.isolated is None, op
                 continue
-            nmse = exact[op].isolated["nmse"]  # type: ignore[index] # it was looked at
+            nmse = expected["nmse"]
             assert nmse is not None
+            assert result.isolated is not None, op
             assert result.isolated["nmse"] == pytest.approx(nmse, rel=0, abs=tolerance(nmse)), op
             if not divergence:
                 assert "kl" not in result.isolated

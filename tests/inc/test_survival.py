@@ -106,6 +106,7 @@ def test_batch_of_two_keys() -> None:
     torch.manual_seed(0)
     batch = {"x": randn(8, 4, seed=1), "y": randn(8, 4, seed=2)}
     both = build(ModelSpec(Two().eval(), [batch], [batch], lambda out, _: out))
+    assert len(both.ops) == 2
     for op in both.ops:
         assert equal(both.inc.fall_back(op).outputs, both.fx.fallback(op))
 

@@ -209,6 +209,7 @@ def test_the_same_few_channels_are_outliers_in_every_layer(made: Written) -> Non
         layers[number].mlp.up_proj.register_forward_pre_hook(watch(f"text mlp {number}"))
         blocks[number].attn.qkv.register_forward_pre_hook(watch(f"vision {number}"))
     model(**spec.evaluation[0])
+    assert len(inputs) == 6
     for name, values in inputs.items():
         width, count = (64, 1) if "vision" in name else (128, 2)
         largest = values.amax(dim=0)

@@ -227,26 +227,26 @@ def _other_files(dry: Dry) -> None:
 
 
 @pytest.mark.parametrize(
-    "tamper",
+    ("tamper", "message"),
     [
-        _a_workflow,
-        _a_script,
-        _too_deep,
-        _no_json,
-        _other_json,
-        _a_list,
-        _a_link,
-        _a_linked_directory,
-        _a_hidden_file,
-        _a_newline,
-        _a_pipe,
-        _a_link_in_the_branch,
-        _snapshots_are_a_link,
-        _other_changes,
-        _other_files,
+        (_a_workflow, "no snapshot file: '.github/workflows/ci.yml'"),
+        (_a_script, "no snapshot file: 'm/setup.py'"),
+        (_too_deep, "no snapshot file: 'm/n/w8a8.json'"),
+        (_no_json, "no snapshot in it: m/w8a8.json"),
+        (_other_json, "no snapshot in it: m/w8a8.json"),
+        (_a_list, "no snapshot in it: m/w8a8.json"),
+        (_a_link, "no plain file: m/w4a8.json"),
+        (_a_linked_directory, "no snapshot file: 'linked'"),
+        (_a_hidden_file, "no snapshot file: 'm/.w8a8.json'"),
+        (_a_newline, "no snapshot file: $'m/x\\n::warning::y.json'"),
+        (_a_pipe, "no plain file: m/w4a8.json"),
+        (_a_link_in_the_branch, "a link: qsens_snapshots/m"),
+        (_snapshots_are_a_link, "a link: qsens_snapshots"),
+        (_other_changes, "other files changed:  M code.py"),
+        (_other_files, "other files changed: ?? new.py"),
     ],
 )
-def test_tampering_is_refused(dry: Dry, tamper: Callable[[Dry], None]) -> None:
+def test_tampering_is_refused(dry: Dry, tamper: Callable[[Dry], None], message: str) -> None:
     """Code of a pull request may have written anything into the artifact: nothing but snapshots is committed."""
     tamper(dry)
     before = dry.head
@@ -254,7 +254,7 @@ def test_tampering_is_refused(dry: Dry, tamper: Callable[[Dry], None]) -> None:
     assert found.returncode != 0
     assert dry.head == before
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("::")]
-    assert line.startswith("::error title=qsens accept::")
+    assert line == f"::error title=qsens accept::{message}"
 
 
 def test_code_of_the_branch_is_not_run(dry: Dry) -> None:
@@ -282,7 +282,9 @@ def test_a_branch_that_has_moved_on(dry: Dry) -> None:
     git(dry.work, "commit", "--quiet", "-am", "More")
     git(dry.work, "push", "--quiet", str(dry.remote), "HEAD:refs/heads/topic/x")
     head = dry.head
-    assert dry.commit().returncode != 0
+    found = dry.commit()
+    assert found.returncode == 1
+    assert "[rejected]" in found.stderr
     assert dry.head == head
 
 

@@ -203,7 +203,7 @@ def test_tests_of_the_user_and_the_ini_file(pytester: pytest.Pytester) -> None:
     assert pytester.runpytest_inprocess("test_own.py", "-k", "head").ret == NOT_MEASURED
     pytester.makepyfile(test_own=OWN.format(more=", fail='top3:3'"))
     result = pytester.runpytest_inprocess("test_own.py")
-    assert result.ret != 0
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stdout.fnmatch_lines(["*fail= of @pytest.mark.qsens 'top3:3': top3 compares the order of all ops of a run*"])
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_qsens.ops import CACHED, STATES
+from pytest_qsens.quant.op_scheme import BLOCK_OF
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pytest_qsens.ops import Op
-    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme
+    from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
 
 
 class Assigned(NamedTuple):
@@ -71,3 +72,11 @@ def of_all(states: Sequence[Assigned]) -> ActivationScheme | None:
 def most_common(assigned: Sequence[Assigned]) -> OpScheme | None:
     """Scheme that most of them have, of equals the first; ``None`` if there are no ops."""
     return max(by_scheme(assigned).items(), key=lambda item: len(item[1]), default=(None, []))[0]
+
+
+def obstacle_of_blocks(part: WeightScheme | ActivationScheme) -> str | None:
+    """Why a number format has no such scale: its standard says how many elements share one."""
+    block = BLOCK_OF.get(part.dtype)
+    if block is None or (part.granularity, part.size) == ("group", (block,)):
+        return None
+    return f"{part.dtype} has groups of {block}"

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
 from pytest_qsens.configs.observers import COMPRESSED_TENSORS
 from pytest_qsens.configs.rules import CLASS_OF
-from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, most_common, names, of_all, split
+from pytest_qsens.configs.writers.assigned import (
+    Inexpressible,
+    by_scheme,
+    most_common,
+    names,
+    obstacle_of_blocks,
+    of_all,
+    split,
+)
 from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.op_scheme import OpScheme
 
 _FLOATS = {"fp8_e4m3": 8, "mxfp8": 8, "mxfp6": 6, "fp6_e2m3": 6, "fp4_e2m1": 4, "mxfp4": 4, "nvfp4": 4}
-_SIZES = {"mxfp8": (32,), "mxfp6": (32,), "mxfp4": (32,), "nvfp4": (16,)}
 _OF_WEIGHTS = ("tensor", "channel", "group", "block")
 _DYNAMIC = ("token", "tensor", "group")
 _STATIC = ("tensor", "group")
@@ -106,9 +113,8 @@ def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
         return f"it has no {part.dtype}"
     if part.dtype not in INTEGERS and not part.symmetric:
         return f"{what} of {part.dtype} have no zero points"
-    needed = _SIZES.get(part.dtype)
-    if needed is not None and (part.granularity, part.size) != ("group", needed):
-        return f"{part.dtype} has groups of {needed[0]}"
+    if (why := obstacle_of_blocks(part)) is not None:
+        return why
     if isinstance(part, WeightScheme):
         return None if part.granularity in _OF_WEIGHTS else f"weights have no scale per {part.granularity}"
     if (part.kind == "local") != (part.dtype == "nvfp4" and part.kind != "static"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from glob import escape
 from typing import TYPE_CHECKING
 
-from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
+from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible, obstacle_of_blocks
 from pytest_qsens.configs.writers.dump import Row
-from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, WeightScheme
+from pytest_qsens.quant.op_scheme import BLOCK_OF, INTEGERS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _FLOATS = {"fp8_e4m3": [4, 3], "mxfp8": [4, 3], "mxfp4": [2, 1], "nvfp4": [2, 1]}
 _SCALES = {"mxfp8": [8, 0], "mxfp4": [8, 0], "nvfp4": [4, 3]}
-_SIZES = {"mxfp8": (32,), "mxfp4": (32,), "nvfp4": (16,)}
 
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
@@ -81,15 +80,14 @@ def _obstacle(part: WeightScheme | ActivationScheme, op_type: str) -> str | None
         return f"{what} have zero points, and its quantizers have none"
     if op_type.startswith("conv") and part.granularity not in ("tensor", "channel"):
         return f"a scale per {part.granularity} is along the last axis of a kernel or an image"
-    needed = _SIZES.get(part.dtype)
-    if needed is not None and (part.granularity, part.size) != ("group", needed):
-        return f"{part.dtype} has groups of {needed[0]}"
+    if (why := obstacle_of_blocks(part)) is not None:
+        return why
     return None if isinstance(part, WeightScheme) else _obstacle_of_activation(part)
 
 
 def _obstacle_of_activation(part: ActivationScheme) -> str | None:
     known: tuple[tuple[str, str], ...] = (("static", "tensor"), ("dynamic", "tensor"), ("dynamic", "token"))
-    if part.dtype in _SIZES:
+    if part.dtype in BLOCK_OF:
         known = (("local" if part.dtype == "nvfp4" else "dynamic", "group"),)
     if (part.kind, part.granularity) in known:
         return None

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qsens.compare import count
 from pytest_qsens.ops import STATES
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
 from pytest_qsens.report.directory.contents import ranked
 from pytest_qsens.report.measures import name_of
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from pytest_qsens.details import Channels, Details, OpRanges

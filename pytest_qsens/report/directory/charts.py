@@ -11,9 +11,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qsens.compare import count
 from pytest_qsens.report.measures import name_of, score
 from pytest_qsens.results import lost_in_noise
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

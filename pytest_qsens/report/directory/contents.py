@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from pytest_qsens.compare import count
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.diff import KINDS, diff, of_result
 from pytest_qsens.errors import QsensError
@@ -18,6 +17,7 @@ from pytest_qsens.report.diff import SAID
 from pytest_qsens.report.findings import FAILING, said
 from pytest_qsens.report.measures import by_score, measure_of
 from pytest_qsens.thresholds import DEFAULT_FAIL, parse_fail
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from pytest_qsens.diff import Side
     from pytest_qsens.gates import Gates
-    from pytest_qsens.rank_gates import RankVerdict
     from pytest_qsens.results import RunResult
+    from pytest_qsens.run_verdicts import RunVerdict
     from pytest_qsens.thresholds import Verdict
 
 
@@ -74,7 +74,7 @@ def _past_limits(result: RunResult, gates: Gates) -> Iterator[tuple[str, Verdict
             yield op.op, verdict
 
 
-def _ranks(result: RunResult, old: Side, gates: Gates) -> list[RankVerdict]:
+def _ranks(result: RunResult, old: Side, gates: Gates) -> list[RunVerdict]:
     """Compare the order of the ops with that of the old file."""
     entries = {
         name: Entry(op.type, **{str(mode): scores for mode, scores in op.scores.items()}, scheme=op.scheme)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.collection.catalogue import catalogue
-from pytest_qsens.compare import count
 from pytest_qsens.details import Details
 from pytest_qsens.diff import of_snapshot
 from pytest_qsens.given_options import base_options, updating
@@ -18,6 +17,7 @@ from pytest_qsens.report.directory.channel_charts import wanted, without_ranges
 from pytest_qsens.report.directory.contents import Judgement, Report, compared, suggestions, unit_of
 from pytest_qsens.report.findings import FAILING, SAID, findings, said
 from pytest_qsens.session.result import result_of
+from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
