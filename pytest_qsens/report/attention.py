@@ -120,8 +120,8 @@ def _about_config(run: Run) -> Iterator[str]:
     if moved:
         prune = " --qsens-snapshot-prune" if run.unquantized.intersection(run.moved) else ""
         yield (
-            f"the snapshot was measured with another scheme of {len(moved)} {noun(run)}: {first_of(moved, LISTED)}; record with "
-            f"--snapshot-update{prune}"
+            f"the snapshot was measured with another scheme of {len(moved)} {noun(run)}: {first_of(moved, LISTED)}; "
+            f"record with --snapshot-update{prune}"
         )
 
 
