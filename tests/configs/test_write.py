@@ -66,6 +66,7 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
             "linear": [
                 *(NONE, "w8a8", "w8a8_dynamic", "w4a16_g128_asym", "fp8e5m2_static_act_channel", "nvfp4_local"),
                 *("w8a8_percentile99.9", "w8a8_entropy_smoothquant0.75", "w8a8_dynamic_smoothquant_unshared"),
+                *("mxfp8_dynamic_rceil", "wmxfp4a16_even", "wmxfp4amxfp8_dynamic_rceil_act_floor"),
             ],
             "conv2d": [NONE, "w8a8", "w8a8_static", "w3a16_block4x4"],
             "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wnf4a16"],
@@ -83,7 +84,8 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
                 *(NONE, "w8a16", "w8a16_tensor", "w8a16_g64", "w8a16_asym", "w4a16_g128_asym", "w2a16", "wnvfp4a16"),
                 *("w8a8_dynamic", "w8a8_dynamic_tensor_act_tensor_asym", "w4a8_dynamic_g32_act_asym"),
                 *("fp8_dynamic", "fp8_dynamic_tensor_act_tensor", "fp8_dynamic_block128x128_act_g128", "wfp8a16"),
-                *("wfp8e5m2a16_tensor", "w4afp8_dynamic_g128", "mxfp8_dynamic", "mxfp4_dynamic", "nvfp4_dynamic"),
+                *("wfp8e5m2a16_tensor", "mxfp8_dynamic", "mxfp4_dynamic", "nvfp4_dynamic"),
+                *("mxfp8_dynamic_rceil", "mxfp4_dynamic_rceil", "mxfp4_dynamic_even", "mxfp8_dynamic_ceil"),
             ],
             "embedding": [NONE, "w8a16_asym", "w4a16_g32"],
             "conv2d": [NONE],
