@@ -24,17 +24,22 @@ _TILE = 16
 
 def sizes_in_the_way(scheme: OpScheme, op: Op) -> str | None:
     """Why torchao does not quantize a weight of these sizes; ``None`` if it does, or they are not known."""
-    if op.features is None or op.elements is None or scheme.weight is None:
+    weight = scheme.weight
+    if op.features is None or op.elements is None or weight is None:
         return None
-    rows = op.elements // op.features
-    if rows % _TILE == 0 and op.features % _TILE == 0:
+    sizes = (op.elements // op.features, op.features)
+    whole = all(size % _TILE == 0 for size in sizes)
+    found = f"sizes are no multiples of {_TILE}, as those of {sizes[0]} x {sizes[1]} are not"
+    if weight.dtype == "nvfp4":
+        return None if whole else f"torchao refuses NVFP4 for weights whose {found}"
+    if not weight.dtype.startswith("fp8") or scheme.activation is None:
         return None
-    sizes = f"sizes are no multiples of {_TILE}, as those of {rows} x {op.features} are not"
-    if scheme.weight.dtype == "nvfp4":
-        return f"torchao refuses NVFP4 for weights whose {sizes}"
-    if scheme.weight.dtype.startswith("fp8") and scheme.activation is not None:
-        return f"torchao leaves weights unquantized, without a word, whose {sizes}"
-    return None
+    if weight.granularity == "block" and any(size % part for size, part in zip(sizes, weight.size, strict=True)):
+        blocks = f"{weight.size[0]} x {weight.size[1]}"
+        return f"torchao refuses blocks of {blocks} for weights of {sizes[0]} x {sizes[1]}, which they do not divide"
+    if weight.granularity == "tensor" and sizes == (128, 128):
+        return "torchao takes the scale of a weight of 128 x 128 for that of a block, and fails once it runs"
+    return None if whole else f"torchao leaves weights unquantized, without a word, whose {found}"
 
 
 def opened(value: object, where: str, problems: list[Problem]) -> tuple[str, ConfigFields]:
