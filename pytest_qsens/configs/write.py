@@ -60,6 +60,7 @@ class Target:
 
 
 _TORCHS = ("histogram", "minmax")
+_AVERAGED = ("minmax", "moving_average")
 
 TARGETS: dict[str, Target] = {
     "qsens": Target(
@@ -69,8 +70,8 @@ TARGETS: dict[str, Target] = {
     "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=_TORCHS),
     "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=_TORCHS),
     "torchao": Target(torchao.write, observers=OBSERVERS, scaling_modes=True),
-    "compressed-tensors": Target(compressed_tensors.write, states=True, observers=("minmax", "moving_average")),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=("minmax", "moving_average")),
+    "compressed-tensors": Target(compressed_tensors.write, states=True, observers=_AVERAGED, scaling_modes=True),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=_AVERAGED, scaling_modes=True),
     "modelopt": Target(modelopt.write_exported, states=True, observers=("minmax",)),
     "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),

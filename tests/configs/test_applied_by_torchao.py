@@ -9,6 +9,7 @@ products per tensor and per row are then torch's own on a CPU, and what has no k
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -381,9 +382,15 @@ def test_schemes_that_torchao_has_not() -> None:
             write_config({"fc": named(scheme, "here")}, [Op("fc", "linear")], "torchao")
 
 
-def test_other_formats_do_not_say_modes() -> None:
-    """They have one of their own."""
-    with pytest.raises(
-        QsensError, match=r"scales are found in mode rceil, which its files do not say\. qsens, torchao"
+def test_other_formats_say_no_modes_or_have_their_own() -> None:
+    """And then no other is written."""
+    for scheme, target, why in (
+        (
+            "mxfp8_dynamic_rceil",
+            "modelopt",
+            "scales are found in mode rceil, which its files do not say. qsens, torchao",
+        ),
+        ("mxfp4_dynamic", "compressed-tensors", "it finds scales of mxfp4 in mode even (measure that to write it)"),
     ):
-        write_config({"fc": named("mxfp8_dynamic_rceil", "here")}, [Op("fc", "linear")], "compressed-tensors")
+        with pytest.raises(QsensError, match=re.escape(why)):
+            write_config({"fc": named(scheme, "here")}, [Op("fc", "linear")], target)

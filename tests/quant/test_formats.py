@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
@@ -24,6 +24,7 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
+from pytest_qsens.configs.compressed_tensors_arguments import MODES
 from pytest_qsens.quant.formats import round_input, round_weight
 from pytest_qsens.quant.op_scheme import ActivationScheme, Granularity, WeightScheme
 from pytest_qsens.quant.powers_of_two import powers_of_two
@@ -184,6 +185,24 @@ def test_mx_equals_torchaos(values: Tensor, dtype: str, mode: ScaleCalculationMo
     stored = 2.0 if dtype == "mxfp4" else 1.0
     assert torch.equal(found.scale.double() * stored, 2.0**exponents)
     assert equal(rounded(values, scheme), expected.dequantize())
+
+
+@settings(max_examples=30, deadline=None)
+@given(matrices(-20, 20), st.sampled_from(["mxfp8", "mxfp4"]))
+def test_modes_of_compressed_tensors(values: Tensor, dtype: str) -> None:
+    """It is EVEN for E2M1, and RCEIL for E4M3, but for magnitudes that are 448 times a power of two."""
+    arguments: Any = preset_name_to_scheme(dtype.upper(), ["Linear"]).weights
+    groups = values.view(6, -1, 32)
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    expected = fake_quantize(values, scale, zero_point, arguments)
+    found = rounded(values, WeightScheme(dtype, "group", (32,), scaling_mode=MODES[dtype]))
+    fraction = groups.abs().amax(-1).frexp().mantissa
+    alike = (fraction * 2 != 448 / 256) if dtype == "mxfp8" else torch.ones_like(fraction, dtype=torch.bool)
+    assert torch.equal(found.view_as(groups)[alike], expected.view_as(groups)[alike])
+    edge = torch.full((1, 32), 448.0)
+    scale, _ = calculate_qparams(-edge.amax(-1, keepdim=True), edge.amax(-1, keepdim=True), arguments)
+    own = float(powers_of_two(torch.tensor(448.0), dtype, MODES[dtype]))
+    assert float(scale) == (2 * own if dtype == "mxfp8" else own)
 
 
 @pytest.mark.parametrize("dtype", ["mxfp8", "mxfp4"])
