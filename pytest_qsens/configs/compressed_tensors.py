@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from pytest_qsens.configs.compressed_tensors_arguments import arguments, read_observer
+from pytest_qsens.configs.compressed_tensors_arguments import MODES, arguments, read_observer
 from pytest_qsens.configs.compressed_tensors_states import REGEX, attention_rules, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
@@ -40,13 +40,13 @@ PRESETS: dict[str, str | None] = {
     "FP8_BLOCK": "fp8_dynamic_block128x128_act_g128",
     "NVFP4": "nvfp4_local",
     "NVFP4A16": "wnvfp4a16",
-    "MXFP4": "mxfp4_dynamic",
-    "MXFP4A16": "wmxfp4a16",
-    "MXFP4XFP8": "wmxfp4afp8_dynamic_act_g128",
-    "MXFP6A16": "wmxfp6a16",
-    "MXFP6A8": "wmxfp6amxfp8_dynamic",
-    "MXFP8": "mxfp8_dynamic",
-    "MXFP8A16": "wmxfp8a16",
+    "MXFP4": "mxfp4_dynamic_even",
+    "MXFP4A16": "wmxfp4a16_even",
+    "MXFP4XFP8": "wmxfp4afp8_dynamic_even_act_g128",
+    "MXFP6A16": "wmxfp6a16_even",
+    "MXFP6A8": "wmxfp6amxfp8_dynamic_even_act_rceil",
+    "MXFP8": "mxfp8_dynamic_rceil",
+    "MXFP8A16": "wmxfp8a16_rceil",
     **{f"W{w}A{a}": f"w{w}a{a}_dynamic_g128" for w, a in ((2, 4), (2, 8), (3, 4), (3, 8), (4, 4), (4, 8))},
     **{f"W{w}A8": f"w{w}a8_dynamic_g128" for w in (5, 6, 7)},
     **{f"W{w}A16": f"w{w}a16_g128" for w in (2, 3, 4, 5, 6, 7, 8)},
@@ -159,7 +159,7 @@ def _weight(fields: ConfigFields) -> WeightScheme | Unknown:
     if strategy == "tensor_group" and dtype != "nvfp4":
         return Unknown(f"{dtype} tensor_group", f"weights are {dtype} with scales of groups and of the tensor")
     granularity: Granularity = "group" if strategy == "tensor_group" else cast("Granularity", strategy)
-    return WeightScheme(dtype, granularity, size, symmetric)
+    return WeightScheme(dtype, granularity, size, symmetric, MODES.get(dtype, ""))
 
 
 def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
@@ -173,7 +173,7 @@ def _activation(fields: ConfigFields) -> ActivationScheme | Unknown:
     if strategy == "tensor_group" and dtype != "nvfp4":
         return Unknown(f"{dtype} tensor_group", f"activations are {dtype} with scales of groups and of the tensor")
     granularity: Granularity = "group" if strategy == "tensor_group" else cast("Granularity", strategy)
-    return ActivationScheme(dtype, kind, granularity, size, symmetric, observer)
+    return ActivationScheme(dtype, kind, granularity, size, symmetric, observer, MODES.get(dtype, ""))
 
 
 def ordered(groups: Sequence[Group], ignore: Iterable[tuple[str, str]], problems: list[Problem]) -> list[Rule]:

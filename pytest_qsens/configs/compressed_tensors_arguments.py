@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from pytest_qsens.configs.fields import ConfigFields
     from pytest_qsens.quant.op_scheme import Kind
 
+MODES = {"mxfp8": "rceil", "mxfp6": "even", "mxfp4": "even"}
+"""How it finds scales that are powers of two (``generate_mx_scales``). Of E4M3 it rounds the largest magnitude to the
+mantissa of E2M1, which is RCEIL but for magnitudes of exactly 448 times a power of two, whose scales it doubles."""
+
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from pytest_qsens.configs.compressed_tensors_arguments import arguments, read_observer
+from pytest_qsens.configs.compressed_tensors_arguments import MODES, arguments, read_observer
 from pytest_qsens.configs.fields import ConfigFields
 from pytest_qsens.configs.observers import LLM_COMPRESSORS_DEFAULT
 from pytest_qsens.configs.rules import Pattern, Rule
@@ -59,7 +59,8 @@ def _cache(fields: ConfigFields, default: str = LLM_COMPRESSORS_DEFAULT) -> OpSc
     elif strategy != "tensor":
         raise QsensError(f"{fields.where}: keys and values have no strategy {strategy!r}.")
     observer = "" if observer == "minmax" else observer  # the usual one, whatever the dtype
-    return OpScheme(None, cache=ActivationScheme(dtype, kind, granularity, size, symmetric, observer))
+    cache = ActivationScheme(dtype, kind, granularity, size, symmetric, observer, MODES.get(dtype, ""))
+    return OpScheme(None, cache=cache)
 
 
 def attention_rules(

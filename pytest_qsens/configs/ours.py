@@ -25,6 +25,7 @@ from pytest_qsens.quant.op_scheme import (
     usual_cache,
     usual_weight,
 )
+from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO, SCALING_MODES
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -169,7 +170,8 @@ def _smoothing(fields: ConfigFields | None) -> SmoothQuant | None:
 def _weight(fields: ConfigFields) -> WeightScheme:
     dtype = _dtype(fields)
     granularity, size = _extent(fields, ("tensor", "channel", "group", "block"), *usual_weight(dtype))
-    scheme = WeightScheme(dtype, cast("Any", granularity), size, fields.flag("symmetric", default=True))
+    symmetric = fields.flag("symmetric", default=True)
+    scheme = WeightScheme(dtype, cast("Any", granularity), size, symmetric, _mode(fields, dtype))
     fields.finish()
     return scheme
 
@@ -183,7 +185,7 @@ def _activation(fields: ConfigFields) -> ActivationScheme:
     )
     symmetric = fields.flag("symmetric", default=symmetric)
     observer = named_by_us(fields, kind)
-    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer)
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer, _mode(fields, dtype))
     fields.finish()
     return scheme
 
@@ -200,13 +202,25 @@ def _cache(fields: ConfigFields) -> ActivationScheme:
             f"{fields.at('observer')}: {observer!r} is not one of minmax, moving_average, which keys and values have"
         )
     observer = "" if observer == "minmax" else observer
-    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer)
+    scheme = ActivationScheme(dtype, cast("Any", kind), granularity, size, symmetric, observer, _mode(fields, dtype))
     fields.finish()
     return scheme
 
 
 def _dtype(fields: ConfigFields) -> str:
     return fields.choice("dtype", (*INTEGERS, *FLOATS))
+
+
+def _mode(fields: ConfigFields, dtype: str) -> str:
+    mode = fields.optional_text("scaling_mode")
+    if mode is None:
+        return ""
+    if dtype not in POWERS_OF_TWO:
+        known = ", ".join(POWERS_OF_TWO)
+        raise QsensError(f"{fields.at('scaling_mode')}: scales of {dtype} have no mode, those of {known} have")
+    if mode not in SCALING_MODES:
+        raise QsensError(f"{fields.at('scaling_mode')}: {mode!r} is not one of {', '.join(SCALING_MODES)}")
+    return mode
 
 
 def _extent(

@@ -46,6 +46,7 @@ class Target:
         states: Whether it can say how keys and values of attention are quantized.
         observers: That it can name; any percentile if it can name one. What has no static scales has them all.
         smooths: Whether it can say that inputs are smoothed.
+        scaling_modes: Whether it can say in which mode scales are found that are powers of two.
 
     """
 
@@ -55,18 +56,22 @@ class Target:
     states: bool = False
     observers: tuple[str, ...] = ()
     smooths: bool = False
+    scaling_modes: bool = False
 
 
 _TORCHS = ("histogram", "minmax")
+_AVERAGED = ("minmax", "moving_average")
 
 TARGETS: dict[str, Target] = {
-    "qsens": Target(ours.write, ("YAML", "TOML", "JSON"), states=True, observers=OBSERVERS, smooths=True),
+    "qsens": Target(
+        ours.write, ("YAML", "TOML", "JSON"), states=True, observers=OBSERVERS, smooths=True, scaling_modes=True
+    ),
     "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=_TORCHS),
     "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=_TORCHS),
     "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=_TORCHS),
-    "torchao": Target(torchao.write, observers=OBSERVERS),
-    "compressed-tensors": Target(compressed_tensors.write, states=True, observers=("minmax", "moving_average")),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=("minmax", "moving_average")),
+    "torchao": Target(torchao.write, observers=OBSERVERS, scaling_modes=True),
+    "compressed-tensors": Target(compressed_tensors.write, states=True, observers=_AVERAGED, scaling_modes=True),
+    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=_AVERAGED, scaling_modes=True),
     "modelopt": Target(modelopt.write_exported, states=True, observers=("minmax",)),
     "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=True),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
@@ -167,8 +172,12 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
     return [*found.values()]
 
 
-def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
-    """Why a file cannot say what is done with the calibration data."""
+def _in_the_way(scheme: OpScheme, target: Target) -> str | None:
+    """Why a file cannot say how scales are found: from the calibration data, or those that are powers of two."""
+    parts = (scheme.weight, scheme.activation, scheme.cache)
+    modes = [part.scaling_mode for part in parts if part is not None and part.scaling_mode]
+    if modes and not target.scaling_modes:
+        return f"scales are found in mode {modes[0]}, which its files do not say"
     if scheme.smoothing is not None and not target.smooths:
         return "inputs are smoothed, which its files do not say"
     part = scheme.cache or scheme.activation
@@ -204,7 +213,7 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     for one in assigned:
         if one.op.type == "embedding" and one.scheme is not None and one.scheme.activation is not None:
             raise Inexpressible(one, "an embedding is given indices, which are not quantized")
-        why = None if target.exclusions or one.scheme is None else _calibration_in_the_way(one.scheme, target)
+        why = None if target.exclusions or one.scheme is None else _in_the_way(one.scheme, target)
         if why is not None:
             raise Inexpressible(one, why)
     cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]

@@ -219,7 +219,9 @@ def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibrat
         return None
     if activation.dtype not in BLOCK_OF:
         return 0  # the largest value of a row, or of the tensor, is the largest number of the format
-    return _clipped(rows, WeightScheme(activation.dtype, "group", activation.size))
+    return _clipped(
+        rows, WeightScheme(activation.dtype, "group", activation.size, scaling_mode=activation.scaling_mode)
+    )
 
 
 def clipped_uint8(values: Tensor, scale: float, zero_point: int) -> int:

@@ -37,13 +37,18 @@ def described(parts: OpScheme, op_type: str) -> str:
 
 def _weight(weight: WeightScheme, channel: str = "channel") -> str:
     extent = f"per {channel}" if weight.granularity == "channel" else _per(weight)
-    return f"{weight.dtype} {extent}" + ", with zero points" * (not weight.symmetric)
+    zero_points = "" if weight.symmetric else ", with zero points"
+    return f"{weight.dtype} {extent}{zero_points}{_mode(weight)}"
 
 
 def _activation(activation: ActivationScheme) -> str:
     zero_points = "" if activation.symmetric else ", with zero points"
-    found = f"{activation.dtype} {_per(activation)}{zero_points}, {activation.kind}"
+    found = f"{activation.dtype} {_per(activation)}{zero_points}{_mode(activation)}, {activation.kind}"
     return f"{found}, by {activation.observer}" if activation.observer else found
+
+
+def _mode(part: WeightScheme | ActivationScheme) -> str:
+    return f", scales {part.scaling_mode}" if part.scaling_mode else ""
 
 
 def _smoothing(smoothing: SmoothQuant) -> str:

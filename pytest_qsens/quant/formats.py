@@ -1,8 +1,8 @@
 """Numbers in low precision: integers, E4M3, and the formats whose blocks share a scale.
 
 Scales and codes are those of torchao, bit for bit: integers as its ``IntxUnpackedToInt8Tensor`` and ``Int8Tensor``,
-``fp8_e4m3`` as ``Float8Tensor``, ``mxfp8`` and ``mxfp4`` as ``MXTensor`` in mode ``FLOOR``, which is the one of the
-standard (OCP Microscaling Formats v1.0, 6.3), ``nvfp4`` as ``NVFP4Tensor`` with a scale of the tensor. What has no
+``fp8_e4m3`` as ``Float8Tensor``, ``mxfp8`` and ``mxfp4`` as ``MXTensor`` in all its modes, ``FLOOR`` being the one of
+the standard (OCP Microscaling Formats v1.0, 6.3), ``nvfp4`` as ``NVFP4Tensor`` with a scale of the tensor. What has no
 scale there, a tensor of zeros, is zero here.
 """
 
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
+from pytest_qsens.quant.powers_of_two import powers_of_two
+from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO
 from pytest_qsens.quant.schemes import HELD_IN_BF16
 
 if TYPE_CHECKING:
@@ -27,13 +29,6 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 _E4M3_LEAST = 2.0**-6
 """The least normal number, below which torchao lets no scale of a block fall."""
-
-_EMAX = {"mxfp8": 8, "mxfp4": 2}
-"""Exponents of the largest power of two in the elements."""
-
-_E8M0_LEAST, _E8M0_MOST = -127, 127
-_MANTISSA = 23
-_BIAS = 127
 
 _TENSOR_LEAST = 2.0**-120
 """The least scale of a tensor: with less, its inverse divided by that of a block is past all fp32 numbers."""
@@ -103,7 +98,7 @@ def round_weight(weight: Tensor, scheme: WeightScheme) -> RoundedWeight:
     elif scheme.granularity == "block":
         low, high = -_over_rows(-low, scheme.size[0]), _over_rows(high, scheme.size[0])
     largest = torch.maximum(-low.amin(), high.amax()) if scheme.dtype == "nvfp4" else None
-    scales = _scales(scheme.dtype, low, high, largest, symmetric=scheme.symmetric)
+    scales = _scales(scheme, low, high, largest)
     wide = 2.0 if _is_e2m1(scheme.dtype) else 1.0
     values = torch.empty((rows, columns), dtype=_stored(scheme.dtype), device=weight.device)
     step = max(1, _CHUNK // max(1, columns))
@@ -139,7 +134,7 @@ def round_input(x: Tensor, scheme: ActivationScheme, largest: float | None = Non
         low, high = _extremes(groups)
     if scheme.dtype == "nvfp4" and known is None:
         known = torch.maximum(-low.amin(), high.amax())
-    scales = _scales(scheme.dtype, low, high, known, symmetric=scheme.symmetric)
+    scales = _scales(scheme, low, high, known)
     codes = _codes(scheme.dtype, groups, scales)
     if scales.zero_point is not None:
         codes.sub_(scales.zero_point)
@@ -156,7 +151,7 @@ def round_between(x: Tensor, scheme: ActivationScheme, low: Tensor, high: Tensor
         high: The largest, at least 0.
 
     """
-    scales = _scales(scheme.dtype, low, high, None, symmetric=scheme.symmetric)
+    scales = _scales(scheme, low, high, None)
     codes = _codes(scheme.dtype, x, scales)
     if scales.zero_point is not None:
         codes.sub_(scales.zero_point)
@@ -186,11 +181,11 @@ def _bounds(dtype: str) -> tuple[int, int]:
     return -half, half - 1
 
 
-def _scales(dtype: str, low: Tensor, high: Tensor, largest: Tensor | None, *, symmetric: bool) -> Scales:
+def _scales(scheme: WeightScheme | ActivationScheme, low: Tensor, high: Tensor, largest: Tensor | None) -> Scales:
     """Find the scale of each group from its extremes; ``largest`` is the largest magnitude in a tensor of NVFP4."""
-    magnitude = torch.maximum(-low, high)
-    if dtype in _EMAX:
-        return Scales(_power_of_two(magnitude, _EMAX[dtype]))
+    magnitude, dtype = torch.maximum(-low, high), scheme.dtype
+    if dtype in POWERS_OF_TWO:
+        return Scales(powers_of_two(magnitude, dtype, scheme.scaling_mode))
     if dtype == "nvfp4":
         assert largest is not None  # noqa: S101 - its scheme has one
         return _nvfp4_scales(magnitude, largest)
@@ -200,18 +195,12 @@ def _scales(dtype: str, low: Tensor, high: Tensor, largest: Tensor | None, *, sy
         return Scales(scale.masked_fill(scale == 0, torch.finfo(torch.float32).eps))
     least, most = _bounds(dtype)
     limit = torch.finfo(torch.float32).eps if dtype == "int8" else torch.finfo(torch.float32).tiny
-    if symmetric:
+    if scheme.symmetric:
         scale = (magnitude / ((most - least) / 2)).clamp_(min=limit)
         return Scales(scale, inverse=1 / scale)
     scale = ((high - low) / (most - least)).clamp_(min=limit)
     zero_point = (least - torch.round(low / scale)).clamp_(least, most)
     return Scales(scale, zero_point, 1 / scale)
-
-
-def _power_of_two(magnitude: Tensor, emax: int) -> Tensor:
-    """Return the largest power of two up to this, less the exponent of the elements: 2^(floor(log2(x)) - emax)."""
-    exponent = (magnitude.view(torch.int32) >> _MANTISSA) - _BIAS  # a magnitude has no sign
-    return torch.ldexp(torch.ones_like(magnitude), (exponent - emax).clamp_(_E8M0_LEAST, _E8M0_MOST))
 
 
 def _nvfp4_scales(magnitude: Tensor, largest: Tensor) -> Scales:

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.quant import observer_names
+from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO, SCALING_MODES, canonical_mode
 
 Granularity = Literal["tensor", "channel", "token", "group", "block", "head"]
 Kind = Literal["static", "dynamic", "local"]
@@ -37,12 +38,22 @@ class WeightScheme:
     ``dtype`` is one of `INTEGERS` and `FLOATS`. An integer's sign does not matter: ``uint8`` with a zero point is
     ``int8`` with another one, so both are ``int8``, not symmetric. ``granularity`` is what shares a scale; ``channel``
     is the output channel. ``size`` is that of a group, ``(n,)``, or of a block, ``(rows, columns)``, else empty.
+    ``scaling_mode`` is one of `SCALING_MODES` where scales are `POWERS_OF_TWO`, empty for the usual one.
+
+    Raises:
+        ValueError: If the mode is unknown, or scales of the format have none.
+
     """
 
     dtype: str
     granularity: Granularity = "channel"
     size: tuple[int, ...] = ()
     symmetric: bool = True
+    scaling_mode: str = ""
+
+    def __post_init__(self) -> None:
+        """Let one mode have one name."""
+        object.__setattr__(self, "scaling_mode", canonical_mode(self.dtype, self.scaling_mode))
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class ActivationScheme:
     of a requantized output: one of `observer_names.OBSERVERS`, empty for the usual one of the dtype.
 
     Raises:
-        ValueError: If the observer is unknown, or there are no scales from calibration.
+        ValueError: If the observer is unknown, or there are no scales from calibration; or as of `WeightScheme`.
 
     """
 
@@ -64,9 +75,11 @@ class ActivationScheme:
     size: tuple[int, ...] = ()
     symmetric: bool = True
     observer: str = ""
+    scaling_mode: str = ""
 
     def __post_init__(self) -> None:
-        """Let one observer have one name."""
+        """Let one observer and one mode have one name."""
+        object.__setattr__(self, "scaling_mode", canonical_mode(self.dtype, self.scaling_mode))
         name = observer_names.canonical(self.observer) if self.observer else ""
         if name is None or (name and self.kind == "dynamic"):
             raise ValueError(f"{self.kind} activations have no observer {self.observer!r}")
@@ -147,8 +160,9 @@ class OpScheme:
             if (weight.granularity, weight.size) != usual_weight(weight.dtype):
                 parts.append(_extent(weight.granularity, weight.size))
             parts += [] if weight.symmetric else ["asym"]
+            parts += [weight.scaling_mode] if weight.scaling_mode else []
         if activation is not None:
-            parts += _unusual(activation)
+            parts += _unusual(activation, _usual_mode(weight))
         parts += ["requant"] if self.output and not named_by_base else []
         parts += [activation.observer] if activation is not None and activation.observer else []
         parts += [self.smoothing.name] if self.smoothing is not None else []
@@ -186,14 +200,22 @@ def parse(name: str) -> OpScheme | None:
     weight = activation = None
     if weight_dtype is not None:
         extent = _parse_extent(match["wextent"]) or usual_weight(weight_dtype)
-        weight = WeightScheme(weight_dtype, *extent, symmetric=match["wasym"] is None)
+        if match["wmode"] is not None and weight_dtype not in POWERS_OF_TWO:
+            return None
+        weight = WeightScheme(
+            weight_dtype, *extent, symmetric=match["wasym"] is None, scaling_mode=match["wmode"] or ""
+        )
     if activation_dtype is not None:
         granularity, size, symmetric = usual_activation(activation_dtype, kind)
         granularity, size = _parse_extent(match["aextent"]) or (granularity, size)
         symmetric = symmetric if match["asym"] is None else match["asym"] == "sym"
-        if match["observer"] is not None and kind == "dynamic":
+        has_mode = activation_dtype in POWERS_OF_TWO
+        if (match["observer"] is not None and kind == "dynamic") or (match["amode"] is not None and not has_mode):
             return None
-        activation = ActivationScheme(activation_dtype, kind, granularity, size, symmetric, match["observer"] or "")
+        mode = (match["amode"] or _usual_mode(weight)) if has_mode else ""
+        activation = ActivationScheme(
+            activation_dtype, kind, granularity, size, symmetric, match["observer"] or "", mode
+        )
     smoothing = None
     if match["smoothquant"] is not None:
         smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None)
@@ -233,12 +255,13 @@ _SHORT = {name: name.removeprefix("int") for name in INTEGERS} | {
 _LONG = {_SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
 _UNROUNDED = "16"
 _EXTENT = r"tensor|channel|token|g[1-9]\d{0,8}|block[1-9]\d{0,8}x[1-9]\d{0,8}"
+_MODE = "|".join(SCALING_MODES)
 _ANY = "|".join(sorted((*_LONG, _UNROUNDED), key=len, reverse=True))
 _NAME = re.compile(
     rf"(?:(?P<both>{'|'.join(sorted((_SHORT.get(name, name) for name in FLOATS), key=len, reverse=True))})"
     rf"|w(?P<w>{_ANY})a(?P<a>{_ANY}))(?:_(?P<kind>static|dynamic|local))?"
-    rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?"
-    rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?)?(?P<requant>_requant)?"
+    rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?(?:_(?P<wmode>{_MODE}))?"
+    rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?(?:_(?P<amode>{_MODE}))?)?(?P<requant>_requant)?"
     rf"(?:_(?P<observer>{observer_names.PATTERN}))?"
     r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<unshared>_unshared)?)?",
     re.ASCII,
@@ -289,13 +312,20 @@ def _parse_extent(text: str | None) -> tuple[Granularity, tuple[int, ...]] | Non
     return cast("Granularity", kind), sizes
 
 
-def _unusual(activation: ActivationScheme) -> list[str]:
+def _usual_mode(weight: WeightScheme | None) -> str:
+    """Mode of the scales of activations where nothing else is said: that of the weight's."""
+    return "" if weight is None else weight.scaling_mode
+
+
+def _unusual(activation: ActivationScheme, mode: str) -> list[str]:
     granularity, size, symmetric = usual_activation(activation.dtype, activation.kind)
     found = []
     if (activation.granularity, activation.size) != (granularity, size):
         found.append(_extent(activation.granularity, activation.size))
     if activation.symmetric != symmetric:
         found.append("sym" if activation.symmetric else "asym")
+    if activation.dtype in POWERS_OF_TWO and activation.scaling_mode != mode:
+        found.append(activation.scaling_mode or SCALING_MODES[0])
     return ["act", *found] if found else []
 
 
@@ -303,7 +333,8 @@ _CACHE, _ATTENTION = "kv_", "attn_"
 _CACHED = {dtype if dtype in INTEGERS else _SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
 _CACHE_NAME = re.compile(
     rf"(?:{_CACHE}|{_ATTENTION})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
-    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?(?:_(?P<observer>moving_average))?",
+    rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?"
+    rf"(?:_(?P<mode>{_MODE}))?(?:_(?P<observer>moving_average))?",
     re.ASCII,
 )
 
@@ -326,6 +357,7 @@ def _cache_name(cache: ActivationScheme) -> str:
     if (cache.granularity, cache.size) != usual_cache(cache.dtype, cache.kind):
         parts.append(_extent(cache.granularity, cache.size))
     parts += [] if cache.symmetric else ["asym"]
+    parts += [cache.scaling_mode] if cache.scaling_mode else []
     parts += [cache.observer] if cache.observer else []
     return "_".join(parts)
 
@@ -336,8 +368,10 @@ def _parse_cache(name: str) -> OpScheme | None:
         return None
     dtype, kind = _CACHED[match["dtype"]], cast("Kind", match["kind"] or "static")
     granularity, size = _parse_extent(match["extent"]) or usual_cache(dtype, kind)
-    if match["observer"] is not None and kind == "dynamic":
+    if (match["observer"] is not None and kind == "dynamic") or (match["mode"] and dtype not in POWERS_OF_TWO):
         return None
-    cache = ActivationScheme(dtype, kind, granularity, size, match["asym"] is None, match["observer"] or "")
+    cache = ActivationScheme(
+        dtype, kind, granularity, size, match["asym"] is None, match["observer"] or "", match["mode"] or ""
+    )
     found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
     return found if found.name == name else None

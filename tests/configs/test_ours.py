@@ -55,6 +55,11 @@ FULL: dict[str, Any] = {
         "d": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}},
         "e": {"cache": {"dtype": "fp8_e4m3", "kind": "static", "granularity": "head", "symmetric": True}},
         "f": {"cache": {"dtype": "int8", "kind": "static", "observer": "moving_average"}},
+        "g": {
+            "weight": {"dtype": "mxfp8", "scaling_mode": "rceil"},
+            "activation": {"dtype": "mxfp4", "kind": "dynamic", "scaling_mode": "even"},
+        },
+        "h": {"cache": {"dtype": "mxfp4", "kind": "dynamic", "scaling_mode": "ceil"}},
     },
     "rules": [
         {"ops": "x", "scheme": "a"},
@@ -140,6 +145,11 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
             "'kl' is not one of minmax, moving_average",
         ),
         (lambda it: it["schemes"]["b"]["smoothquant"].update(alpha=2), "'alpha': 2 is not possible"),
+        (
+            lambda it: it["schemes"]["g"]["weight"].update(scaling_mode="up"),
+            "'up' is not one of floor, rceil, ceil, even",
+        ),
+        (lambda it: it["schemes"]["g"]["weight"].update(dtype="int8"), "scales of int8 have no mode, those of mxfp8"),
         (lambda it: it["schemes"]["c"]["weight"].update(block=[1]), r"\[rows, columns\] is needed, found \[1\]"),
     ],
 )
@@ -164,6 +174,8 @@ VALUES = st.sampled_from(
         "percentile1",
         "dynamic",
         "int8",
+        "mxfp8",
+        "rceil",
         "group",
         "block",
         "token",
@@ -196,6 +208,17 @@ def changed(document: Any, path: tuple[Any, ...], value: object, *, remove: bool
     else:
         place[path[-1]] = value
     return document
+
+
+def test_modes_of_scales(tmp_path: Path) -> None:
+    """Each part has its own, the usual one where none is given; names have them, too."""
+    for scheme, name in (
+        (FULL["schemes"]["g"], "wmxfp8amxfp4_dynamic_rceil_act_even"),
+        ({"weight": {"dtype": "mxfp8", "scaling_mode": "floor"}}, "wmxfp8a16"),
+        ("mxfp4_dynamic_rceil", "mxfp4_dynamic_rceil"),
+    ):
+        path = write(tmp_path / "a.json", {"schema": 1, "rules": [{"ops": "*", "types": ["linear"], "scheme": scheme}]})
+        assert says(path, NET)["fc1"] == name
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_qsens.calibrated import calibrate
+from pytest_qsens.configs.compressed_tensors_arguments import MODES
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.write import write_config
 from pytest_qsens.errors import QsensError
@@ -186,9 +187,11 @@ _EXTENTS = st.one_of(
 )
 _DTYPES = st.sampled_from((*INTEGERS, *FLOATS))
 _KINDS = st.sampled_from(["static", "dynamic", "local"])
-_WEIGHTS = st.builds(lambda dtype, extent, sym: WeightScheme(dtype, *extent, sym), _DTYPES, _EXTENTS, st.booleans())
+_WEIGHTS = st.builds(
+    lambda dtype, extent, sym: WeightScheme(dtype, *extent, sym, MODES.get(dtype, "")), _DTYPES, _EXTENTS, st.booleans()
+)
 _ACTIVATIONS = st.builds(
-    lambda dtype, kind, extent, sym: ActivationScheme(dtype, kind, *extent, sym),
+    lambda dtype, kind, extent, sym: ActivationScheme(dtype, kind, *extent, sym, scaling_mode=MODES.get(dtype, "")),
     *(_DTYPES, _KINDS, _EXTENTS, st.booleans()),
 )
 

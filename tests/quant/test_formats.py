@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, f32_to_f4_unpacked
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
@@ -22,8 +24,10 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
+from pytest_qsens.configs.compressed_tensors_arguments import MODES
 from pytest_qsens.quant.formats import round_input, round_weight
 from pytest_qsens.quant.op_scheme import ActivationScheme, Granularity, WeightScheme
+from pytest_qsens.quant.powers_of_two import powers_of_two
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 """OCP Microscaling Formats v1.0, table 6, the positive half."""
@@ -49,7 +53,9 @@ def equal(one: Tensor, other: Tensor) -> bool:
 def activation_of(weight: WeightScheme) -> ActivationScheme:
     """Return the activation scheme that rounds rows as a weight's rows are rounded."""
     granularity = "token" if weight.granularity == "channel" else weight.granularity
-    return ActivationScheme(weight.dtype, "dynamic", granularity, weight.size, weight.symmetric)
+    return ActivationScheme(
+        weight.dtype, "dynamic", granularity, weight.size, weight.symmetric, scaling_mode=weight.scaling_mode
+    )
 
 
 def rounded(values: Tensor, scheme: WeightScheme) -> Tensor:
@@ -167,17 +173,66 @@ def test_fp8_equals_torchaos_and_compressed_tensors(granularity: Granularity, va
     assert equal(found, fake_quantize(values, scale, zero_point, arguments))
 
 
-@settings(max_examples=30, deadline=None)
-@given(matrices(-34, 36), st.sampled_from(["mxfp8", "mxfp4"]))
-def test_mx_equals_torchaos(values: Tensor, dtype: str) -> None:
-    """Shared exponents as the standard takes them, and elements, from the least scales to the largest."""
+@settings(max_examples=60, deadline=None)
+@given(matrices(-33, 36), st.sampled_from(["mxfp8", "mxfp4"]), st.sampled_from(ScaleCalculationMode))
+def test_mx_equals_torchaos(values: Tensor, dtype: str, mode: ScaleCalculationMode) -> None:
+    """Shared exponents in each mode, the standard's among them, and elements, from small scales to the largest."""
     element = torch.float8_e4m3fn if dtype == "mxfp8" else torch.float4_e2m1fn_x2
-    expected: Any = MXTensor.to_mx(values, element, 32)
-    found = round_weight(values, WeightScheme(dtype, "group", (32,)))
+    expected: Any = MXTensor.to_mx(values, element, 32, mode)
+    scheme = WeightScheme(dtype, "group", (32,), scaling_mode=mode.value)
+    found = round_weight(values, scheme)
     exponents = expected.scale.view(torch.uint8).double() - 127
     stored = 2.0 if dtype == "mxfp4" else 1.0
     assert torch.equal(found.scale.double() * stored, 2.0**exponents)
-    assert equal(rounded(values, WeightScheme(dtype, "group", (32,))), expected.dequantize())
+    assert equal(rounded(values, scheme), expected.dequantize())
+
+
+@settings(max_examples=30, deadline=None)
+@given(matrices(-20, 20), st.sampled_from(["mxfp8", "mxfp4"]))
+def test_modes_of_compressed_tensors(values: Tensor, dtype: str) -> None:
+    """It is EVEN for E2M1, and RCEIL for E4M3, but for magnitudes that are 448 times a power of two."""
+    arguments: Any = preset_name_to_scheme(dtype.upper(), ["Linear"]).weights
+    groups = values.view(6, -1, 32)
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    expected = fake_quantize(values, scale, zero_point, arguments)
+    found = rounded(values, WeightScheme(dtype, "group", (32,), scaling_mode=MODES[dtype]))
+    fraction = groups.abs().amax(-1).frexp().mantissa
+    alike = (fraction * 2 != 448 / 256) if dtype == "mxfp8" else torch.ones_like(fraction, dtype=torch.bool)
+    assert torch.equal(found.view_as(groups)[alike], expected.view_as(groups)[alike])
+    edge = torch.full((1, 32), 448.0)
+    scale, _ = calculate_qparams(-edge.amax(-1, keepdim=True), edge.amax(-1, keepdim=True), arguments)
+    own = float(powers_of_two(torch.tensor(448.0), dtype, MODES[dtype]))
+    assert float(scale) == (2 * own if dtype == "mxfp8" else own)
+
+
+@pytest.mark.parametrize("dtype", ["mxfp8", "mxfp4"])
+@given(value=st.floats(2.0**-100, 2.0**100, width=32))
+def test_rceil_is_the_least_scale_that_clips_nothing(dtype: str, value: float) -> None:
+    """Whatever the magnitude; also next to powers of two, where logarithms in fp32 are too coarse."""
+    most = 448.0 if dtype == "mxfp8" else 6.0
+    scale = float(powers_of_two(torch.tensor(value), dtype, "rceil"))
+    assert most * scale / 2 < value <= most * scale
+    power = torch.tensor(most * 2.0 ** math.floor(math.log2(value)))
+    above = power.nextafter(torch.tensor(torch.inf))
+    assert float(powers_of_two(above, dtype, "rceil")) == 2 * float(powers_of_two(power, dtype, "rceil"))
+    assert float(powers_of_two(power, dtype, "rceil")) == float(power) / most
+
+
+def test_modes_of_scales_by_hand() -> None:
+    """Largest magnitudes 1.75, 1.9 and 1 in each mode: the exponents are reckoned from the formulas."""
+    largest = torch.tensor([1.75, 1.9, 1.0])
+    expected = {  # E4M3: 448 = 1.75 * 2^8
+        ("mxfp8", ""): [-8, -8, -8],
+        ("mxfp8", "rceil"): [-8, -7, -8],
+        ("mxfp8", "ceil"): [-7, -7, -8],
+        ("mxfp8", "even"): [-8, -8, -8],  # 1.9 is nearer to 1.875 than to 2
+        ("mxfp4", ""): [-2, -2, -2],  # E2M1: 6 = 1.5 * 2^2
+        ("mxfp4", "rceil"): [-1, -1, -2],
+        ("mxfp4", "ceil"): [-1, -1, -2],
+        ("mxfp4", "even"): [-1, -1, -2],
+    }
+    for (dtype, mode), exponents in expected.items():
+        assert powers_of_two(largest, dtype, mode).log2().tolist() == exponents, (dtype, mode)
 
 
 @settings(max_examples=40, deadline=None)
@@ -214,6 +269,8 @@ SCHEMES = [
     WeightScheme("fp8_e4m3", "block", (4, 32)),
     WeightScheme("mxfp8", "group", (32,)),
     WeightScheme("mxfp4", "group", (32,)),
+    *(WeightScheme("mxfp8", "group", (32,), scaling_mode=mode) for mode in ("rceil", "ceil", "even")),
+    WeightScheme("mxfp4", "group", (32,), scaling_mode="rceil"),
     WeightScheme("nvfp4", "group", (16,)),
 ]
 

@@ -24,6 +24,7 @@ from pytest_qsens.quant.op_scheme import (
     named,
     parse,
 )
+from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO, SCALING_MODES
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
@@ -36,21 +37,31 @@ EXTENTS = st.one_of(
     st.tuples(st.just("group"), st.tuples(SIZES)),
     st.tuples(st.just("block"), st.tuples(SIZES, SIZES)),
 )
+MODES = st.sampled_from(["", *SCALING_MODES])
+
+
+def mode_of(dtype: str, mode: str) -> str:
+    """Return the mode, where scales of the format have one."""
+    return mode if dtype in POWERS_OF_TWO else ""
+
+
 WEIGHTS = st.builds(
-    lambda dtype, extent, symmetric: WeightScheme(dtype, *extent, symmetric), DTYPES, EXTENTS, st.booleans()
+    lambda dtype, extent, symmetric, mode: WeightScheme(dtype, *extent, symmetric, mode_of(dtype, mode)),
+    *(DTYPES, EXTENTS, st.booleans(), MODES),
 )
 KNOWN = st.sampled_from(["", *OBSERVERS]) | st.floats(50, 99.999, exclude_max=True).map(
     lambda share: percentile_name(round(share, 6))
 )
 ACTIVATIONS = st.builds(
-    lambda dtype, kind, extent, symmetric, observer: ActivationScheme(
-        dtype, kind, *extent, symmetric, "" if kind == "dynamic" else observer
+    lambda dtype, kind, extent, symmetric, observer, mode: ActivationScheme(
+        dtype, kind, *extent, symmetric, "" if kind == "dynamic" else observer, mode_of(dtype, mode)
     ),
     DTYPES,
     st.sampled_from(["static", "dynamic", "local"]),
     EXTENTS | st.just(("token", ())),
     st.booleans(),
     KNOWN,
+    MODES,
 )
 SMOOTHING = st.builds(SmoothQuant, st.sampled_from([0, 0.5, 1]) | st.floats(0, 1), st.booleans())
 OP_SCHEMES = st.builds(
@@ -95,6 +106,26 @@ def test_a_name_is_canonical(text: str) -> None:
 def test_names_are_those_of_the_field(name: str, scheme: OpScheme) -> None:
     """The schemes that people speak of are called as they call them."""
     assert scheme.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [
+        ("mxfp8_dynamic_rceil", "rceil", "rceil"),
+        ("mxfp8_dynamic_rceil_act_floor", "rceil", ""),
+        ("mxfp4_dynamic_act_even", "", "even"),
+        ("w8amxfp8_dynamic_act_rceil", "", "rceil"),
+        ("wmxfp4amxfp8_dynamic_ceil", "ceil", "ceil"),
+        ("wmxfp4a16_rceil", "rceil", None),
+    ],
+)
+def test_modes_of_scales_have_names(name: str, weight: str, activation: str | None) -> None:
+    """One mode is said once, and of inputs alone after `_act`."""
+    scheme = named(name, "test")
+    assert scheme.weight is not None
+    assert scheme.weight.scaling_mode == weight
+    assert (None if scheme.activation is None else scheme.activation.scaling_mode) == activation
+    assert simulated_as(scheme, Op("op", "linear")) == (name, "")
 
 
 def test_simulated_schemes_keep_their_names() -> None:
@@ -156,6 +187,12 @@ def test_what_cannot_be_simulated_says_every_reason(name: str, op_type: str, obs
         ("w8a8_percentile99.99", "w8a8_percentile"),
         ("w8a8_smoothquant0.5", "w8a8_smoothquant"),
         ("w8a8_smoothquant0.80", "w8a8_smoothquant0.8"),
+        ("mxfp8_dynamic_floor", "mxfp8_dynamic"),
+        ("mxfp8_dynamic_rceil_act_rceil", "mxfp8_dynamic_rceil"),
+        ("kv_mxfp8_dynamic_floor", "kv_mxfp8_dynamic"),
+        ("fp8_dynamic_rceil", None),
+        ("wmxfp8a8_dynamic_act_rceil", None),
+        ("kv_fp8_rceil", None),
         ("w8a8_dynamic_mse", None),
         ("w8a8_percentile12", None),
         ("w8a8_smoothquant1.5", None),
@@ -173,11 +210,14 @@ def test_one_name_for_what_is_usual(longer: str, name: str | None) -> None:
         lambda: ActivationScheme("int8", "dynamic", "token", observer="mse"),
         lambda: ActivationScheme("int8", "static", "tensor", observer="kl"),
         lambda: SmoothQuant(1.1),
+        lambda: WeightScheme("mxfp8", "group", (32,), scaling_mode="round"),
+        lambda: WeightScheme("nvfp4", "group", (16,), scaling_mode="rceil"),
+        lambda: ActivationScheme("int8", "dynamic", "token", scaling_mode="floor"),
     ],
 )
 def test_parts_that_mean_nothing_are_not_made(make: Callable[[], object]) -> None:
     """So that no name is given to them."""
-    with pytest.raises(ValueError, match=r"observer|alpha"):
+    with pytest.raises(ValueError, match=r"observer|alpha|mode"):
         make()
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.compressed_tensors import NAME, QUANTIZED
+from pytest_qsens.configs.compressed_tensors_arguments import MODES
 from pytest_qsens.configs.observers import COMPRESSED_TENSORS
 from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.writers.assigned import (
@@ -108,12 +109,8 @@ def _check(ops: Sequence[Assigned], scheme: OpScheme) -> None:
 
 def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
     """Why ``QuantizationArgs`` has no terms for this, or they do not go together."""
-    what = "weights" if isinstance(part, WeightScheme) else "activations"
-    if part.dtype not in INTEGERS and part.dtype not in _FLOATS:
-        return f"it has no {part.dtype}"
-    if part.dtype not in INTEGERS and not part.symmetric:
-        return f"{what} of {part.dtype} have no zero points"
-    if (why := obstacle_of_blocks(part)) is not None:
+    why = _obstacle_of_dtype(part, "weights" if isinstance(part, WeightScheme) else "activations")
+    if why is not None:
         return why
     if isinstance(part, WeightScheme):
         return None if part.granularity in _OF_WEIGHTS else f"weights have no scale per {part.granularity}"
@@ -121,6 +118,19 @@ def _obstacle(part: WeightScheme | ActivationScheme) -> str | None:
         return "scales of two kinds, local and of the tensor, are those of dynamic nvfp4"
     known = _DYNAMIC if part.kind != "static" else _STATIC
     return None if part.granularity in known else f"{part.kind} activations have no scale per {part.granularity}"
+
+
+def _obstacle_of_dtype(part: WeightScheme | ActivationScheme, what: str) -> str | None:
+    if part.dtype in INTEGERS:
+        return None
+    if part.dtype not in _FLOATS:
+        return f"it has no {part.dtype}"
+    if not part.symmetric:
+        return f"{what} of {part.dtype} have no zero points"
+    mode = MODES.get(part.dtype, "")
+    if part.scaling_mode != mode:
+        return f"it finds scales of {part.dtype} in mode {mode} (measure that to write it)"
+    return obstacle_of_blocks(part)
 
 
 def _obstacle_of_cache(cache: ActivationScheme) -> str | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_qsens.configs.torchao_schemes import sizes_in_the_way
 from pytest_qsens.configs.writers.assigned import Inexpressible
 from pytest_qsens.configs.writers.dump import Row
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
+from pytest_qsens.quant.scaling_modes import SCALING_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +53,9 @@ def _config(one: Assigned, scheme: OpScheme) -> dict[str, object]:
         raise Inexpressible(one, "weights are not quantized, which they are in every config of torchao")
     if weight.size == (1,):
         raise Inexpressible(one, "torchao fails on groups of 1")
+    why = sizes_in_the_way(scheme, one.op)
+    if why is not None:
+        raise Inexpressible(one, why)
     found = _weight_only(weight) if activation is None else _both(one, weight, activation)
     if found is None:
         raise Inexpressible(one, "none of its configs rounds to these dtypes with scales of these extents")
@@ -82,10 +87,10 @@ def _both(one: Assigned, weight: WeightScheme, activation: ActivationScheme) -> 
         raise Inexpressible(one, "activations have scales of two kinds, static and dynamic")
     if activation.dtype == "int8":
         return _int8(weight, activation) if activation.granularity in ("token", "tensor") else None
-    return _floats(weight, activation) if weight.symmetric and activation.symmetric else None
+    return _floats(one, weight, activation) if weight.symmetric and activation.symmetric else None
 
 
-def _floats(weight: WeightScheme, activation: ActivationScheme) -> dict[str, object] | None:
+def _floats(one: Assigned, weight: WeightScheme, activation: ActivationScheme) -> dict[str, object] | None:
     extent = (activation.granularity, activation.size, weight.granularity, weight.size)
     if activation.dtype in _DTYPES and weight.dtype in _DTYPES and extent in _FLOAT8_PAIRS:
         return _named(
@@ -96,14 +101,19 @@ def _floats(weight: WeightScheme, activation: ActivationScheme) -> dict[str, obj
             granularity=[_granularity(activation), _granularity(weight)],
         )
     if (weight, activation) == _FLOAT8_INT4:
-        return _named("Float8DynamicActivationInt4WeightConfig", 1)
-    if {weight.dtype, activation.dtype} <= set(_MX) and extent == ("group", (32,), "group", (32,)):
+        raise Inexpressible(one, "its config for these lets MSLK quantize weights, with scales of largest / 8, not 7.5")
+    mode = weight.scaling_mode
+    if (weight.dtype, mode) == (activation.dtype, activation.scaling_mode) and weight.dtype in _MX:
+        if extent != ("group", (32,), "group", (32,)):
+            return None
         return _named(
             "MXDynamicActivationMXWeightConfig",
             1,
             block_size=32,
             activation_dtype=_dtype(_MX[activation.dtype]),
             weight_dtype=_dtype(_MX[weight.dtype]),
+            # torchao's own is RCEIL
+            scaling_mode={"_type": "ScaleCalculationMode", "_data": (mode or SCALING_MODES[0]).upper()},
         )
     return _named("NVFP4DynamicActivationNVFP4WeightConfig", 1) if (weight, activation) == _NVFP4_BOTH else None
 
