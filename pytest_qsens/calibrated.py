@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pytest_qsens import profile
-from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group, check_products
 from pytest_qsens.engines.delta import DeltaEngine
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
@@ -23,7 +23,7 @@ from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
-from pytest_qsens.ops import STATES, TOTAL, Op
+from pytest_qsens.ops import TOTAL, WEIGHTLESS, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
@@ -115,10 +115,11 @@ class CalibratedModel:
 
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
-        """Products of activations, which no scheme quantizes yet."""
+        """Products of activations that nothing quantizes here."""
         return tuple(  # in words that fit every scheme and config: runs under the same schemes share what is cached
             _result(Op(name, kind), "unquantizable", reason=f"{kind} products are not quantized")
             for name, kind in self._engine.functional
+            if name not in self._assignment.names
         )
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
@@ -426,6 +427,7 @@ def calibrate(
     assignment = Assignment.uniform(scheme_named(scheme, "scheme"), ops) if isinstance(scheme, str) else scheme
     check_engine(engine, assignment.title, device)
     check_added(engine, assignment.added)
+    check_products(engine, (op for op in ops if op.name in assignment.schemes))
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()
@@ -502,7 +504,7 @@ class _Setup:
         self._model = model
         self._spec = spec
         self._ops = ops
-        self._states = [op.name for op in ops if op.type in STATES]
+        self._states = [op.name for op in ops if op.type in WEIGHTLESS]
         self._expected = expected
         self._batches = [placed(batch, device) for batch in spec.evaluation]
         self._calibrating = [placed(batch, device) for batch in spec.calibration]

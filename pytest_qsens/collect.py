@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pytest
 
-from pytest_qsens.engines.availability import check_added, check_engine, check_group
+from pytest_qsens.engines.availability import check_added, check_engine, check_group, check_products
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import grouped
 from pytest_qsens.memory import free_memory
@@ -115,7 +115,8 @@ class Model:
 
     Attributes:
         source: Where it comes from.
-        ops: Its layers; its keys and values, where something is said of these; where only of these, they alone.
+        ops: Its layers; its keys and values, and products, where something is said of these; where only of these, they
+            alone.
         assigned: How each op is quantized.
 
     """
@@ -147,7 +148,10 @@ class Model:
         meant = tuple(op for op in ops if scheme.means(op.type))
         if not meant:
             raise QsensError(
-                f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
+                f"scheme {spec.scheme!r} quantizes products of two activations, and {source.label} has no module that "
+                "attends, or names torch's matmul, bmm, baddbmm or @ in its forward"
+                if scheme.parts.products is not None
+                else f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
                 "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
             )
         return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
@@ -217,6 +221,7 @@ class Catalogue:
         check_engine(options.engine, options.label, options.device)
         model = self._look_up(options)
         check_added(options.run_spec.engine, model.assigned.assignment.added)
+        check_products(options.run_spec.engine, model.ops)
         for unit in select(model, options):
             check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)

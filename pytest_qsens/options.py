@@ -15,7 +15,7 @@ from pytest_qsens.configs.names import FORMATS
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import GRANULARITIES, Fused
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.quant.schemes import CACHE_SCHEMES, SCHEMES, scheme_named
+from pytest_qsens.quant.schemes import USUAL, scheme_named
 from pytest_qsens.shards import Shard
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _DECLARATIONS = (
     ),
     _Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
     _Declaration(
-        "scheme", "text", f"{', '.join(SCHEMES | CACHE_SCHEMES)} (default: w8a8), or others", "SCHEME", marker=True
+        "scheme", "text", f"{', '.join(USUAL)} (default: w8a8), or others", "SCHEME", marker=True
     ),
     _Declaration(
         "config",
