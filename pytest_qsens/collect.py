@@ -109,6 +109,15 @@ class UnusableTest(pytest.Collector.CollectError):
     """A test asks for something that cannot be; reported without a traceback and as a usage error."""
 
 
+_MISSING = {
+    "keys and values": "keys and values of attention, and {} has no module that takes a cache and calls transformers' "
+    "attention interface or torch's scaled_dot_product_attention",
+    "products": "products of two activations, and {} has no module that attends or whose forward names "
+    "matmul, bmm, mm or baddbmm, or uses @",
+}
+"""What a scheme is of → what it quantizes, and that a model has none."""
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model as collection knows it, to be quantized in one way.
@@ -147,13 +156,8 @@ class Model:
         scheme = scheme_named(spec.scheme, "scheme")
         meant = tuple(op for op in ops if scheme.means(op.type))
         if not meant:
-            raise QsensError(
-                f"scheme {spec.scheme!r} quantizes products of two activations, and {source.label} has no module that "
-                "attends, or names torch's matmul, bmm, baddbmm or @ in its forward"
-                if scheme.parts.products is not None
-                else f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
-                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
-            )
+            what = "keys and values" if scheme.parts.products is None else "products"
+            raise QsensError(f"scheme {spec.scheme!r} quantizes {_MISSING[what].format(source.label)}")
         return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
 
     def units(self, options: Options) -> tuple[Op, ...]:

@@ -24,7 +24,9 @@ SCHEMA = 5
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
-    """Return the ops of a model in registration order: layers, and after those of a module its keys and values, and its products.
+    """Return the ops of a model in registration order: layers, and after those of a module what has no weights.
+
+    That is its queries, keys and values, and its products.
 
     They are read from ``cache_dir`` if they were listed before, for the same model and the same versions of torch,
     transformers and this package; then torch is not imported. Without ``cache_dir``, or if the model cannot tell what

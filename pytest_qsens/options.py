@@ -65,9 +65,7 @@ _DECLARATIONS = (
         marker=True,
     ),
     _Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
-    _Declaration(
-        "scheme", "text", f"{', '.join(USUAL)} (default: w8a8), or others", "SCHEME", marker=True
-    ),
+    _Declaration("scheme", "text", f"{', '.join(USUAL)} (default: w8a8), or others", "SCHEME", marker=True),
     _Declaration(
         "config",
         "path",

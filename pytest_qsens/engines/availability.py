@@ -67,8 +67,8 @@ def check_products(engine: str, ops: Iterable[Op]) -> None:
     products = [op.name for op in ops if op.type in PRODUCTS]
     if products and engine == "probe":
         raise QsensError(
-            f"engine {engine} estimates what rounding one input does, and {products[0]} is a product of two activations "
-            "that are both rounded. Measure products with engine delta, the default"
+            f"engine {engine} estimates what rounding one input does, and {products[0]} has two that are rounded. "
+            "Measure products with engine delta, the default"
         )
 
 

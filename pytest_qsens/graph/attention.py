@@ -16,7 +16,6 @@ from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode

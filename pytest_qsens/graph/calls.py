@@ -82,12 +82,12 @@ def of_attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002 - the signature of torch's scaled_dot_product_attention
+    is_causal: bool = False,
     **options: Any,  # noqa: ANN401 - scale and enable_gqa
 ) -> Call:
     """Return the call that attends, and multiplies probabilities and values in the end."""
-    given = {"query": query, "key": key, "value": value}
-    given |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **options}
+    given: dict[str, Any] = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, **options}
+    given |= {"dropout_p": dropout_p, "is_causal": is_causal}
     return Call("pv", value, value.new_empty(0), attention=given)
 
 

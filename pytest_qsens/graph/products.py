@@ -185,7 +185,6 @@ class ProductHooks(TorchFunctionMode):
             given["query"] = self._mark(qk, "left", given["query"])
             given["key"] = self._mark(qk, "right_rows", given["key"])
 
-
         def attend() -> Tensor:
             return functional.scaled_dot_product_attention(**given)
 

@@ -24,7 +24,10 @@ _NOT_ATTENDED = (
     "its module ran, but neither called torch's scaled_dot_product_attention, nor an attention function of "
     "transformers that multiplies with torch's matmul, bmm or baddbmm"
 )
-_NO_PRODUCT = "its module ran, but did not multiply two activations here: a weight or a buffer is a factor, or nothing is"
+_NO_PRODUCT = (
+    "its module ran, but did not multiply two activations here: one factor is a weight or a buffer, or nothing was "
+    "multiplied"
+)
 _NOT_CAUGHT = {**dict.fromkeys(STATES, _NOT_GIVEN), **dict.fromkeys(("qk", "pv"), _NOT_ATTENDED)}
 """Type of op → why it was not seen."""
 
@@ -59,7 +62,7 @@ class ModuleScopes:
         return self._stack[-1] if self._stack else ""
 
     def place(self, key: object) -> int:
-        """Number what comes in the innermost running forward: from 0 on, equal for equal keys."""
+        """Count what comes in the innermost running forward, from 0 on; equal keys have one number."""
         places = self._places[-1] if self._places else {}
         return places.setdefault(key, len(places))
 

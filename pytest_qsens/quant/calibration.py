@@ -104,20 +104,27 @@ class Calibration:
         if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges or not self._settled:
             return
         if call.kind in STATES:
-            finite = finite_rows(call.x, call.kind)
-            values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
-            range_of = self._state(op, scheme)
-            if range_of.fits(values):
-                range_of.observe(values)
-            else:
-                self.refused[op] = f"{scheme.name} has {range_of.about}, and its calls differ in how many they have"
-        elif call.attention is not None:
-            self._observe_factor(op, scheme, "left", probabilities(call.attention))
-            self._observe_factor(op, scheme, "right", call.x)
-        elif call.kind in FACTORS:
-            self._observe_factor(op, scheme, call.kind, call.x)
+            self._observe_state(op, scheme, call)
+        elif scheme.parts.products is not None:
+            self._observe_product(op, scheme, call)
         elif scheme.refusal(call.kind) is None:
             self._observe_layer(op, scheme, call, output)
+
+    def _observe_state(self, op: str, scheme: Scheme, call: Call) -> None:
+        finite = finite_rows(call.x, call.kind)
+        values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
+        range_of = self._state(op, scheme)
+        if range_of.fits(values):
+            range_of.observe(values)
+        else:
+            self.refused[op] = f"{scheme.name} has {range_of.about}, and its calls differ in how many they have"
+
+    def _observe_product(self, op: str, scheme: Scheme, call: Call) -> None:
+        if call.attention is None:
+            self._observe_factor(op, scheme, call.kind, call.x)
+        else:
+            self._observe_factor(op, scheme, "left", probabilities(call.attention))
+            self._observe_factor(op, scheme, "right", call.x)
 
     def _observe_factor(self, op: str, scheme: Scheme, kind: str, factor: Tensor) -> None:
         values, _ = finite_only(factor, inner_dim(kind, factor))  # no scale is of less than zero
@@ -157,7 +164,8 @@ class Calibration:
     def state(self) -> dict[str, Tensor]:
         """All that was observed, beside `reached` and `refused`; see `from_state`."""
         kinds: dict[str, Mapping[str, Observer | StateRange]]
-        kinds = {"input": self._inputs, "output": self._outputs, "state": self._states, **self._factors}
+        kinds = {"input": self._inputs, "output": self._outputs, "state": self._states}
+        kinds |= {"left": self._factors["left"], "right": self._factors["right"]}
         found = {
             f"{kind}/{op}/{name}": value
             for kind, ranges in kinds.items()
