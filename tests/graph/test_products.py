@@ -110,7 +110,9 @@ def watched(model: nn.Module, batch: dict[str, Any], ops: list[str]) -> tuple[li
 def test_a_product_is_an_op_of_the_place_that_makes_it(steps: int) -> None:
     """One in a loop is one op, one with a weight is none, and what is left over is told."""
     model = Products(steps).eval()
-    products = [(op, kind) for op, kind in watched(model, {"x": torch.randn(2, 5, 8)}, names(model))[0] if kind in FACTORS]
+    products = [
+        (op, kind) for op, kind in watched(model, {"x": torch.randn(2, 5, 8)}, names(model))[0] if kind in FACTORS
+    ]
     loop = [MADE[1]] * steps
     expected = [MADE[0], *loop, *(MADE[2:] if steps else MADE[1:3])]
     assert products == [(op, kind) for op in expected for kind in ("left", "right")]
@@ -126,7 +128,12 @@ def test_what_is_not_asked_for_is_left_aside() -> None:
     with torch.no_grad():
         plain = capture(model, {"x": torch.randn(2, 5, 8)}, lambda out, _: out)
     assert not [node for node in plain.nodes if node.target in FACTORS.values()]
-    assert [name for name, _ in plain.functional] == [":matmul", ":matmul_1", ":matmul_2", *(f"{OP}_{i}" for i in (3, 4, 5))]
+    assert [name for name, _ in plain.functional] == [
+        ":matmul",
+        ":matmul_1",
+        ":matmul_2",
+        *(f"{OP}_{i}" for i in (3, 4, 5)),
+    ]
 
 
 @pytest.mark.parametrize(
