@@ -13,7 +13,7 @@ import torch
 
 from pytest_qsens import profile
 from pytest_qsens.engine_setup import Setup
-from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group
+from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group, check_products
 from pytest_qsens.graph.narrow import mapped_bytes
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
@@ -105,10 +105,11 @@ class CalibratedModel:
 
     @property
     def functional_ops(self) -> tuple[OpResult, ...]:
-        """Products of activations, which no scheme quantizes yet."""
+        """Products of activations that nothing quantizes here."""
         return tuple(  # in words that fit every scheme and config: runs under the same schemes share what is cached
             without_score(Op(name, kind), "unquantizable", reason=f"{kind} products are not quantized")
             for name, kind in self._engine.functional
+            if name not in self._assignment.names
         )
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
@@ -306,6 +307,8 @@ def calibrate(
     assignment = Assignment.uniform(scheme_named(scheme, "scheme"), ops) if isinstance(scheme, str) else scheme
     check_engine(engine, assignment.title, device)
     check_added(engine, assignment.added)
+    check_products(engine, (op for op in ops if op.name in assignment.schemes))
+    check_products(engine, (op for op in ops if op.name in assignment.schemes))
     for op in expected or ():
         check_group(engine, op)
     reproducible_sums()

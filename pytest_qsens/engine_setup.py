@@ -13,7 +13,7 @@ from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.engines.probe import ProbeEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES, Op
+from pytest_qsens.ops import WEIGHTLESS, Op
 from pytest_qsens.preparation import placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.simulate import Simulator
@@ -72,7 +72,7 @@ class Setup:
         self._model = model
         self._spec = spec
         self._ops = ops
-        self._states = [op.name for op in ops if op.type in STATES]
+        self._states = [op.name for op in ops if op.type in WEIGHTLESS]
         self._expected = expected
         self._batches = [placed(batch, device) for batch in spec.evaluation]
         self._calibrating = [placed(batch, device) for batch in spec.calibration]

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.source import ModelSource
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
-    """Return the ops of a model in registration order: layers, and after those of each attention its keys and values.
+    """Return the ops of a model in registration order: layers, and after those of a module what has no weights.
+
+    That is its queries, keys and values, and its products.
 
     They are read from ``cache_dir`` if they were listed before, for the same model and the same versions of torch,
     transformers and this package; then torch is not imported. Without ``cache_dir``, or if the model cannot tell what
@@ -57,6 +59,7 @@ def _key(fingerprint: str) -> str:
 def _list(source: ModelSource) -> tuple[Op, ...]:
     from pytest_qsens.graph.attention import list_states
     from pytest_qsens.graph.modules import list_ops
+    from pytest_qsens.graph.products import list_products
 
     model = source.skeleton()
     ops = list_ops(model)
@@ -68,11 +71,11 @@ def _list(source: ModelSource) -> tuple[Op, ...]:
         raise QsensError(
             f"{source.label} has a module called {TOTAL!r}, a name reserved for the whole model. Rename the module."
         )
-    return _in_order(ops, list_states(model))
+    return _in_order(ops, (*list_states(model), *list_products(model)))
 
 
 def _in_order(layers: Sequence[Op], states: Sequence[Op]) -> tuple[Op, ...]:
-    """Put keys and values after the last layer of their module, which computes them."""
+    """Put keys and values, and products, after the last layer of their module, which computes them."""
     after: dict[int, list[Op]] = {}
     for state in states:
         module = state.name.rpartition(":")[0]

@@ -16,6 +16,12 @@ STATES = ("q", "k", "v")
 CACHED = ("k", "v")
 """Those of them that a cache stores."""
 
+PRODUCTS = ("qk", "pv", "matmul")
+"""Types of ops that are products of two activations, see `pytest_qsens.graph.products`: attention's two, and others."""
+
+WEIGHTLESS = (*STATES, *PRODUCTS)
+"""Types of ops that are no layers."""
+
 TOTAL = "total"
 """Name of the whole-model item: everything the scheme can quantize, quantized at once."""
 
@@ -28,7 +34,7 @@ class Op:
 
     ``name`` is the fully qualified name of the module that owns it; functional ops append their kind
     (``layers.0.self_attn:qk``). ``type`` is ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, one of
-    `STATES`, or the kind of a functional op.
+    `WEIGHTLESS`, or the kind of a functional op.
     """
 
     name: str
@@ -91,8 +97,8 @@ class Op:
 
 
 def layers(ops: Iterable[Op]) -> tuple[Op, ...]:
-    """Return those that are layers, and not of `STATES`."""
-    return tuple(op for op in ops if op.type not in STATES)
+    """Return those that are layers, and not of `WEIGHTLESS`."""
+    return tuple(op for op in ops if op.type not in WEIGHTLESS)
 
 
 def numbered_block(name: str) -> str | None:

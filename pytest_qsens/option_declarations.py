@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from pytest_qsens.configs.names import FORMATS
-from pytest_qsens.quant.schemes import CACHE_SCHEMES, SCHEMES
+from pytest_qsens.quant.schemes import USUAL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,9 +58,7 @@ DECLARATIONS = (
         marker=True,
     ),
     Declaration("checkpoint", "path", "directory with the weights of a preset that has none", "DIR", marker=True),
-    Declaration(
-        "scheme", "text", f"{', '.join(SCHEMES | CACHE_SCHEMES)} (default: w8a8), or others", "SCHEME", marker=True
-    ),
+    Declaration("scheme", "text", f"{', '.join(USUAL)} (default: w8a8), or others", "SCHEME", marker=True),
     Declaration(
         "config",
         "path",

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qsens.collection.choice import select
 from pytest_qsens.collection.model import Model
-from pytest_qsens.engines.availability import check_added, check_engine, check_group
+from pytest_qsens.engines.availability import check_added, check_engine, check_group, check_products
 from pytest_qsens.errors import QsensError
 from pytest_qsens.given_options import updating
 from pytest_qsens.workers import SNAPSHOTS
@@ -59,6 +59,7 @@ class Catalogue:
         check_engine(options.engine, options.label, options.device)
         model = self._look_up(options)
         check_added(options.run_spec.engine, model.assigned.assignment.added)
+        check_products(options.run_spec.engine, model.ops)
         for unit in select(model, options):
             check_group(options.run_spec.engine, unit)
         self.snapshot(options, model)

@@ -21,13 +21,23 @@ if TYPE_CHECKING:
     from pytest_qsens.options import Options, RunSpec
 
 
+_MISSING = {
+    "keys and values": "keys and values of attention, and {} has no module that takes a cache and calls transformers' "
+    "attention interface or torch's scaled_dot_product_attention",
+    "products": "products of two activations, and {} has no module that attends or whose forward names "
+    "matmul, bmm, mm or baddbmm, or uses @",
+}
+"""What a scheme is of → what it quantizes, and that a model has none."""
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model as collection knows it, to be quantized in one way.
 
     Attributes:
         source: Where it comes from.
-        ops: Its layers; its keys and values, where something is said of these; where only of these, they alone.
+        ops: Its layers; its keys and values, and products, where something is said of these; where only of these, they
+            alone.
         assigned: How each op is quantized.
 
     """
@@ -47,7 +57,7 @@ class Model:
             spec: With the scheme or the config.
 
         Raises:
-            QsensError: If the config cannot be used, or the scheme is of keys and values and the model has none.
+            QsensError: If the config cannot be used, or the scheme is of what the model has not.
 
         """
         if spec.config is not None:
@@ -58,10 +68,8 @@ class Model:
         scheme = scheme_named(spec.scheme, "scheme")
         meant = tuple(op for op in ops if scheme.means(op.type))
         if not meant:
-            raise QsensError(
-                f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
-                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
-            )
+            what = "keys and values" if scheme.parts.products is None else "products"
+            raise QsensError(f"scheme {spec.scheme!r} quantizes {_MISSING[what].format(source.label)}")
         return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
 
     def units(self, options: Options) -> tuple[Op, ...]:

@@ -14,7 +14,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.ops import STATES, Op
+from pytest_qsens.ops import STATES, WEIGHTLESS, Op
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 from pytest_qsens.result_files import load
 from pytest_qsens.wording import count
@@ -98,8 +98,8 @@ def _ops(given: Namespace) -> Sequence[Op]:
                 f"{given.ops_from}: it is of groups of ops (granularity {result.run.granularity!r}), and a config is "
                 "of ops. Give --model, or a result of single ops."
             )
-        # products of two activations and recurrent layers are quantized by no format
-        ops = [Op(op.op, op.type) for op in result.ops if op.type in (*CLASS_OF, *STATES)]
+        # recurrent layers, and products that are no matrix products, are quantized by no format
+        ops = [Op(op.op, op.type) for op in result.ops if op.type in (*CLASS_OF, *WEIGHTLESS)]
         if not ops:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.rules import Problem
 from pytest_qsens.configs.simulated import simulated_as
 from pytest_qsens.op_names import match
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import WEIGHTLESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Prob
 
 
 def told(decisions: Iterable[Decision], down: Scheme | None = None) -> list[Decision]:
-    """Leave out keys and values that a config says nothing of: without it they are no ops of the model.
+    """Leave out what has no weights and a config says nothing of: without it these are no ops of the model.
 
     Args:
         decisions: Of a config.
@@ -53,7 +53,7 @@ def told(decisions: Iterable[Decision], down: Scheme | None = None) -> list[Deci
     return [
         decision
         for decision in decisions
-        if decision.op.type not in STATES
+        if decision.op.type not in WEIGHTLESS
         or decision.scheme is not None
         or (down is not None and down.means(decision.op.type))
     ]

@@ -116,7 +116,7 @@ def _completed(config: Config, rest: str) -> Config:
             "Leave one out"
         )
     scheme = scheme_named(rest, "scheme").parts
-    if scheme.cache is not None:
+    if not scheme.of_layers:
         raise QsensError(f"{config.path} excludes layers, and the scheme that is given beside it, {rest}, is of none")
     of_embeddings = EMBEDDING if is_simulated(scheme) else None
     rules = tuple(

@@ -16,7 +16,7 @@ from pytest_qsens.configs.observers import observed
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
-from pytest_qsens.ops import CACHED, STATES
+from pytest_qsens.ops import CACHED, PRODUCTS, STATES
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, SmoothQuant, Unknown, WeightScheme
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class QuantCfg(Config):
         """Go through the entries for each of the op's three quantizers; the last one that matches holds."""
         if op.type in STATES:
             return self._decide_state(op)
+        if op.type in PRODUCTS:  # its quantizers are of what attention is given, and of nothing inside
+            return Decision(op, None, None)
         parts: list[_Attributes | None] = []
         matching: list[Rule] = []
         deciding: Rule | None = None

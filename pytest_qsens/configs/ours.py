@@ -11,7 +11,7 @@ from pytest_qsens.configs.observers import named_by_us
 from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.configs.simulated import EMBEDDING, is_simulated
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import CACHED, STATES
+from pytest_qsens.ops import CACHED, PRODUCTS, WEIGHTLESS
 from pytest_qsens.quant.op_scheme import (
     FLOATS,
     INTEGERS,
@@ -34,6 +34,7 @@ NAME = "qsens"
 TITLE = "pytest-qsens (YAML, TOML or JSON: 'schema', 'rules')"
 SCHEMA = 1
 UNQUANTIZED = "unquantized"
+_ALONE = ("cache", "attention", "products")
 _OF_LAYERS = ("weight", "activation", "requantize_output")
 
 
@@ -80,7 +81,10 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
     for glob, where in globs:
         label = f"rule {number}: {glob}"
         if scheme is None:
-            rules.append(Rule(Pattern("glob", glob, types=types or (*CLASS_OF, *STATES)), scheme, label, where))
+            rules.append(Rule(Pattern("glob", glob, types=types or (*CLASS_OF, *WEIGHTLESS)), scheme, label, where))
+        elif scheme.products is not None:
+            meant = tuple(name for name in PRODUCTS if not types or name in types)
+            rules.append(Rule(Pattern("glob", glob, types=meant or ("",)), scheme, label, where))
         elif scheme.cache is not None:
             meant = tuple(name for name in CACHED if not types or name in types)
             cached = replace(scheme, queries=False)
@@ -90,10 +94,10 @@ def _rules(entry: ConfigFields, number: int, schemes: dict[str, OpScheme]) -> li
         # these schemes mean embeddings, too, in a way of their own; not where a weight's scheme is given to one of them
         elif is_simulated(scheme) and (scheme.activation or not (types == ("embedding",) or _is_name(glob))):
             rules.append(Rule(Pattern("glob", glob, types=_only(types, "embedding")), EMBEDDING, label, where))
-            types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *STATES))
+            types_left = tuple(name for name in types or (*CLASS_OF,) if name not in ("embedding", *WEIGHTLESS))
             rules.append(Rule(Pattern("glob", glob, types=types_left or ("",)), scheme, label, where))
         else:
-            layers = tuple(name for name in types if name not in STATES)
+            layers = tuple(name for name in types if name not in WEIGHTLESS)
             rules.append(Rule(Pattern("glob", glob, types=layers or (("",) if types else ())), scheme, label, where))
     return rules
 
@@ -112,8 +116,8 @@ def _types(entry: ConfigFields) -> tuple[str, ...]:
         raise QsensError(f"{entry.at('types')}: there is no type in the list. Leave it out, or give one.")
     found = entry.texts_of("types")
     for name, where in found:
-        if name not in (*CLASS_OF, *STATES):
-            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join((*CLASS_OF, *STATES))}.")
+        if name not in (*CLASS_OF, *WEIGHTLESS):
+            raise QsensError(f"{where}: {name!r} is no type of op. Known: {', '.join((*CLASS_OF, *WEIGHTLESS))}.")
     return tuple(name for name, _ in found)
 
 
@@ -130,13 +134,15 @@ def _of_rule(entry: ConfigFields, schemes: dict[str, OpScheme]) -> OpScheme | No
 
 
 def _scheme(fields: ConfigFields) -> OpScheme:
-    for key in ("cache", "attention"):
+    for key in _ALONE:
         inside = fields.inner(key)
         if inside is not None:
-            others = [name for name in ("attention", *_OF_LAYERS) if fields.peek(name) is not None]
+            others = [name for name in (*_ALONE, *_OF_LAYERS) if name != key and fields.peek(name) is not None]
             if others:
                 raise QsensError(f"{fields.where}: {key} goes with nothing else, but there is {' and '.join(others)}.")
             fields.finish()
+            if key == "products":
+                return OpScheme(None, products=_cache(inside))
             return OpScheme(None, cache=_cache(inside), queries=key == "attention")
     weight = fields.inner("weight")
     activation = fields.inner("activation")
@@ -149,8 +155,8 @@ def _scheme(fields: ConfigFields) -> OpScheme:
     fields.finish()
     if replace(scheme, smoothing=None) == OpScheme(None):
         raise QsensError(
-            f"{fields.where}: nothing is quantized. Give a weight, an activation, a cache or attention, or write "
-            f"{UNQUANTIZED}."
+            f"{fields.where}: nothing is quantized. Give a weight, an activation, a cache, attention or products, "
+            f"or write {UNQUANTIZED}."
         )
     return scheme
 

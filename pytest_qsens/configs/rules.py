@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import STATES, matches
+from pytest_qsens.ops import WEIGHTLESS, matches
 from pytest_qsens.quant.op_scheme import NotTold
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Pattern:
     last if neither its parent nor a child is meant; ``class``, of the module or one
     above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
-    ``types`` are meant; if there are none, all but queries, keys and values of attention.
+    ``types`` are meant; if there are none, all layers.
     """
 
     kind: Literal[
@@ -94,7 +94,7 @@ class Pattern:
 
     def matches(self, op: Op) -> bool:
         """Whether this op is meant."""
-        if op.type not in self.types if self.types else op.type in STATES:
+        if op.type not in self.types if self.types else op.type in WEIGHTLESS:
             return False
         is_class = self.kind.startswith("class")
         named = op.name.rpartition(":")[0] if self.kind.startswith("module") else op.name

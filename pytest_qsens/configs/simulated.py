@@ -35,7 +35,7 @@ def simulating(scheme: OpScheme | Unknown, op: Op) -> tuple[Scheme | None, str]:
     """
     if isinstance(scheme, Unknown):
         return None, scheme.reason
-    if op.type == "embedding" and scheme.cache is None:
+    if op.type == "embedding" and scheme.of_layers:
         if scheme == EMBEDDING:
             return next(iter(SCHEMES.values())), ""
         reasons = _obstacles_of_rows(scheme)

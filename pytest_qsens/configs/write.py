@@ -24,7 +24,7 @@ from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible
 from pytest_qsens.configs.writers.dump import dump
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import PRODUCTS, STATES, WEIGHTLESS
 from pytest_qsens.quant.observer_names import OBSERVERS, percentile_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Target:
         syntaxes: That it can be written in, the usual one first.
         exclusions: Whether the file only says which ops are not quantized, and nothing of how the others are.
         states: Whether it can say how keys and values of attention are quantized.
+        products: Whether it can say how factors of products of two activations are.
         observers: That it can name; any percentile if it can name one. What has no static scales has them all.
         smooths: Whether it can say that inputs are smoothed.
         scaling_modes: Whether it can say in which mode scales are found that are powers of two.
@@ -54,6 +55,7 @@ class Target:
     syntaxes: tuple[Syntax, ...] = ("JSON",)
     exclusions: bool = False
     states: bool = False
+    products: bool = False
     observers: tuple[str, ...] = ()
     smooths: bool = False
     scaling_modes: bool = False
@@ -64,7 +66,13 @@ _AVERAGED = ("minmax", "moving_average")
 
 TARGETS: dict[str, Target] = {
     "qsens": Target(
-        ours.write, ("YAML", "TOML", "JSON"), states=True, observers=OBSERVERS, smooths=True, scaling_modes=True
+        ours.write,
+        ("YAML", "TOML", "JSON"),
+        states=True,
+        products=True,
+        observers=OBSERVERS,
+        smooths=True,
+        scaling_modes=True,
     ),
     "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=_TORCHS),
     "neural-compressor-best-configure": Target(neural_compressor.write_chosen, ("YAML",), observers=_TORCHS),
@@ -160,7 +168,7 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
             one = Assigned(member, assignment[op.name])
             if member.name in found:
                 raise QsensError(f"{member.name!r} is there twice among the ops.")
-            if member.type in (*CLASS_OF, *STATES):
+            if member.type in (*CLASS_OF, *WEIGHTLESS):
                 found[member.name] = one
             elif one.scheme is not None:
                 raise QsensError(
@@ -174,20 +182,20 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
 
 def _in_the_way(scheme: OpScheme, target: Target) -> str | None:
     """Why a file cannot say how scales are found: from the calibration data, or those that are powers of two."""
-    parts = (scheme.weight, scheme.activation, scheme.cache)
+    parts = (scheme.weight, scheme.activation, scheme.cache, scheme.products)
     modes = [part.scaling_mode for part in parts if part is not None and part.scaling_mode]
     if modes and not target.scaling_modes:
         return f"scales are found in mode {modes[0]}, which its files do not say"
     if scheme.smoothing is not None and not target.smooths:
         return "inputs are smoothed, which its files do not say"
-    part = scheme.cache or scheme.activation
+    part = scheme.cache or scheme.products or scheme.activation
     if part is None or part.kind == "dynamic":
         return None
-    observer = part.observed_by if scheme.cache is None else part.observer or "minmax"
+    observer = part.observed_by if scheme.of_layers else part.observer or "minmax"
     name = "percentile" if percentile_of(observer) is not None else observer
     if name in target.observers:
         return None
-    what = "activations" if scheme.cache is None else "keys and values"
+    what = "activations" if scheme.of_layers else "keys and values" if scheme.cache is not None else "factors"
     why = f"ranges of {what} are found by {observer}; it has {' and '.join(target.observers)}"
     if observer == "histogram" and scheme.activation is not None:
         near = replace(scheme, activation=replace(scheme.activation, observer="minmax")).name
@@ -216,10 +224,14 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
         why = None if target.exclusions or one.scheme is None else _in_the_way(one.scheme, target)
         if why is not None:
             raise Inexpressible(one, why)
+    products = [one for one in assigned if one.op.type in PRODUCTS and one.scheme is not None]
+    if products and not target.products:
+        raise Inexpressible(products[0], "it says nothing of products of two activations")
     cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]
     if cached and not target.states:
         raise Inexpressible(cached[0], "it quantizes layers, and no keys and values of attention")
-    written = assigned if cached else [one for one in assigned if one.op.type not in STATES]
+    left_out = (*(() if cached else STATES), *(() if products else PRODUCTS))
+    written = [one for one in assigned if one.op.type not in left_out]
     text = dump(target.write(written), syntax)
     try:
         config = config_of(parse_document(text, Path("what was written"), syntax))

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
+from pytest_qsens.ops import PRODUCTS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from pytest_qsens.ops import Op
 
@@ -53,6 +54,21 @@ def check_added(engine: str, added: Collection[str]) -> None:
         raise QsensError(
             f"engine {engine} estimates what quantizing an op does by itself, or restoring it, and not what it adds to "
             f"a config, which is asked for {len(added)} ops. Measure them with engine delta, the default"
+        )
+
+
+def check_products(engine: str, ops: Iterable[Op]) -> None:
+    """Check that an engine can measure products of two activations, if some of the ops are.
+
+    Raises:
+        QsensError: If it cannot.
+
+    """
+    products = [op.name for op in ops if op.type in PRODUCTS]
+    if products and engine == "probe":
+        raise QsensError(
+            f"engine {engine} estimates what rounding one input does, and {products[0]} has two that are rounded. "
+            "Measure products with engine delta, the default"
         )
 
 

@@ -11,11 +11,11 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -32,25 +32,11 @@ Mark = Callable[[str, str, Tensor], Tensor]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PRODUCT = "scaled_dot_product_attention"
-_EAGER = "eager_attention_forward"
+EAGER = "eager_attention_forward"
 """Name of the function with which modules of transformers attend if no other is chosen."""
 
 _CACHE = ("past_key_values", "past_key_value")
 """Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
-
-_library: Any = torch.library.Library("qsens", "FRAGMENT")  # type: ignore[no-untyped-call] # torch's
-_library.define("query(Tensor(a) state) -> Tensor(a)")
-_library.define("key(Tensor(a) state) -> Tensor(a)")
-_library.define("value(Tensor(a) state) -> Tensor(a)")
-for _name in ("query", "key", "value"):
-    _library.impl(_name, torch.ops.aten.alias.default, "CompositeImplicitAutograd")
-
-MARKS: dict[str, Any] = {
-    "q": torch.ops.qsens.query.default,
-    "k": torch.ops.qsens.key.default,
-    "v": torch.ops.qsens.value.default,
-}
-"""Type of op → operator that marks its tensor in a graph, and gives it as it is."""
 
 
 def list_states(model: nn.Module) -> tuple[Op, ...]:
@@ -72,16 +58,22 @@ def list_states(model: nn.Module) -> tuple[Op, ...]:
 
 def _may_cache(cls: type[nn.Module]) -> bool:
     """Whether modules of a class attend, to what may come from a cache."""
-    origin = cls.__module__.partition(".")[0]
-    used = _names_used(cls)
-    if origin == "torch" or not ({_INTERFACE, _PRODUCT} & used):
+    if not attends(cls):
         return False
     takes = any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
-    return takes or origin != "transformers"
+    return takes or cls.__module__.partition(".")[0] != "transformers"
 
 
-def _names_used(cls: type[nn.Module]) -> frozenset[str]:
-    """Names that the methods of a class refer to, but for those of torch and of transformers' models as a whole."""
+def attends(cls: type[nn.Module]) -> bool:
+    """Whether methods of a class refer to transformers' attention interface, or torch's product; not torch's own."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return False
+    methods = methods_of(cls).values()
+    return not {_INTERFACE, _PRODUCT}.isdisjoint(name for method in methods for name in method.__code__.co_names)
+
+
+def methods_of(cls: type[nn.Module]) -> dict[str, FunctionType]:
+    """Methods of a class by name, unwrapped, but for those of torch and of transformers' models as a whole."""
     shared = {nn.Module, object}
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None:
@@ -90,10 +82,20 @@ def _names_used(cls: type[nn.Module]) -> frozenset[str]:
     for base in reversed(cls.__mro__):
         if base not in shared:
             found |= vars(base)
-    methods = (inspect.unwrap(method) for method in found.values() if isinstance(method, FunctionType))
-    return frozenset(
-        name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names
-    )
+    methods = {name: inspect.unwrap(method) for name, method in found.items() if isinstance(method, FunctionType)}
+    return {name: method for name, method in methods.items() if isinstance(method, FunctionType)}
+
+
+@dataclass
+class Attending:
+    """One call of an attention function.
+
+    Attributes:
+        products: How many it has made so far.
+
+    """
+
+    products: int = 0
 
 
 class StateHooks:
@@ -101,9 +103,12 @@ class StateHooks:
 
     Args:
         model: The model.
-        states: Names of the wanted ops.
+        states: Names of the wanted ops; products of activations among them, for which it is noted when modules attend.
         scopes: Tells which module is running.
         mark: Takes and gives a tensor.
+
+    Attributes:
+        inside: The call of an attention function that is running; ``None`` if none is.
 
     """
 
@@ -116,7 +121,7 @@ class StateHooks:
         self._scopes_of_forwards = list({id(scope): scope for scope in scopes_of_forwards}.values())
         self._scopes = scopes
         self._mark = mark
-        self._inside = False
+        self.inside: Attending | None = None
         self._entered = ExitStack()
 
     def __enter__(self) -> Self:
@@ -131,8 +136,8 @@ class StateHooks:
                         _with_attribute(modeling.AttentionInterface, method, self._giving(find))
                     )
         for scope in self._scopes_of_forwards:
-            if _EAGER in scope:
-                self._entered.enter_context(_with_entry(scope, _EAGER, self._attending(scope[_EAGER])))
+            if EAGER in scope:
+                self._entered.enter_context(_with_entry(scope, EAGER, self._attending(scope[EAGER])))
         self._entered.enter_context(_Products(self._product))
         return self
 
@@ -151,7 +156,7 @@ class StateHooks:
     def _attending(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers'
-            if self._inside:  # an interface that was found by another one
+            if self.inside is not None:  # an interface that was found by another one
                 return function(module, query, key, value, *args, **kwargs)
             name = self._names.get(id(module))
             if name is not None:
@@ -164,14 +169,14 @@ class StateHooks:
     @contextmanager
     def _attended(self) -> Iterator[None]:
         """See that the products inside of an attention function are not taken for a module's own."""
-        self._inside = True
+        self.inside = Attending()
         try:
             yield
         finally:
-            self._inside = False
+            self.inside = None
 
     def _product(self, *states: Tensor) -> list[Tensor]:
-        return [*states] if self._inside else self._marked(self._scopes.current, *states)
+        return [*states] if self.inside is not None else self._marked(self._scopes.current, *states)
 
     def _marked(self, module: str, *states: Tensor) -> list[Tensor]:
         names = [f"{module}:{kind}" for kind in STATES]

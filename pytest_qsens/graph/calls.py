@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pytest_qsens.graph.attention import MARKS
+from pytest_qsens.graph.marks import FACTORS, MARKS
 from pytest_qsens.graph.narrow import EMBEDDING, LINEAR, stored
 from pytest_qsens.ops import STATES
 
@@ -32,14 +32,16 @@ class Call:
     """Arguments of one call.
 
     Attributes:
-        kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, or one of `STATES`.
+        kind: ``linear``, ``conv1d``, ``conv2d``, ``conv3d``, ``embedding``, one of `STATES`, one of `FACTORS` for a
+            factor of a product of activations, or ``pv`` for attention as a whole.
         x: Activations ``(*, in)`` for linear, ``(N, C, *spatial)`` for convolutions; integer indices for embedding;
-            keys or values, ``(N, heads, tokens, dim)`` or without some of the first.
+            keys or values, ``(N, heads, tokens, dim)`` or without some of the first; a factor; values of ``pv``.
         weight: ``(out, in)`` for linear whatever the layout in memory, ``(out, in / groups, *kernel)`` for
-            convolutions, ``(rows, dim)`` for embedding. In fp32, or as narrow as it is stored. Empty for keys and
-            values, which are given as they are.
+            convolutions, ``(rows, dim)`` for embedding. In fp32, or as narrow as it is stored. Empty for what has
+            none; keys, values and factors are given as they are.
         bias: ``(out,)`` or ``None``.
         conv: ``stride``, ``padding``, ``dilation`` and ``groups`` of a convolution.
+        attention: Arguments of torch's ``scaled_dot_product_attention`` by name, for ``pv``.
 
     """
 
@@ -48,6 +50,7 @@ class Call:
     weight: Tensor
     bias: Tensor | None = None
     conv: Mapping[str, Any] | None = None
+    attention: Mapping[str, Any] | None = None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
@@ -69,8 +72,23 @@ def _functional_embedding(x: Tensor, weight: Tensor, *_: object, **__: object) -
 
 
 def of_state(kind: str, state: Tensor) -> Call:
-    """Return the call that gives keys or values as they are."""
+    """Return the call that gives keys or values, or a factor of a product, as they are."""
     return Call(kind, state, state.new_empty(0))
+
+
+def of_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,  # noqa: ANN401 - scale and enable_gqa
+) -> Call:
+    """Return the call that attends, and multiplies probabilities and values in the end."""
+    given: dict[str, Any] = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, **options}
+    given |= {"dropout_p": dropout_p, "is_causal": is_causal}
+    return Call("pv", value, value.new_empty(0), attention=given)
 
 
 def _state(kind: str) -> Callable[..., Call]:
@@ -112,7 +130,8 @@ _BINDERS: dict[Any, Callable[..., Call]] = {
     aten.conv3d.default: _conv("conv3d"),
     aten.conv3d.padding: _conv("conv3d"),
     torch.conv3d: _conv("conv3d"),
-    **{mark: _state(kind) for kind, mark in MARKS.items()},
+    **{mark: _state(kind) for kind, mark in (MARKS | FACTORS).items()},
+    aten.scaled_dot_product_attention.default: of_attention,
 }
 
 _ADDMM = (aten.addmm.default, torch.addmm)
@@ -169,7 +188,9 @@ def channel_rows(x: Tensor, kind: str) -> Tensor:
 
 def unquantized(call: Call) -> Tensor:
     """Compute what a call gives in the model, fp32."""
-    if call.kind in STATES:
+    if call.attention is not None:
+        return functional.scaled_dot_product_attention(**call.attention)
+    if call.kind in (*STATES, *FACTORS):
         return call.x.clone()  # as fresh as what others compute
     if call.kind == "embedding":
         return functional.embedding(call.x, call.weight).float()
@@ -235,8 +256,8 @@ def _for_each(value: int | Sequence[int], dims: int) -> list[int]:
 
 
 def is_op_call(target: object) -> bool:
-    """Whether a graph node's target or a torch function can be a call of an op."""
-    return target in _BINDERS
+    """Whether a graph node's target or a torch function can be a call of a layer's op."""
+    return target in _BINDERS and target is not aten.scaled_dot_product_attention.default
 
 
 def weight_argument(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tensor or node

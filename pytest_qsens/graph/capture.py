@@ -15,10 +15,12 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pytest_qsens.graph.attention import MARKS, StateHooks
-from pytest_qsens.graph.calls import is_op_call, weight_argument
+from pytest_qsens.graph.attention import StateHooks
+from pytest_qsens.graph.calls import Call, is_op_call, weight_argument
 from pytest_qsens.graph.closure import downstream
 from pytest_qsens.graph.functional import functional_kinds
+from pytest_qsens.graph.marks import FACTORS, MARKS
+from pytest_qsens.graph.products import ProductHooks
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ Output = Callable[[Any, "Batch"], Tensor]
 
 OWNER = "qsens_owner"
 _STATE = "qsens_state"
+_PRODUCT = "qsens_product"
 
 
 class CaptureRefused(Exception):  # noqa: N818 - not an error: the eager engine takes over
@@ -80,7 +83,7 @@ def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[s
     """Capture the scored forward of ``batch`` (tensors on the model's device).
 
     The graph is specialized on this batch: sizes and values that do not depend on any op are constants in it. Keys and
-    values with the names in ``states`` are calls in it that give them as they are.
+    values, and factors of products, with the names in ``states`` are calls in it that give them as they are.
 
     Raises:
         CaptureRefused: If tracing fails, or a value computed by an op decides shapes or control flow.
@@ -102,7 +105,8 @@ def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[s
     try:
         # grad mode stays on, with no parameter requiring grad: under no_grad the graph gets _set_grad_enabled nodes
         hooks = StateHooks(model, states, scopes, _marked)
-        with torch.enable_grad(), scopes, hooks, tracing(TracingContext(FakeTensorMode())):  # else one mode a node
+        products = ProductHooks(model, states, scopes, hooks, _marked, _multiplied)
+        with torch.enable_grad(), scopes, products, hooks, tracing(TracingContext(FakeTensorMode())):  # else one a node
             module = make_fx(forward, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 *inputs
             )
@@ -130,7 +134,8 @@ def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[s
     by = {op: str(node.target) for node, ops in users.items() for op in ops}
     out_of_reach = index.out_of_reach(calls, scopes.entered, by, states)
     parameters = {node for node, value in constants.items() if isinstance(value, nn.Parameter)}
-    products = dependent | (downstream(parameters) & downstream(placeholders))
+    multiplying = dependent | (downstream(parameters) & downstream(placeholders))
+    multiplying -= {node for node in nodes if _PRODUCT in node.meta}  # ops, or a part of some
     explained = {node for node, ops in users.items() if ops <= out_of_reach.keys()}
     return Graph(
         nodes=tuple(nodes),
@@ -139,7 +144,7 @@ def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[s
         output=output_node,
         calls=calls,
         out_of_reach=out_of_reach,
-        functional=_functional(nodes, products - op_nodes - explained),
+        functional=_functional(nodes, multiplying - op_nodes - explained),
     )
 
 
@@ -161,10 +166,22 @@ def _last_node() -> Node | None:
 
 def _marked(op: str, kind: str, state: Tensor) -> Tensor:
     """Note in the graph that this is what an op gives."""
-    found: Tensor = MARKS[kind](state)
+    mark = MARKS.get(kind) or FACTORS[kind]
+    found: Tensor = mark(state)
     node = _last_node()
-    if node is not None and node.target is MARKS[kind]:
+    if node is not None and node.target is mark:
         node.meta[_STATE] = op
+    return found
+
+
+def _multiplied(op: str, call: Call | None, multiply: Callable[[], Tensor]) -> Tensor:
+    """Note in the graph that this is a product of an op, and where it is caught as a whole, what the op gives."""
+    found = multiply()
+    node = _last_node()
+    if node is not None:
+        node.meta[_PRODUCT] = op
+        if call is not None and node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            node.meta[_STATE] = op
     return found
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from pytest_qsens.graph.attention import StateHooks
 from pytest_qsens.graph.calls import Call, bind, is_op_call, of_state, weight_argument
 from pytest_qsens.graph.names import name_of
+from pytest_qsens.graph.products import ProductHooks
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
 
 Handler = Callable[[str, Call, Callable[[], Tensor]], Tensor]
@@ -23,7 +24,7 @@ _METADATA = {"device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "require
 
 
 class OpInterceptor(TorchFunctionMode):
-    """While entered, every call of an op of ``model``, and these of its keys and values, go through ``handler``."""
+    """While entered, every call of an op of ``model``, and these of its ops without weights, go through ``handler``."""
 
     def __init__(self, model: nn.Module, handler: Handler, states: Collection[str] = ()) -> None:
         super().__init__()
@@ -32,11 +33,13 @@ class OpInterceptor(TorchFunctionMode):
         self._handler = handler
         self._states = states
         self._hooks = StateHooks(model, states, self._scopes, self._state)
+        self._products = ProductHooks(model, states, self._scopes, self._hooks, self._state, self._product)
         self._called: set[str] = set()
         self._users: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._scopes.__enter__()
+        self._products.__enter__()
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call] # torch leaves it untyped
         return self
@@ -44,6 +47,7 @@ class OpInterceptor(TorchFunctionMode):
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call] # torch leaves it untyped
         self._hooks.__exit__(*exc)
+        self._products.__exit__(*exc)
         self._scopes.__exit__(*exc)
 
     def __torch_function__(
@@ -75,6 +79,12 @@ class OpInterceptor(TorchFunctionMode):
     def _state(self, op: str, kind: str, state: Tensor) -> Tensor:
         self._called.add(op)
         return self._handler(op, of_state(kind, state), lambda: state)
+
+    def _product(self, op: str, call: Call | None, multiply: Callable[[], Tensor]) -> Tensor:
+        if call is None:  # the factors went through
+            return multiply()
+        self._called.add(op)
+        return self._handler(op, call, multiply)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 from pytest_qsens.graph.modules import op_type
 from pytest_qsens.graph.narrow import stored
+from pytest_qsens.ops import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -13,6 +14,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
+
+
+_NOT_GIVEN = (
+    "its module ran, but gave them neither to transformers' attention interface nor to torch's "
+    "scaled_dot_product_attention"
+)
+_NOT_ATTENDED = (
+    "its module ran, but neither called torch's scaled_dot_product_attention, nor an attention function of "
+    "transformers that multiplies with torch's matmul, bmm or baddbmm"
+)
+_NO_PRODUCT = (
+    "its module ran, but did not multiply two activations here: one factor is a weight or a buffer, or nothing was "
+    "multiplied"
+)
+_NOT_CAUGHT = {**dict.fromkeys(STATES, _NOT_GIVEN), **dict.fromkeys(("qk", "pv"), _NOT_ATTENDED)}
+"""Type of op → why it was not seen."""
 
 
 class ModuleScopes:
@@ -35,6 +52,7 @@ class ModuleScopes:
         self._on_enter = on_enter
         self._on_exit = on_exit
         self._stack: list[str] = []
+        self._places: list[dict[object, int]] = []  # of each forward that is running
         self.entered: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -42,6 +60,11 @@ class ModuleScopes:
     def current(self) -> str:
         """Name of the innermost running module; empty outside the model and in its root."""
         return self._stack[-1] if self._stack else ""
+
+    def place(self, key: object) -> int:
+        """Count what comes in the innermost running forward, from 0 on; equal keys have one number."""
+        places = self._places[-1] if self._places else {}
+        return places.setdefault(key, len(places))
 
     def __enter__(self) -> Self:
         for name, module in self._model.named_modules():
@@ -53,10 +76,12 @@ class ModuleScopes:
             handle.remove()
         self._handles.clear()
         self._stack.clear()
+        self._places.clear()
 
     def _hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def enter(*_: object) -> None:
             self._stack.append(name)
+            self._places.append({})
             self.entered.add(name)
             if self._on_enter is not None:
                 self._on_enter(name)
@@ -65,6 +90,7 @@ class ModuleScopes:
             if self._on_exit is not None:
                 self._on_exit(name)
             self._stack.pop()
+            self._places.pop()
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
@@ -112,7 +138,7 @@ class OpIndex:
             called: Ops whose own call was seen.
             entered: Modules whose forwards ran.
             users: Op → function or operator that used its weight in another way.
-            states: Keys and values that were looked for.
+            states: Ops without weights that were looked for.
 
         """
         found = {
@@ -123,8 +149,5 @@ class OpIndex:
                 found.setdefault(op, "its forward ran, but makes no call with its weight that could be replaced")
         for op in states:
             if op.rpartition(":")[0] in entered and op not in called:
-                found[op] = (
-                    "its module ran, but gave them neither to transformers' attention interface nor to torch's "
-                    "scaled_dot_product_attention"
-                )
+                found[op] = _NOT_CAUGHT.get(op.rpartition(":")[2], _NO_PRODUCT)
         return found

@@ -21,7 +21,7 @@ from pytest_qsens.inspection.words import described
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
 from pytest_qsens.models.spec import ready
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import WEIGHTLESS
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.preparation import placed, prepare
 from pytest_qsens.quant.calibration import Calibration
@@ -220,7 +220,7 @@ class _Inspector:
         return Alternative(name, about, flip, factor, bits)
 
     def _shape(self, call: Call, shapes: Sequence[tuple[int, ...]]) -> Shape:
-        layers = [op for op in self._ops if op.type not in STATES]  # what can be inspected
+        layers = [op for op in self._ops if op.type not in WEIGHTLESS]  # what can be inspected
         return Shape(
             self._op.type,
             self._op.block,

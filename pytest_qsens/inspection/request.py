@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_json_output
 from pytest_qsens.inspection.found import Recorded
-from pytest_qsens.ops import STATES, TOTAL
+from pytest_qsens.ops import PRODUCTS, STATES, TOTAL
 from pytest_qsens.quant.assignment import ADDED_AS
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 from pytest_qsens.result_files import load
@@ -162,7 +162,7 @@ def _check_status(op: OpResult, asked: str | None, path: Path) -> None:
         raise QsensError(
             f"{op.op} is what attention is given, and has no weight. Give a linear, a convolution or an embedding."
         )
-    functional = op.weights is None and ":" in op.op
+    functional = (op.weights is None and ":" in op.op) or op.type in PRODUCTS
     if functional:
         why = op.reason or "it is a product of activations"
         raise QsensError(f"{op.op} has no weight ({op.type}: {why}). Give a linear, a convolution or an embedding.")

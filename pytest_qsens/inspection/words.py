@@ -26,6 +26,8 @@ def described(parts: OpScheme, op_type: str) -> str:
     if parts.cache is not None:
         what = "queries, keys and values" if parts.queries else "keys and values"
         return f"{what} {_activation(parts.cache)}"
+    if parts.products is not None:
+        return f"both factors {_activation(parts.products)}"
     if op_type == "embedding":
         return f"weight {'int8 per row' if parts.weight is None else _weight(parts.weight, 'row')}"
     found = [] if parts.weight is None else [f"weight {_weight(parts.weight)}"]

@@ -10,9 +10,10 @@ from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import Fused, grouped
 from pytest_qsens.interactions import decode
-from pytest_qsens.ops import STATES, Op, matches
+from pytest_qsens.ops import Op, matches
 from pytest_qsens.plans.bits import scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
+from pytest_qsens.quant.op_scheme import parse
 from pytest_qsens.result_files import load
 from pytest_qsens.same_run import SAME_MODEL, difference, difference_of_ops, machine_difference
 
@@ -108,10 +109,12 @@ def _file(path: Path) -> _File:
             "made of results of --qsens-scheme, a file for each scheme"
         )
     entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
-    if not entries and any(op.type in STATES for op in result.ops):
+    parts = parse(result.run.scheme)
+    if not entries and parts is not None and not parts.of_layers:
+        what = "keys and values of attention" if parts.cache is not None else "products of two activations"
         raise QsensError(
-            f"{path} is a result of scheme {result.run.scheme}, of keys and values of attention. Plans are of layers: "
-            "their budgets are of weights"
+            f"{path} is a result of scheme {result.run.scheme}, of {what}. Plans are of layers: their budgets are of "
+            "weights"
         )
     if not any(op.isolated for op in entries.values()):
         raise QsensError(

@@ -79,12 +79,14 @@ def compare_proxies(
         draws: Random vectors for each evaluation batch.
 
     Raises:
-        QsensError: If the scheme is of keys and values, the result does not fit the model, the exact scores cannot be
+        QsensError: If the scheme is not of layers, the result does not fit the model, the exact scores cannot be
             ranked, or the model cannot be run.
 
     """
-    if scheme_named(scheme, "scheme").parts.cache is not None:
-        raise QsensError(f"scheme {scheme!r} quantizes keys and values of attention, and proxies are of layers")
+    parts = scheme_named(scheme, "scheme").parts
+    if not parts.of_layers:
+        what = "keys and values of attention" if parts.cache is not None else "products of two activations"
+        raise QsensError(f"scheme {scheme!r} quantizes {what}, and proxies are of layers")
     source.check()
     ops = layers(load_manifest(source, None))  # proxies are of weights
     exact = None if result is None else read_exact(result, source, scheme, ops)

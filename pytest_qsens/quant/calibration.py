@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.decomposed import probabilities
+from pytest_qsens.graph.marks import FACTORS
 from pytest_qsens.ops import STATES
+from pytest_qsens.quant.factors import finite_only, inner_dim, side_of
 from pytest_qsens.quant.observers import observer_of, observer_of_output
 from pytest_qsens.quant.schemes import all_of, scheme_of
 from pytest_qsens.quant.smoothing import Smoothing
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qsens.graph.calls import Call
+    from pytest_qsens.quant.factors import Side
     from pytest_qsens.quant.observers import Observer, QParams
     from pytest_qsens.quant.op_scheme import ActivationScheme
     from pytest_qsens.quant.schemes import Scheme, Schemes
@@ -43,7 +47,7 @@ class Calibration:
     Args:
         schemes: What needs ranges, of every op or of each; an op without a scheme needs none.
         ranges: Whether to observe those it needs; otherwise only what is reached is noted.
-        states: Names of the keys and values to be observed.
+        states: Names of the ops without weights to be observed.
 
     Attributes:
         states: As given.
@@ -62,6 +66,7 @@ class Calibration:
         self._inputs: dict[str, Observer] = {}
         self._outputs: dict[str, Observer] = {}
         self._states: dict[str, StateRange] = {}
+        self._factors: dict[Side, dict[str, StateRange]] = {"left": {}, "right": {}}
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
 
@@ -99,15 +104,31 @@ class Calibration:
         if call.kind == "embedding" or not self.ranges or not scheme.needs_ranges or not self._settled:
             return
         if call.kind in STATES:
-            finite = finite_rows(call.x, call.kind)
-            values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
-            range_of = self._state(op, scheme)
-            if range_of.fits(values):
-                range_of.observe(values)
-            else:
-                self.refused[op] = f"{scheme.name} has {range_of.about}, and its calls differ in how many they have"
+            self._observe_state(op, scheme, call)
+        elif scheme.parts.products is not None:
+            self._observe_product(op, scheme, call)
         elif scheme.refusal(call.kind) is None:
             self._observe_layer(op, scheme, call, output)
+
+    def _observe_state(self, op: str, scheme: Scheme, call: Call) -> None:
+        finite = finite_rows(call.x, call.kind)
+        values = call.x if finite is None else call.x.masked_fill(~finite[..., None], 0)  # no scale is of less
+        range_of = self._state(op, scheme)
+        if range_of.fits(values):
+            range_of.observe(values)
+        else:
+            self.refused[op] = f"{scheme.name} has {range_of.about}, and its calls differ in how many they have"
+
+    def _observe_product(self, op: str, scheme: Scheme, call: Call) -> None:
+        if call.attention is None:
+            self._observe_factor(op, scheme, call.kind, call.x)
+        else:
+            self._observe_factor(op, scheme, "left", probabilities(call.attention))
+            self._observe_factor(op, scheme, "right", call.x)
+
+    def _observe_factor(self, op: str, scheme: Scheme, kind: str, factor: Tensor) -> None:
+        values, _ = finite_only(factor, inner_dim(kind, factor))  # no scale is of less than zero
+        self._factor(op, scheme, side_of(kind)).observe(values)
 
     def _observe_layer(self, op: str, scheme: Scheme, call: Call, output: Tensor) -> None:
         x, smoothed_by = _finite(call.x, call.kind, f"input of {op}"), self.smoothing(op)
@@ -123,6 +144,10 @@ class Calibration:
     def _state(self, op: str, scheme: Scheme) -> StateRange:
         assert scheme.parts.cache is not None  # noqa: S101 - no other is given to keys and values
         return self._states.setdefault(op, StateRange(scheme.parts.cache))
+
+    def _factor(self, op: str, scheme: Scheme, side: Side) -> StateRange:
+        assert scheme.parts.products is not None  # noqa: S101 - no other is given to products
+        return self._factors[side].setdefault(op, StateRange(scheme.parts.products))
 
     def _output(self, op: str, scheme: Scheme) -> Observer:
         if op not in self._outputs:
@@ -140,6 +165,7 @@ class Calibration:
         """All that was observed, beside `reached` and `refused`; see `from_state`."""
         kinds: dict[str, Mapping[str, Observer | StateRange]]
         kinds = {"input": self._inputs, "output": self._outputs, "state": self._states}
+        kinds |= {"left": self._factors["left"], "right": self._factors["right"]}
         found = {
             f"{kind}/{op}/{name}": value
             for kind, ranges in kinds.items()
@@ -173,6 +199,8 @@ class Calibration:
             scheme = scheme_of(schemes, op)
             if scheme is not None and kind == "state":
                 found._state(op, scheme).restore(buffers)
+            elif scheme is not None and kind in ("left", "right"):
+                found._factor(op, scheme, side_of(kind)).restore(buffers)
             elif scheme is not None and kind in ("input", "output"):
                 (found._input(op, scheme) if kind == "input" else found._output(op, scheme)).restore(buffers)
         found._smoothing.restore({op: of["scale"] for (kind, op), of in observed.items() if kind == "smoothing"})
@@ -191,6 +219,10 @@ class Calibration:
         """Least and largest of what shares a scale in keys or values of so many features."""
         return self._states[op].extremes(dim)
 
+    def extremes_of_factor(self, op: str, side: Side) -> tuple[Tensor, Tensor]:
+        """Least and largest value of a factor."""
+        return self._factors[side][op].extremes(0)
+
     def output_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's output, uint8."""
         return self._outputs[op].qparams()
@@ -198,6 +230,8 @@ class Calibration:
 
 def _refusal(scheme: Scheme, call: Call) -> str | None:
     """Why a call cannot be quantized, of what its shapes tell."""
+    if call.kind in FACTORS or call.attention is not None:
+        return None if scheme.parts.products is not None else scheme.refusal("qk")
     if not scheme.means(call.kind):
         return scheme.refusal(call.kind)
     if call.kind in STATES:

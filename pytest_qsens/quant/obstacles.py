@@ -29,6 +29,8 @@ def obstacles(scheme: OpScheme) -> list[str]:
     """
     if scheme.cache is not None:
         return _of_cache(scheme.cache)
+    if scheme.products is not None:
+        return _of_products(scheme.products)
     parts = [*_of_weight(scheme.weight), *_of_activation(scheme.activation), *_of_output(scheme)]
     return parts + _of_smoothing(scheme)
 
@@ -104,6 +106,19 @@ def _of_cache(cache: ActivationScheme) -> list[str]:
         known = "minmax and moving_average" if kind == "static" else "minmax"
         return [f"scales of {what} are found by {cache.observer} (simulated: by {known})"]
     return [*_of_extent(what, cache, usual), *_of_zero_points(what, cache)]
+
+
+def _of_products(factors: ActivationScheme) -> list[str]:
+    kind, dtype, what = factors.kind, factors.dtype, f"{factors.kind} factors of products"
+    known = (*INTEGERS, "fp8_e4m3")
+    if dtype not in known:
+        return [f"factors of products are {dtype} (simulated: int2 to int8, fp8_e4m3)"]
+    if kind == "local":
+        return ["factors of products have scales of two kinds, static and dynamic (simulated: of one kind)"]
+    if factors.observer and factors.observer != "moving_average":
+        return [f"scales of {what} are found by {factors.observer} (simulated: by minmax and moving_average)"]
+    usual = ("tensor",) if kind == "static" else ("tensor", "token")
+    return [*_of_extent(what, factors, usual), *_of_zero_points(what, factors)]
 
 
 def _of_output(scheme: OpScheme) -> list[str]:

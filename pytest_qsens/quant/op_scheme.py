@@ -129,8 +129,9 @@ class OpScheme:
     ``output``: the output is requantized, too, with scales of its own from calibration. ``smoothing``: what is done to
     input and weight before. ``cache``: how keys and values of attention are rounded, as they are stored in a cache,
     its static scales those of the extremes of all batches unless its observer is ``moving_average``;
-    ``queries``: these are rounded alike, too, so that attention multiplies what is of low precision. A scheme that has
-    it has nothing else.
+    ``queries``: these are rounded alike, too, so that attention multiplies what is of low precision. ``products``: how
+    both factors of products of two activations are rounded, a ``token`` being what runs along the dimension that is
+    summed over: a row of the left factor, a column of the right one. A scheme that has one of these has nothing else.
     """
 
     weight: WeightScheme | None
@@ -139,6 +140,12 @@ class OpScheme:
     smoothing: SmoothQuant | None = None
     cache: ActivationScheme | None = None
     queries: bool = False
+    products: ActivationScheme | None = None
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether it is of layers, and neither of keys and values nor of products of two activations."""
+        return self.cache is None and self.products is None
 
     @property
     def name(self) -> str:
@@ -151,6 +158,8 @@ class OpScheme:
         """
         if self.cache is not None:
             return f"{_ATTENTION if self.queries else _CACHE}{_cache_name(self.cache)}"
+        if self.products is not None:
+            return f"{_BMM}{_cache_name(self.products)}"
         weight, activation = self.weight, self.activation
         parts = [_base(weight, activation)]
         named_by_base = _is_torchs(weight, activation) and self.output
@@ -188,7 +197,7 @@ def parse(name: str) -> OpScheme | None:
     >>> parse("w4a16_g128").weight
     WeightScheme(dtype='int4', granularity='group', size=(128,), symmetric=True)
     """
-    if name.startswith((_CACHE, _ATTENTION)):
+    if name.startswith((_CACHE, _ATTENTION, _BMM)):
         return _parse_cache(name)
     match = _NAME.fullmatch(name)
     if match is None:
@@ -239,7 +248,7 @@ def named(name: str, where: str) -> OpScheme:
     if scheme is None:
         raise QsensError(
             f"{where}: {name!r} is no scheme. Write w8a8, w8a8_static, w8a8_dynamic, w4a16_g128, fp8_dynamic, kv_fp8, "
-            "unquantized, or what docs/configs.md says names are made of."
+            "bmm_fp8, unquantized, or what docs/configs.md says names are made of."
         )
     return scheme
 
@@ -329,10 +338,10 @@ def _unusual(activation: ActivationScheme, mode: str) -> list[str]:
     return ["act", *found] if found else []
 
 
-_CACHE, _ATTENTION = "kv_", "attn_"
+_CACHE, _ATTENTION, _BMM = "kv_", "attn_", "bmm_"
 _CACHED = {dtype if dtype in INTEGERS else _SHORT.get(dtype, dtype): dtype for dtype in (*INTEGERS, *FLOATS)}
 _CACHE_NAME = re.compile(
-    rf"(?:{_CACHE}|{_ATTENTION})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
+    rf"(?:{_CACHE}|{_ATTENTION}|{_BMM})(?P<dtype>{'|'.join(sorted(_CACHED, key=len, reverse=True))})"
     rf"(?:_(?P<kind>dynamic|local))?(?:_(?P<extent>{_EXTENT}|head))?(?P<asym>_asym)?"
     rf"(?:_(?P<mode>{_MODE}))?(?:_(?P<observer>moving_average))?",
     re.ASCII,
@@ -340,14 +349,17 @@ _CACHE_NAME = re.compile(
 
 
 def usual_cache(dtype: str, kind: str) -> tuple[Granularity, tuple[int, ...]]:
-    """Granularity and size of keys and values where nothing else is said: a token is one of one head."""
+    """Granularity and size of keys and values, and of factors, where nothing else is said.
+
+    A token is one of one head, of factors what runs along the dimension that is summed over.
+    """
     if dtype in BLOCK_OF:
         return "group", (BLOCK_OF[dtype],)
     return ("tensor" if kind == "static" else "token"), ()
 
 
 def _cache_name(cache: ActivationScheme) -> str:
-    """Name how keys and values are rounded.
+    """Name how keys and values, or factors, are rounded.
 
     >>> _cache_name(ActivationScheme("fp8_e4m3", "static", "head"))
     'fp8_head'
@@ -373,5 +385,8 @@ def _parse_cache(name: str) -> OpScheme | None:
     cache = ActivationScheme(
         dtype, kind, granularity, size, match["asym"] is None, match["observer"] or "", match["mode"] or ""
     )
-    found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
+    if name.startswith(_BMM):
+        found = OpScheme(None, products=cache)
+    else:
+        found = OpScheme(None, cache=cache, queries=name.startswith(_ATTENTION))
     return found if found.name == name else None

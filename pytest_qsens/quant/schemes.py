@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pytest_qsens.errors import QsensError
-from pytest_qsens.ops import CACHED, STATES
+from pytest_qsens.ops import CACHED, PRODUCTS, STATES, WEIGHTLESS
 from pytest_qsens.quant.obstacles import obstacles
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme, parse
 
@@ -54,7 +54,8 @@ class Scheme:
     @property
     def needs_ranges(self) -> bool:
         """Whether scales come from the calibration data."""
-        return any(part is not None and part.kind != "dynamic" for part in (self.parts.activation, self.parts.cache))
+        parts = (self.parts.activation, self.parts.cache, self.parts.products)
+        return any(part is not None and part.kind != "dynamic" for part in parts)
 
     @property
     def smooths(self) -> bool:
@@ -75,9 +76,14 @@ class Scheme:
         return activation.granularity != "tensor" and activation.dtype != "nvfp4"
 
     def means(self, op_type: str) -> bool:
-        """Whether this is said of ops of a type at all: of layers, of keys and values, or of these and queries."""
+        """Whether this is said of ops of a type at all.
+
+        Of layers, of keys and values, of these and queries, or of products of two activations.
+        """
+        if self.parts.products is not None:
+            return op_type in PRODUCTS
         if self.parts.cache is None:
-            return op_type not in STATES
+            return op_type not in WEIGHTLESS
         return op_type in (STATES if self.parts.queries else CACHED)
 
     def refusal(self, op_type: str, features: int | None = None) -> str | None:
@@ -87,15 +93,21 @@ class Scheme:
         """
         weight = self.parts.weight
         if not self.means(op_type):
-            layers = "layers" if self.parts.queries else "layers and queries"
-            other = "queries, keys and values of attention" if self.parts.cache is None else layers
-            return f"{self.name} leaves {other} as they are"
+            return f"{self.name} leaves {self._others(op_type)} as they are"
         if op_type == "embedding" and not self.rows:
             integers = weight is not None and weight.dtype == "int8"
             return None if integers else f"{self.name} leaves embeddings as they are: they are int8, or not quantized"
         if op_type in ("linear", "embedding") and features is not None:
             return self.refusal_of_features(features)
         return self._refusal_of_convolution(op_type) if op_type.startswith("conv") else None
+
+    def _others(self, op_type: str) -> str:
+        """Name what a type that is not meant belongs to."""
+        if op_type in PRODUCTS:
+            return "products of two activations"
+        if self.parts.cache is None:
+            return "queries, keys and values of attention" if op_type in STATES else "layers"
+        return "layers" if self.parts.queries else "layers and queries"
 
     def _refusal_of_convolution(self, op_type: str) -> str | None:
         weight, activation = self.parts.weight, self.parts.activation
@@ -172,6 +184,18 @@ CACHE_SCHEMES: dict[str, Scheme] = {
 }
 """The usual ones of keys and values, and of these and queries."""
 
+PRODUCT_SCHEMES: dict[str, Scheme] = {
+    name: _usual(name)
+    for name in (
+        *("bmm_fp8", "bmm_fp8_dynamic", "bmm_fp8_dynamic_tensor"),
+        *("bmm_int8", "bmm_int8_dynamic", "bmm_int8_dynamic_tensor"),
+    )
+}
+"""The usual ones of products of two activations."""
+
+USUAL = SCHEMES | CACHE_SCHEMES | PRODUCT_SCHEMES
+"""All of these."""
+
 
 def noun(label: str) -> str:
     """Tell what a label in results and snapshots is of: a ``scheme``, or a ``config``, which is never called as one."""
@@ -189,7 +213,7 @@ def scheme_named(name: str, where: str) -> Scheme:
         QsensError: If there is none, or it cannot be simulated; what is in the way is named.
 
     """
-    every = SCHEMES | CACHE_SCHEMES
+    every = USUAL
     if name in every:
         return every[name]
     parts = parse(name)

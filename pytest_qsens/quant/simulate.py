@@ -12,9 +12,12 @@ from torch.nn import functional
 
 from pytest_qsens import profile
 from pytest_qsens.graph.calls import filled, finite_rows, unquantized
+from pytest_qsens.graph.decomposed import probabilities, repeated
+from pytest_qsens.graph.marks import FACTORS
 from pytest_qsens.graph.narrow import memory_for, part_channels
 from pytest_qsens.ops import STATES
 from pytest_qsens.parts import rows_within
+from pytest_qsens.quant.factors import round_factor, side_of
 from pytest_qsens.quant.formats import RoundedWeight, round_between, round_input, round_weight
 from pytest_qsens.quant.integers import (
     CHUNK,
@@ -77,6 +80,10 @@ class Simulator:
         """
         if call.kind in STATES:
             return self._state(op, call)
+        if call.kind in FACTORS:
+            return self._factor(op, call.kind, call.x)
+        if call.attention is not None:
+            return self._attended(op, call)
         if call.kind == "embedding":
             return self._rows(op, functional.embedding(call.x, call.weight).float(), call.weight)
         weight, finite = self._weight(op, call), finite_rows(call.x, call.kind)
@@ -105,6 +112,23 @@ class Simulator:
         else:
             found = round_input(x, cache)
         return filled(found, finite, torch.nan)
+
+    def _factor(self, op: str, kind: str, x: Tensor) -> Tensor:
+        factors = self._scheme_of(op).parts.products
+        assert factors is not None  # noqa: S101 - no other is given to products
+        if factors.kind != "static":
+            return round_factor(x, kind, factors)
+        low, high = self._calibration.extremes_of_factor(op, side_of(kind))
+        return round_factor(x, kind, factors, (low.to(x.device), high.to(x.device)))
+
+    def _attended(self, op: str, call: Call) -> Tensor:
+        """Round probabilities and values before they are multiplied."""
+        given = call.attention
+        assert given is not None  # noqa: S101 - asked before
+        rounded = self._factor(op, "left", probabilities(given))
+        values = repeated(self._factor(op, "right", call.x), given)
+        # in the layout of what comes out of torch's kernel, which the model may rely on
+        return torch.empty_like(unquantized(call)).copy_(rounded @ values)
 
     def _rows(self, op: str, rows: Tensor, weight: Tensor) -> Tensor:
         """Round looked-up rows of an embedding; of the others the extremes are known, where all have one scale."""

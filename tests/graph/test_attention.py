@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pytest_qsens.graph.attention import MARKS, list_states
+from pytest_qsens.graph.attention import list_states
 from pytest_qsens.graph.capture import capture, run_model
 from pytest_qsens.graph.intercept import OpInterceptor
+from pytest_qsens.graph.marks import MARKS
 from pytest_qsens.graph.replay import Run
 from pytest_qsens.graph.serialize import from_builtin, to_builtin
 from tests.architectures import ARCHITECTURES

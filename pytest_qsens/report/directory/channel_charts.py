@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import WEIGHTLESS
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
 from pytest_qsens.report.directory.contents import ranked
 from pytest_qsens.report.measures import name_of
@@ -57,7 +57,7 @@ def _drawn(result: RunResult) -> list[OpResult]:
 
 
 def _is_layer(op: OpResult) -> bool:
-    return set(op.type.split("+")).isdisjoint(STATES)
+    return set(op.type.split("+")).isdisjoint(WEIGHTLESS)
 
 
 def _members(op: OpResult) -> tuple[str, ...]:
