@@ -11,8 +11,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from types import FunctionType
+from functools import partial, wraps
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pytest_qsens.graph.references import names_in, refers
 from pytest_qsens.ops import STATES, Op
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PRODUCT = "scaled_dot_product_attention"
 _EAGER = "eager_attention_forward"
 """Name of the function with which modules of transformers attend if no other is chosen."""
+
+_NAMES = (_INTERFACE, _PRODUCT, "flex_attention")
+
+_METHODS = (FunctionType, staticmethod, classmethod, property)
+
+PRODUCTS: tuple[Any, ...] = (
+    functional.scaled_dot_product_attention,  # the same object as torch._C._nn's
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+"""Torch's attention, by all its names."""
 
 _CACHE = ("past_key_values", "past_key_value")
 """Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
@@ -57,43 +69,73 @@ def list_states(model: nn.Module) -> tuple[Op, ...]:
     """List queries, keys and values of attention modules in registration order; works on the meta device.
 
     Attention modules are told by their methods: they refer to transformers' attention interface, or to torch's
-    ``scaled_dot_product_attention``. A module of transformers whose forward takes no cache, as in vision towers, has
-    nothing to store in one, and `torch.nn.MultiheadAttention` takes none.
+    ``scaled_dot_product_attention`` or ``flex_attention``; those that are not of transformers also by a function that
+    they call. A module of transformers whose forward takes no cache, as in vision towers, has nothing to store in one,
+    and `torch.nn.MultiheadAttention` takes none.
     """
-    modules = dict(model.named_modules())
-    caching = {cls for cls in set(map(type, modules.values())) if _may_cache(cls)}
-    return tuple(
-        Op(f"{name}:{kind}", kind, elements=0)
-        for name, module in modules.items()
-        if type(module) in caching
-        for kind in STATES
-    )
+    caching: dict[type[nn.Module], bool] = {}
+    found = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in caching:
+            caching[cls] = _may_cache(cls)
+        if caching[cls] or _holds_attention(module):
+            found += [Op(f"{name}:{kind}", kind, elements=0) for kind in STATES]
+    return tuple(found)
+
+
+def origin(cls: type[nn.Module]) -> str:
+    """Package that a class of modules is from."""
+    return cls.__module__.partition(".")[0]
+
+
+def takes_cache(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class of transformers can be given a cache."""
+    return any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
 
 
 def _may_cache(cls: type[nn.Module]) -> bool:
     """Whether modules of a class attend, to what may come from a cache."""
-    origin = cls.__module__.partition(".")[0]
-    used = _names_used(cls)
-    if origin == "torch" or not ({_INTERFACE, _PRODUCT} & used):
+    if origin(cls) == "torch":
         return False
-    takes = any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
-    return takes or origin != "transformers"
+    methods = _methods(cls)
+    if origin(cls) == "transformers":  # its modules are known to attend by themselves, and functions to be shared
+        functions = (inspect.unwrap(method) for method in methods)
+        used = {name for one in functions if isinstance(one, FunctionType) for name in names_in(one.__code__)}
+        return bool({_INTERFACE, _PRODUCT} & used) and takes_cache(cls)
+    return any(refers(method, _NAMES, _objects()) for method in methods)
 
 
-def _names_used(cls: type[nn.Module]) -> frozenset[str]:
-    """Names that the methods of a class refer to, but for those of torch and of transformers' models as a whole."""
+def _holds_attention(module: nn.Module) -> bool:
+    """Whether a module was given a function that attends, or an object with one."""
+    if origin(type(module)) in ("torch", "transformers"):
+        return False
+    held = (value for name, value in vars(module).items() if not name.startswith("_"))
+    known = {id(one) for one in _objects()}
+    return any(
+        id(value) in known
+        or refers(value if isinstance(value, FunctionType | MethodType | partial) else type(value), _NAMES, _objects())
+        for value in held
+    )
+
+
+def _objects() -> list[object]:
+    """Functions that attend, whatever a module calls them."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    return [*PRODUCTS, *([] if flex is None else [flex.flex_attention])]
+
+
+def _methods(cls: type[nn.Module]) -> list[Callable[..., Any]]:
+    """Methods of a class, but for those of torch and of transformers' models as a whole."""
     shared = {nn.Module, object}
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None:
         shared |= set(modeling.PreTrainedModel.__mro__)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base not in shared:
             found |= vars(base)
-    methods = (inspect.unwrap(method) for method in found.values() if isinstance(method, FunctionType))
-    return frozenset(
-        name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names
-    )
+    return [method for method in found.values() if isinstance(method, _METHODS)]
 
 
 class StateHooks:
@@ -221,7 +263,7 @@ class _Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
-        if func is not functional.scaled_dot_product_attention:
+        if func not in PRODUCTS:
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
         states = self._change(given.pop("query"), given.pop("key"), given.pop("value"))
