@@ -19,6 +19,7 @@ from pytest_qsens.engines.probe import ProbeEngine
 from pytest_qsens.engines.replay import ReplayEngine, clean_share
 from pytest_qsens.errors import QsensError, first_line
 from pytest_qsens.graph.narrow import keep_narrow, make_wide, mapped_bytes
+from pytest_qsens.graph.unlisted import told as told_attention
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
@@ -120,6 +121,11 @@ class CalibratedModel:
             _result(Op(name, kind), "unquantizable", reason=f"{kind} products are not quantized")
             for name, kind in self._engine.functional
         )
+
+    @property
+    def unlisted_attention(self) -> list[str]:
+        """Sentences about attention that ran in modules whose keys and values are no ops, if some are quantized."""
+        return told_attention(self._calibration.attending)
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         """Measure one op, or group, in each of the modes; one that has no score says why.

@@ -148,7 +148,9 @@ class Model:
         if not meant:
             raise QsensError(
                 f"scheme {spec.scheme!r} quantizes keys and values of attention, and {source.label} has no module that "
-                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention"
+                "takes a cache and calls transformers' attention interface or torch's scaled_dot_product_attention. If "
+                "it multiplies queries, keys and values by hand, call torch.nn.functional.scaled_dot_product_attention "
+                "instead; for its layers, choose another scheme, such as w8a8"
             )
         return cls(source, meant, Assigned(Assignment.uniform(scheme, meant)))
 

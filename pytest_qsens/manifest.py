@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.models.source import ModelSource
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]:
