@@ -61,7 +61,7 @@ def test_one_draw_scatters_as_passes_do(terms: int) -> None:
     def draw(scale: float) -> float:
         return scale * sum(generator.gauss(0, 1) ** 2 for _ in range(terms)) / terms
 
-    inside = {drawn: 0 for drawn in (False, True)}
+    inside = dict.fromkeys((False, True), 0)
     count = 0
     for _ in range(150):
         sizes = {f"op{n}": math.exp(generator.gauss(0, 3)) for n in range(12)}

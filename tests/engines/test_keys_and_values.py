@@ -263,7 +263,10 @@ def test_estimates_change_nothing() -> None:
 
 
 def test_intervals_of_estimates_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine in ten hold what is measured, over ops, schemes and seeds of the probes, and they are not wide for that."""
+    """Nine in ten hold what is measured, over ops, schemes and seeds of the probes, and they are not wide for that.
+
+    Without what one draw of rounding errors scatters they hold 82 % of these, with it 88 %.
+    """
     inside, ratios, widths, correlations = [], [], [], []
     spec, ops = ARCHITECTURES["whisper"].spec(), list_states(ARCHITECTURES["whisper"].build())
     for scheme in ("kv_int8", "kv_fp8", "kv_int8_head", "kv_int4_dynamic_g16_asym"):
@@ -280,7 +283,7 @@ def test_intervals_of_estimates_hold(monkeypatch: pytest.MonkeyPatch) -> None:
             widths += [math.log(one.high / one.low) / 2 for one in found.values()]
             correlations.append(spearmanr([one.value for one in found.values()], [exact[op] for op in found]).statistic)
     assert len(inside) > 100
-    assert 0.8 <= sum(inside) / len(inside) <= 0.98
+    assert 0.84 <= sum(inside) / len(inside) <= 0.98
     assert median(ratios) < 0.25
     assert median(widths) < 0.7
     assert min(correlations) > 0.7
