@@ -1,7 +1,8 @@
-"""How good the estimates of engine probe are: python benchmarks/estimates.py [--json FILE] [--write] [MODEL...].
+"""How good the estimates of engine probe are: python benchmarks/estimates.py [OPTION...] [MODEL...].
 
 Estimates all ops of each model with several seeds of the probes, and compares them with what engine delta measures.
 Needs scikit-learn for the digits, and the real weights of MiniLM. With --write it makes docs/estimates.md anew. With
+--states it estimates keys and values instead of layers, and --write makes that part of the page, and no other. With
 --checkpoint it runs pytest with engine probe on a checkpoint of Qwen2.5-VL-3B instead (`qsens standin qwen2_5_vl_3b
 CHECKPOINT` makes one), and prints what that takes.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,24 +31,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scale
 from digits import digits_cnn
 from subjects import Subject, language_model
+from text_model import text_model
 from timing import Forwards, machine, seconds
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines import probe
+from pytest_qsens.graph.attention import list_states
 from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.ops import CACHED
 from tests.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from pytest_qsens.calibrated import CalibratedModel
     from pytest_qsens.graph.backward import Gradient
     from pytest_qsens.models.spec import ModelSpec
+    from pytest_qsens.ops import Op
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,6 +72,21 @@ HELD_OUT: dict[str, Callable[[], ModelSpec]] = {
 }
 """What no constant of the estimates was chosen on."""
 
+LAYERS = "w8a8"
+
+WITH_STATES: dict[str, tuple[Callable[[], ModelSpec], tuple[str, ...]]] = {
+    "causal LM trained on text": (text_model, ("kv_int8", "kv_fp8", "kv_int4_dynamic_g16_asym")),
+    "MiniLM": (MODELS["MiniLM"], ("kv_int8", "kv_fp8", "kv_int4_dynamic_g32_asym")),
+    "small Whisper": (
+        HELD_OUT["small Whisper"],
+        ("kv_int8", "kv_fp8", "kv_int4_dynamic_g16_asym", "kv_int8_dynamic"),
+    ),
+    "another, 6 layers": (partial(text_model, 1, 6), ("kv_int8", "kv_fp8", "kv_int4_dynamic_g16_asym")),
+}
+"""Models with keys and values, and the schemes of these that are estimated."""
+
+_STATES_PART = re.compile(r"(?<=<!-- keys and values -->\n).*?(?=\n<!-- end of keys and values -->)", re.DOTALL)
+
 SEEDS = 5
 
 
@@ -82,10 +104,17 @@ def settle(model: CalibratedModel) -> None:
             observed.qparams()
 
 
-def exact_scores(spec: ModelSpec, mode: str) -> dict[str, float]:
+def ops_of(spec: ModelSpec, scheme: str) -> tuple[Op, ...]:
+    """Layers, or keys and values, whatever the scheme is of."""
+    if scheme == LAYERS:
+        return list_ops(spec.model)  # type: ignore[arg-type] # a module
+    return tuple(op for op in list_states(spec.model) if op.type in CACHED)  # type: ignore[arg-type]
+
+
+def exact_scores(spec: ModelSpec, mode: str, scheme: str) -> dict[str, float]:
     """Measure all ops: op → sum of squared errors; noise with everything else quantized is left out."""
-    ops = list_ops(spec.model)  # type: ignore[arg-type] # a module
-    model = calibrate(spec, ops, "w8a8", engine="delta", divergence=False)
+    ops = ops_of(spec, scheme)
+    model = calibrate(spec, ops, scheme, engine="delta", divergence=False)
     engine: Any = model._engine
     with torch.no_grad():
         engine.check()
@@ -128,29 +157,29 @@ def loss_gradient(output: Tensor, *, logits: bool) -> Tensor:
         return torch.autograd.grad(loss, values)[0]
 
 
-def evaluate(name: str, mode: str) -> dict[str, Any]:
+def evaluate(name: str, mode: str, scheme: str = LAYERS) -> dict[str, Any]:
     """Estimate with several seeds."""
-    make = (MODELS | HELD_OUT)[name]
-    spec, exact = make(), exact_scores(make(), mode)
+    make = (MODELS | HELD_OUT)[name] if scheme == LAYERS else WITH_STATES[name][0]
+    spec, exact = make(), exact_scores(make(), mode, scheme)
     runs = []
     forwards = None
     peer: dict[str, float] = {}
     for seed in range(SEEDS):
         probe.SEED = 1000 * seed + probe.FIRST_SEED
-        model = calibrate(spec, list_ops(spec.model), "w8a8", engine="probe", divergence=False)  # type: ignore[arg-type]
-        forwards = forwards or Forwards(subject(spec))
+        model = calibrate(spec, ops_of(spec, scheme), scheme, engine="probe", divergence=False)
+        forwards = forwards or (Forwards(subject(spec)) if scheme == LAYERS else None)
         settle(model)
         engine: Any = model._engine
         if mode == "fallback":
             model._joint_scores()
-        with torch.no_grad(), forwards.around() as unit:
+        with torch.no_grad(), forwards.around() if forwards else nullcontext() as unit:
             spent = seconds(partial(engine.estimates, mode))
         estimates = {op: found["sse"] for op, found in engine.estimates(mode).found.items() if op in exact}
         values = {op: estimates[op].value if op in estimates else exact[op] for op in exact}
         logarithms = {op: abs(math.log(values[op] / exact[op])) for op in exact if values[op] > 0}
         runs.append(
             {
-                "forwards": spent / unit.seconds,
+                "forwards": spent / unit.seconds if unit else math.nan,
                 "spearman": float(spearmanr([values[op] for op in exact], list(exact.values())).statistic),
                 "median": statistics.median(logarithms.values()),
                 "median_estimated": statistics.median(logarithms.get(op, 0.0) for op in estimates),
@@ -158,13 +187,13 @@ def evaluate(name: str, mode: str) -> dict[str, Any]:
                 "estimated": len(estimates),
             }
         )
-        if seed == 0 and mode == "isolated":
+        if forwards and seed == 0 and mode == "isolated":
             with torch.no_grad(), forwards.around() as unit:
                 start = time.perf_counter()
                 peer = peer_scores(model, exact, logits=spec.logits)
                 spent = time.perf_counter() - start
             peer_cost = spent / unit.seconds
-    found: dict[str, Any] = {"model": name, "mode": mode, "ops": len(exact), "runs": runs}
+    found: dict[str, Any] = {"model": name, "scheme": scheme, "mode": mode, "ops": len(exact), "runs": runs}
     for key in ("forwards", "spearman", "median", "median_estimated"):
         found[key] = statistics.median(run[key] for run in runs)
     found["worst_spearman"] = min(run["spearman"] for run in runs)
@@ -190,6 +219,44 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def states_table(rows: Iterable[dict[str, Any]]) -> str:
+    """Write the results of keys and values as a table."""
+    lines = [
+        "| model | scheme | mode | ops | Spearman (worst seed) | median log ratio | in the interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | `{row['scheme']}` | {row['mode']} | {row['ops']} | {row['spearman']:.4f} "
+        f"({row['worst_spearman']:.4f}) | {row['median_estimated']:.3f} | {share(row)} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def measure_states(names: Iterable[str], modes: Iterable[str], *, write: bool) -> list[dict[str, Any]]:
+    """Estimate keys and values of models, and maybe write that part of the page and its template as rows come."""
+    rows = []
+    for mode in modes:
+        for name in names:
+            for scheme in WITH_STATES[name][1]:
+                rows.append(evaluate(name, mode, scheme))
+                print(states_table(rows[-1:]).splitlines()[-1], flush=True)
+                if write:
+                    write_states(rows)
+    return rows
+
+
+def write_states(rows: Sequence[dict[str, Any]]) -> None:
+    """Put results of keys and values into the page and its template."""
+    shares = [
+        f"{all_of([row for row in rows if row['mode'] == mode])} ({mode})"
+        for mode in dict.fromkeys(row["mode"] for row in rows)
+    ]
+    told = f"Intervals that hold the exact value, over all of them: {' and '.join(shares)}."
+    for page in (HERE / "estimates.md.in", HERE.parent / "docs" / "estimates.md"):
+        page.write_text(_STATES_PART.sub(lambda _: f"{told}\n\n{states_table(rows)}", page.read_text()))
+
+
 def share(row: Mapping[str, Any]) -> str:
     """Share of intervals that hold the exact value."""
     return f"{row['within'] / row['estimated']:.0%}"
@@ -197,8 +264,12 @@ def share(row: Mapping[str, Any]) -> str:
 
 def pooled(rows: Iterable[dict[str, Any]], mode: str) -> str:
     """Share over all held-out models."""
-    found = [row for row in rows if row["mode"] == mode and row["model"] in HELD_OUT]
-    return share({key: sum(row[key] for row in found) for key in ("within", "estimated")}) if found else "-"
+    return all_of([row for row in rows if row["mode"] == mode and row["model"] in HELD_OUT])
+
+
+def all_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Share over several."""
+    return share({key: sum(row[key] for row in rows) for key in ("within", "estimated")}) if rows else "-"
 
 
 def full_size(checkpoint: Path) -> None:
@@ -227,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS | HELD_OUT))
     parser.add_argument("--mode", choices=("isolated", "fallback", "both"), default="isolated")
+    parser.add_argument("--states", action="store_true", help="keys and values of: " + ", ".join(WITH_STATES))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--write", action="store_true", help="write docs/estimates.md")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="estimate a checkpoint of full size instead")
@@ -236,15 +308,19 @@ def main() -> None:
         return
     modes = ("isolated", "fallback") if options.mode == "both" else (options.mode,)
     about, rows = machine(), []
-    for mode in modes:
+    if options.states:
+        rows = measure_states(options.models or WITH_STATES, modes, write=options.write)
+    for mode in () if options.states else modes:
         for name in options.models or MODELS | HELD_OUT:
             took = seconds(lambda name=name, mode=mode: rows.append(evaluate(name, mode)))  # type: ignore[misc] # of strings
             print(f"{table(rows[-1:]).splitlines()[-1]}  {took:.0f} s", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    if options.states:
+        return
     print(table(rows))
     shares = {mode: pooled(rows, mode) for mode in modes}
     print("held-out models together:", shares)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     if options.write:
         page = (HERE / "estimates.md.in").read_text()
         values = {

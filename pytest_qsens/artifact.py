@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "artifacts"
 
 

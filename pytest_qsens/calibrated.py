@@ -15,6 +15,7 @@ from pytest_qsens import profile
 from pytest_qsens.engine_setup import Setup
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group, check_products
 from pytest_qsens.graph.narrow import mapped_bytes
+from pytest_qsens.graph.unlisted import told as told_attention
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score
@@ -111,6 +112,11 @@ class CalibratedModel:
             for name, kind in self._engine.functional
             if name not in self._assignment.names
         )
+
+    @property
+    def unlisted_attention(self) -> list[str]:
+        """Sentences about attention that ran in modules whose keys and values are no ops, if some are quantized."""
+        return told_attention(self._calibration.attending)
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         """Measure one op, or group, in each of the modes; one that has no score says why.

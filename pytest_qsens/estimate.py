@@ -67,11 +67,14 @@ class Evidence:
     Attributes:
         passes: By batch: an estimate of its part by each of at least two backward passes, all by the same assumption.
         squares: Squares of random numbers whose mean over passes, added up, is an estimate without it.
+        drawn: Whether all of the error is one draw of rounding errors, each of which counts for itself, as it is of
+            keys and values: not many draws, as when rows are multiplied by a weight.
 
     """
 
     passes: Sequence[Sequence[float]]
     squares: Sequence[float]
+    drawn: bool = False
 
     @cached_property
     def total(self) -> float:
@@ -162,8 +165,12 @@ class Estimator:
     """
 
     def __init__(self, evidence: Mapping[str, Evidence], outputs: int) -> None:
-        common = fmean(found.scatter for found in evidence.values()) if evidence else 0.0
-        logarithms = {op: _averaged(found, common, outputs) for op, found in evidence.items()}
+        common = {
+            drawn: fmean(scatters)
+            for drawn in (False, True)
+            if (scatters := [found.scatter for found in evidence.values() if found.drawn == drawn])
+        }
+        logarithms = {op: _averaged(found, common[found.drawn], outputs) for op, found in evidence.items()}
         self.variances = {op: spread for op, (_, spread) in logarithms.items()}
         self.values = {op: math.exp(mean) for op, (mean, _) in logarithms.items()}
 
@@ -237,13 +244,18 @@ def _averaged(found: Evidence, common: float, outputs: int) -> tuple[float, floa
 
     Args:
         found: What probes tell of it.
-        common: Mean `Evidence.scatter` of all ops: the scatter of few passes is known badly.
+        common: Mean `Evidence.scatter` of all ops of its kind: the scatter of few passes is known badly.
         outputs: As for `Estimator`.
 
     """
     # the exact value is that of one draw of the rounding errors: squares of so many normal numbers, added up
     drawn = 2 / outputs
-    assuming, free = _SPREAD**2 + drawn + _SCATTER * (found.scatter + common) / 2, found.free_scatter
+    # With rounding errors d and a probe r, d'J'Jd over draws of d and the sum of (J'r)_i^2 d_i^2 over draws of r have
+    # one variance, the sum over pairs of 2 (J_i.J_j)^2 d_i^2 d_j^2: the exact value scatters as much as one pass does,
+    # which is more than what many outputs say where few tokens or channels make up the error.
+    passes = len(found.passes[0])
+    factor = 1 + passes if found.drawn else _SCATTER
+    assuming, free = _SPREAD**2 + drawn + factor * (found.scatter + common) / 2, found.free_scatter
     share = free / (assuming + free)
     return share * math.log(found.total) + (1 - share) * math.log(found.free), assuming * share
 

@@ -312,6 +312,7 @@ def _facts(spec: RunSpec, calibrated: CalibratedModel) -> Payload:
         "reference": calibrated.reference_digest,
         "environment": environment(spec.device, spec.engine),
         "functional": [to_payload(result) for result in calibrated.functional_ops],
+        "warnings": calibrated.unlisted_attention,
     }
 
 

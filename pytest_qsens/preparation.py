@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from pytest_qsens.errors import QsensError, told
 from pytest_qsens.graph.capture import CaptureRefused, run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.graph.serialize import NotSerializable, from_builtin, to_builtin
+from pytest_qsens.graph.unlisted import AttentionWatch
 from pytest_qsens.memory import trim
 from pytest_qsens.metrics import energy
 from pytest_qsens.quant.calibration import Calibration
@@ -122,6 +123,7 @@ def taken_apart(
     facts = {
         "reached": sorted(prepared.calibration.reached),
         "refused": prepared.calibration.refused,
+        "attending": prepared.calibration.attending,
         "graphs": graphs,
         "groups": [_told_groups(captured.run) for captured in prepared.captured],
         "anywhere": [captured.anywhere for captured in prepared.captured],
@@ -167,6 +169,7 @@ def put_together(
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
         calibration = Calibration.from_state(schemes, facts["reached"], facts["refused"], tensors)
+        calibration.attending |= facts["attending"]
         verdict = None if facts["verdict"] is None else Verdict(**facts["verdict"])
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
@@ -221,10 +224,16 @@ def observe_all(model: nn.Module, batches: Iterable[Batch], spec: ModelSpec, cal
         calibration.observe(op, call, output)
         return output
 
+    watch = AttentionWatch(model, calibration.states)
     for _ in calibration.passes():
         for number, batch in enumerate(batches, 1):
-            with unchanged_state(model), OpInterceptor(model, handler, calibration.states):
+            with ExitStack() as entered:
+                entered.enter_context(unchanged_state(model))
+                if calibration.states and number == 1:
+                    entered.enter_context(watch)
+                entered.enter_context(OpInterceptor(model, handler, calibration.states))
                 _run(model, batch, spec, f"calibration batch {number}")
+    calibration.attending |= watch.found
 
 
 class References:

@@ -53,6 +53,32 @@ def test_intervals_hold_what_they_say() -> None:
     assert inside / count == pytest.approx(LEVEL, abs=0.05)
 
 
+@pytest.mark.parametrize("terms", [4, 16, 100])
+def test_one_draw_scatters_as_passes_do(terms: int) -> None:
+    """Where the error is a single draw of few terms, intervals from the scatter of passes hold it all the same."""
+    generator = random.Random(terms)
+
+    def draw(scale: float) -> float:
+        return scale * sum(generator.gauss(0, 1) ** 2 for _ in range(terms)) / terms
+
+    inside = dict.fromkeys((False, True), 0)
+    count = 0
+    for _ in range(150):
+        sizes = {f"op{n}": math.exp(generator.gauss(0, 3)) for n in range(12)}
+        exact = {op: draw(size) for op, size in sizes.items()}
+        passes = {op: [draw(size) for _ in range(3)] for op, size in sizes.items()}
+        squares = {op: [value / 2 * generator.gauss(0, 1) ** 2 for _ in range(6)] for op, value in exact.items()}
+        for drawn in inside:
+            evidence = {op: Evidence([passes[op]], squares[op], drawn) for op in exact}
+            estimator = Estimator(evidence, 10**6)
+            measured = spread_over(estimator.values, MEASURED)
+            found = estimator.corrected({op: exact[op] for op in measured})
+            inside[drawn] += sum(found[op].low <= exact[op] <= found[op].high for op in exact if op not in measured)
+        count += len(exact) - MEASURED
+    assert inside[True] / count == pytest.approx(LEVEL, abs=0.06)
+    assert inside[False] < inside[True]
+
+
 def test_few_outputs_say_little() -> None:
     """An exact value that is the sum of a few squares lies anywhere around what is expected of it."""
     evidence = {f"op{n}": Evidence([[1.0, 1.0]], [1.0]) for n in range(10)}

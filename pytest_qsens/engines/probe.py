@@ -27,6 +27,7 @@ from pytest_qsens.estimate import (
 )
 from pytest_qsens.graph.backward import Backward
 from pytest_qsens.graph.calls import unquantized
+from pytest_qsens.graph.marks import MARKS
 from pytest_qsens.graph.probes import Error, ProbedErrors, common_samples, fisher_root, signs
 from pytest_qsens.metrics import Score, energy
 from pytest_qsens.ops import STATES
@@ -280,6 +281,7 @@ class ProbeEngine(DeltaEngine):
                 run.release_all()
                 collected.add(errors, {ops[node]: why for node, why in backward.blocked.items() if node in ops})
                 collected.matter(op for node, op in ops.items() if backward.matters(node))
+                collected.states.update(op for node, op in ops.items() if node.target in MARKS.values())
         return collected.sums(self._wanted, positions)
 
     def _watched(self, errors: ProbedErrors, gradient: Gradient) -> None:
@@ -310,7 +312,12 @@ class ProbeEngine(DeltaEngine):
 
 
 class _Collected:
-    """Adds up what passes through one batch after the other have brought."""
+    """Adds up what passes through one batch after the other have brought.
+
+    Attributes:
+        states: Ops that are keys, values or queries.
+
+    """
 
     def __init__(self, passes: int, *, fisher: bool) -> None:
         self._signs = slice(0, passes)
@@ -320,6 +327,7 @@ class _Collected:
         self._products: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._refused: dict[str, str] = {}
         self._mattering: set[str] = set()
+        self.states: set[str] = set()
 
     def add(self, errors: ProbedErrors, refused: Mapping[str, str]) -> None:
         """Take what one batch has brought."""
@@ -355,6 +363,7 @@ class _Collected:
         return Evidence(
             [(found[passes] * factor).tolist() for found in self._squares[op]],
             (products.square() * factor).tolist(),
+            drawn=op in self.states,
         )
 
 

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from types import FunctionType
+from functools import partial, wraps
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pytest_qsens.graph.references import names_in, refers
 from pytest_qsens.ops import STATES, Op
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ _PRODUCT = "scaled_dot_product_attention"
 EAGER = "eager_attention_forward"
 """Name of the function with which modules of transformers attend if no other is chosen."""
 
+_NAMES = (_INTERFACE, _PRODUCT, "flex_attention")
+
+_METHODS = (FunctionType, staticmethod, classmethod, property)
+
+SDPA: tuple[Any, ...] = (
+    functional.scaled_dot_product_attention,  # the same object as torch._C._nn's
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+"""Torch's attention, by all its names."""
+
 _CACHE = ("past_key_values", "past_key_value")
 """Parameters of a forward that takes a cache, as compressed-tensors knows them, too."""
 
@@ -43,47 +55,82 @@ def list_states(model: nn.Module) -> tuple[Op, ...]:
     """List queries, keys and values of attention modules in registration order; works on the meta device.
 
     Attention modules are told by their methods: they refer to transformers' attention interface, or to torch's
-    ``scaled_dot_product_attention``. A module of transformers whose forward takes no cache, as in vision towers, has
-    nothing to store in one, and `torch.nn.MultiheadAttention` takes none.
+    ``scaled_dot_product_attention`` or ``flex_attention``; those that are not of transformers also by a function that
+    they call. A module of transformers whose forward takes no cache, as in vision towers, has nothing to store in one,
+    and `torch.nn.MultiheadAttention` takes none.
     """
-    modules = dict(model.named_modules())
-    caching = {cls for cls in set(map(type, modules.values())) if _may_cache(cls)}
-    return tuple(
-        Op(f"{name}:{kind}", kind, elements=0)
-        for name, module in modules.items()
-        if type(module) in caching
-        for kind in STATES
-    )
+    caching: dict[type[nn.Module], bool] = {}
+    found = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in caching:
+            caching[cls] = _may_cache(cls)
+        if caching[cls] or holds_attention(module):
+            found += [Op(f"{name}:{kind}", kind, elements=0) for kind in STATES]
+    return tuple(found)
+
+
+def origin(cls: type[nn.Module]) -> str:
+    """Package that a class of modules is from."""
+    return cls.__module__.partition(".")[0]
+
+
+def takes_cache(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class of transformers can be given a cache."""
+    return any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
 
 
 def _may_cache(cls: type[nn.Module]) -> bool:
     """Whether modules of a class attend, to what may come from a cache."""
-    if not attends(cls):
-        return False
-    takes = any(name in inspect.signature(cls.forward).parameters for name in _CACHE)
-    return takes or cls.__module__.partition(".")[0] != "transformers"
+    return attends(cls) and (origin(cls) != "transformers" or takes_cache(cls))
 
 
 def attends(cls: type[nn.Module]) -> bool:
     """Whether methods of a class refer to transformers' attention interface, or torch's product; not torch's own."""
-    if cls.__module__.partition(".")[0] == "torch":
+    if origin(cls) == "torch":
         return False
-    methods = methods_of(cls).values()
-    return not {_INTERFACE, _PRODUCT}.isdisjoint(name for method in methods for name in method.__code__.co_names)
+    if origin(cls) == "transformers":  # its modules are known to attend by themselves, and functions to be shared
+        used = {name for method in methods_of(cls).values() for name in names_in(method.__code__)}
+        return not {_INTERFACE, _PRODUCT}.isdisjoint(used)
+    return any(refers(method, _NAMES, _objects()) for method in _members(cls).values() if isinstance(method, _METHODS))
+
+
+def holds_attention(module: nn.Module) -> bool:
+    """Whether a module was given a function that attends, or an object with one."""
+    if origin(type(module)) in ("torch", "transformers"):
+        return False
+    held = (value for name, value in vars(module).items() if not name.startswith("_"))
+    known = {id(one) for one in _objects()}
+    return any(
+        id(value) in known
+        or refers(value if isinstance(value, FunctionType | MethodType | partial) else type(value), _NAMES, _objects())
+        for value in held
+    )
+
+
+def _objects() -> list[object]:
+    """Functions that attend, whatever a module calls them."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    return [*SDPA, *([] if flex is None else [flex.flex_attention])]
 
 
 def methods_of(cls: type[nn.Module]) -> dict[str, FunctionType]:
     """Methods of a class by name, unwrapped, but for those of torch and of transformers' models as a whole."""
+    methods = {name: inspect.unwrap(one) for name, one in _members(cls).items() if isinstance(one, FunctionType)}
+    return {name: method for name, method in methods.items() if isinstance(method, FunctionType)}
+
+
+def _members(cls: type[nn.Module]) -> dict[str, Any]:
+    """What a class has, but for what it has from torch and from transformers' models as a whole."""
     shared = {nn.Module, object}
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None:
         shared |= set(modeling.PreTrainedModel.__mro__)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base not in shared:
             found |= vars(base)
-    methods = {name: inspect.unwrap(method) for name, method in found.items() if isinstance(method, FunctionType)}
-    return {name: method for name, method in methods.items() if isinstance(method, FunctionType)}
+    return found
 
 
 @dataclass
@@ -226,7 +273,7 @@ class _Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
-        if func is not functional.scaled_dot_product_attention:
+        if func not in SDPA:
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
         states = self._change(given.pop("query"), given.pop("key"), given.pop("value"))

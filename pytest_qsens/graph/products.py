@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pytest_qsens.graph.attention import EAGER, attends, methods_of
+from pytest_qsens.graph.attention import EAGER, SDPA, attends, holds_attention, methods_of
 from pytest_qsens.graph.calls import Call, of_attention
 from pytest_qsens.graph.modules import op_type
+from pytest_qsens.graph.references import names_in
 from pytest_qsens.ops import PRODUCTS, Op
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class _Factors(NamedTuple):
     right: int
     names: tuple[tuple[str, ...], tuple[str, ...]]
 
+
+_ATTENTIONS = ("qk", "pv")
+"""Products of a module that attends."""
 
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 """Parameters of torch's attention that can be positional."""
@@ -69,7 +73,8 @@ def list_products(model: nn.Module) -> tuple[Op, ...]:
         cls = type(module)
         if cls not in found:
             found[cls] = () if op_type(module) is not None else tuple(_kinds(cls))
-        listed += [Op(f"{name}:{kind}", kind.partition("_")[0], elements=0) for kind in found[cls]]
+        kinds = found[cls] if "qk" in found[cls] or not holds_attention(module) else (*_ATTENTIONS, *found[cls])
+        listed += [Op(f"{name}:{kind}", kind.partition("_")[0], elements=0) for kind in kinds]
     return tuple(listed)
 
 
@@ -77,7 +82,7 @@ def _kinds(cls: type[nn.Module]) -> Iterator[str]:
     if cls.__module__.partition(".")[0] == "torch":
         return
     if attends(cls):
-        yield from ("qk", "pv")
+        yield from _ATTENTIONS
     for number in range(sum(map(_times, _reached(cls)))):
         yield f"matmul_{number}" if number else "matmul"
 
@@ -92,19 +97,12 @@ def _reached(cls: type[nn.Module]) -> Iterator[CodeType]:
             continue
         seen.add(function.__code__)
         yield function.__code__
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             beside = function.__globals__.get(name)
             if name in methods:
                 waiting.append(methods[name])
             elif isinstance(beside, FunctionType) and beside.__module__ == function.__module__ and name != EAGER:
                 waiting.append(beside)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # of a comprehension, or a function inside
-            yield from _names(constant)
 
 
 def _times(code: CodeType) -> int:
@@ -171,7 +169,7 @@ class ProductHooks(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
+        if func in SDPA:
             return self._attended(args, kwargs)
         factors = _FUNCTIONS.get(func)
         if factors is not None and "out" not in kwargs:

@@ -54,6 +54,7 @@ class Calibration:
         ranges: Whether any are observed.
         reached: Ops that computed something.
         refused: Ops that the scheme cannot quantize for the shape of their weights → why.
+        attending: Modules that attend to keys and values that are no ops → how; see `AttentionWatch`.
 
     """
 
@@ -69,6 +70,7 @@ class Calibration:
         self._factors: dict[Side, dict[str, StateRange]] = {"left": {}, "right": {}}
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.attending: dict[str, str] = {}
 
     def passes(self) -> Iterator[None]:
         """Ask for the calibration data: ranges are those of smoothed inputs, whose scales have to be known before."""

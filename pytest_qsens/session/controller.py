@@ -42,7 +42,7 @@ class Controller:
         self.written: dict[Path, str] = {}
         """Files, and how much in them is new."""
         self.warnings: dict[str, None] = {}
-        """What was told about the cache, each once."""
+        """What was told about the cache and the models, each once."""
         self.wall_seconds = 0.0
         self._abort: str | None = None
         self._refusal: str | None = None
@@ -150,6 +150,8 @@ class Controller:
             for facts in payload["facts"]:
                 run = self._run(_subject(facts))
                 run.facts.append(facts)
+                # what an earlier version has cached tells none
+                self.warnings |= {f"{run.model}: {warning}": None for warning in facts.get("warnings", ())}
                 if run.contradictory:
                     self.stop(
                         f"{run.model}: it is not the same model, or not the same data, every time it is loaded: the "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,10 +18,12 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from pytest_qsens import QsensError, engine_setup
 from pytest_qsens.calibrated import CalibratedModel, calibrate
+from pytest_qsens.engines import probe
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.engines.delta import tolerance
 from pytest_qsens.graph import attention
@@ -247,16 +251,41 @@ def test_layers_and_caches_together() -> None:
 
 
 def test_estimates_change_nothing() -> None:
-    """Engine probe estimates them, near what is measured, and leaves the values of the run alone."""
+    """Engine probe measures those that correct the others to the same numbers: the values of the run are left alone."""
     exact = scores(calibrated("llama", "kv_int8_dynamic", "replay"), "llama")
-    model = calibrated("llama", "kv_int8_dynamic", "probe")
-    found = scores(model, "llama")
+    found = scores(calibrated("llama", "kv_int8_dynamic", "probe"), "llama")
     assert {result.status for result in found} == {"estimated", "measured"}
-    for estimate, result in zip(found, exact, strict=True):
+    measured = [pair for pair in zip(found, exact, strict=True) if pair[0].status == "measured"]
+    for estimate, result in measured:
         for mode in MODES:
-            assert nmse(estimate, mode) == pytest.approx(nmse(result, mode), rel=0.3)
-            if estimate.status == "measured":
-                assert nmse(estimate, mode) == pytest.approx(nmse(result, mode), rel=1e-9)
+            assert nmse(estimate, mode) == pytest.approx(nmse(result, mode), rel=1e-9)
+
+
+def test_intervals_of_estimates_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine in ten hold what is measured, over ops, schemes and seeds of the probes, and they are not wide for that.
+
+    Without what one draw of rounding errors scatters they hold 82 % of these, with it 88 %.
+    """
+    inside, ratios, widths, correlations = [], [], [], []
+    spec, ops = ARCHITECTURES["whisper"].spec(), list_states(ARCHITECTURES["whisper"].build())
+    for scheme in ("kv_int8", "kv_fp8", "kv_int8_head", "kv_int4_dynamic_g16_asym"):
+        engine: Any = calibrate(spec, ops, scheme, engine="probe", divergence=False)._engine
+        with torch.no_grad():
+            exact = {op.name: engine.together(op.name).sse for op in ops}
+        for seed in range(4):
+            monkeypatch.setattr(probe, "SEED", probe.FIRST_SEED + 1000 * seed)
+            engine._estimates.clear()
+            with torch.no_grad():
+                found = {op: of_op["sse"] for op, of_op in engine.estimates("isolated").found.items()}
+            inside += [one.low <= exact[op] <= one.high for op, one in found.items()]
+            ratios += [abs(math.log(one.value / exact[op])) for op, one in found.items()]
+            widths += [math.log(one.high / one.low) / 2 for one in found.values()]
+            correlations.append(spearmanr([one.value for one in found.values()], [exact[op] for op in found]).statistic)
+    assert len(inside) > 100
+    assert 0.84 <= sum(inside) / len(inside) <= 0.98
+    assert median(ratios) < 0.25
+    assert median(widths) < 0.7
+    assert min(correlations) > 0.7
 
 
 def test_processes_share_what_calibration_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
