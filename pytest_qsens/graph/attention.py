@@ -16,6 +16,7 @@ from functools import partial, wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -121,7 +122,7 @@ def methods_of(cls: type[nn.Module]) -> dict[str, FunctionType]:
 
 
 def _members(cls: type[nn.Module]) -> dict[str, Any]:
-    """What a class has, but for what it has from torch and from transformers' models as a whole."""
+    """Collect what a class has, but for what it has from torch and from transformers' models as a whole."""
     shared = {nn.Module, object}
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None:
