@@ -23,7 +23,7 @@ from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.noise import SEEDS, distinguishable, spread
-from pytest_qsens.ops import STATES, TOTAL, Op
+from pytest_qsens.ops import CACHED, STATES, TOTAL, Op
 from pytest_qsens.preparation import digest, placed, prepare, put_together, taken_apart
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.calibration import Calibration
@@ -126,7 +126,7 @@ class CalibratedModel:
 
         A group is measured with the members that can be, and says which were not.
         """
-        return self.refused(op) or self._scored(op, modes)
+        return self.refused(op) or self._sized(op, self._scored(op, modes))
 
     def refused(self, op: Op) -> OpResult | None:
         """Say of an op, or group, that has no score why that is."""
@@ -135,7 +135,16 @@ class CalibratedModel:
         without = self._left_out(op)
         statuses = {status for status, _ in without.values()}
         gravest: tuple[Status, ...] = ("unexercised", "unquantizable", "unquantized")
-        return _result(op, next(status for status in gravest if status in statuses), reason=_told(op, without))
+        status = next(status for status in gravest if status in statuses)
+        return self._sized(op, _result(op, status, reason=_told(op, without)))
+
+    def _sized(self, op: Op, result: OpResult) -> OpResult:
+        """Tell how much a cache stores of a token, of keys and values that the calibration data reached."""
+        known = [found for member in op.ops if (found := self._calibration.per_token.get(member.name)) is not None]
+        wanted = sum(member.type in CACHED for member in op.ops)
+        if not wanted or len(known) < wanted:
+            return result
+        return replace(result, kv_values=sum(values for values, _ in known), kv_heads=sum(heads for _, heads in known))
 
     def _left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
         """Members that cannot be measured → why."""

@@ -112,6 +112,10 @@ class OpResult:
     added: Scores | None = None
     weights: int | None = None
     """Values of its weight, or of those of all ops of a group; older files and products of activations have none."""
+    kv_values: int | None = None
+    """Of keys and values: how many values a cache stores of a token, of all heads; of a group, those of all its ops."""
+    kv_heads: int | None = None
+    """Likewise, in how many heads: what a token has a scale of its own for."""
     sketch: str | None = None
     """What it does to the output when it alone is quantized, see `pytest_qsens.interactions`; only if asked for."""
 
@@ -249,7 +253,7 @@ def to_payload(result: OpResult) -> Payload:
     """
     payload = asdict(result)
     del payload["intervals"], payload["ops"]
-    for name in ("scheme", "added", "weights", "sketch"):
+    for name in ("scheme", "added", "weights", "kv_values", "kv_heads", "sketch"):
         if payload[name] is None:
             del payload[name]
     if result.ops:
@@ -297,6 +301,8 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         scheme=fields.optional_text("scheme"),
         added=_optional_scores(fields, "added", intervals),
         weights=_optional_count(fields, "weights"),
+        kv_values=_optional_count(fields, "kv_values"),
+        kv_heads=_optional_count(fields, "kv_heads"),
         sketch=fields.optional_text("sketch"),
     )
     fields.end()

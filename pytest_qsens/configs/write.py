@@ -208,9 +208,10 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
         if why is not None:
             raise Inexpressible(one, why)
     cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]
-    if cached and not target.states:
-        raise Inexpressible(cached[0], "it quantizes layers, and no keys and values of attention")
-    written = assigned if cached else [one for one in assigned if one.op.type not in STATES]
+    layers = [one for one in assigned if one.op.type not in STATES]
+    if not target.states and (cached or not layers):
+        raise Inexpressible([*cached, *assigned][0], "it quantizes layers, and no keys and values of attention")
+    written = layers if layers and not cached else assigned
     text = dump(target.write(written), syntax)
     try:
         config = config_of(parse_document(text, Path("what was written"), syntax))
