@@ -9,7 +9,7 @@ from pytest_qsens.errors import first_line
 from pytest_qsens.graph.calls import finite_rows, unquantized
 from pytest_qsens.inspection.found import Flip
 from pytest_qsens.inspection.positions import has_pixels, real_rows, row_energies, row_errors, sites_of, whole_shape
-from pytest_qsens.inspection.ranges import over
+from pytest_qsens.inspection.ranges import over, token_major
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.quant.simulate import Simulator
 from pytest_qsens.samples import rows_of
@@ -71,8 +71,9 @@ class Switch(Simulator):
         left, right = exact, found
         if finite is not None:
             left, right = (value.masked_fill(~over(finite, value), 0) for value in (exact, found))
+        left, right = token_major(left, call.kind), token_major(right, call.kind)
         batch = self._batches[self.batch - 1]
-        sites = sites_of(whole_shape(call.kind, exact.shape), batch, flat=not has_pixels(batch))
+        sites = sites_of(whole_shape(call.kind, left.shape), batch, flat=not has_pixels(batch))
         errors, sizes = row_errors(left, right, sites.rows), row_energies(left, sites.rows)
         real = real_rows(sites)
         self._sse += float(errors[real].sum())
@@ -93,6 +94,7 @@ class Meter:
         switch: Quantizes the ops.
         mode: ``isolated``: the other ops are unquantized; else they are quantized.
         quantizable: Ops that are quantized in mode ``fallback``.
+        states: Keys and values, and queries, that a scheme is of.
 
     Attributes:
         forwards: Runs of all evaluation batches so far.
@@ -112,13 +114,14 @@ class Meter:
         switch: Switch,
         mode: Mode,
         quantizable: Collection[str],
+        states: Collection[str],
     ) -> None:
         self._spec = spec
         self._batches = batches
         self._op = op
         self._switch = switch
         self._isolated = mode == "isolated"
-        self._engine = EagerEngine(model, batches, spec.output, switch, quantizable)
+        self._engine = EagerEngine(model, batches, spec.output, switch, quantizable, states=states)
         self.exercised = self._engine.exercised
         self.out_of_reach = self._engine.out_of_reach
         self._rows = [rows_of(b, r, spec.rows) for b, r in zip(batches, self._engine.references, strict=True)]

@@ -9,6 +9,7 @@ import torch
 from pytest_qsens.details import OUTLIER
 from pytest_qsens.graph.calls import finite_rows
 from pytest_qsens.inspection.found import Channel, ChannelSummary, Lost
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.formats import E2M1_MAX, E4M3_MAX, RoundedWeight, round_weight
 from pytest_qsens.quant.integers import fake_quantized
 from pytest_qsens.quant.op_scheme import BLOCK_OF, WeightScheme
@@ -70,8 +71,16 @@ def parts_of(values: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def channel_rows(x: Tensor, kind: str) -> Tensor:
-    """Bring the finite part of an op's input into the form ``(rows, channels)``."""
+    """Bring the finite part of an op's input into the form ``(rows, channels)``.
+
+    Channels of keys and values are those of all heads, one head after the other.
+    """
     finite = finite_rows(x, kind)
+    if kind in STATES:
+        rows = token_major(x, kind).reshape(-1, x.shape[-1] * (x.shape[1] if x.dim() > 3 else 1))
+        if finite is None:
+            return rows
+        return rows[(finite.all(1) if x.dim() > 3 else finite).reshape(-1)]  # a token is that of all heads
     if kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
         return rows if finite is None else rows[finite.reshape(-1)]
@@ -79,6 +88,11 @@ def channel_rows(x: Tensor, kind: str) -> Tensor:
     if finite is not None:
         batched = batched[finite.reshape(-1)]
     return batched.flatten(2).transpose(1, 2).reshape(-1, batched.shape[1])
+
+
+def token_major(values: Tensor, kind: str) -> Tensor:
+    """Bring keys or values ``(N, heads, tokens, dim)`` into the order of tokens; others are in it."""
+    return values.transpose(1, 2) if kind in STATES and values.dim() > 3 else values
 
 
 class Seen:
@@ -140,7 +154,7 @@ def _beyond(codes: Tensor, bounds: _Bounds) -> int:
     return int(((codes < bounds.least - reach) | (codes > bounds.most + reach)).sum())
 
 
-def _clipped(values: Tensor, scheme: WeightScheme) -> int:
+def beyond_blocks(values: Tensor, scheme: WeightScheme) -> int:
     """Count what is clipped in ``(rows, columns)`` when scales are of the values themselves."""
     whole = round_weight(values, scheme)
     bounds = _bounds(scheme.dtype, stored_twice=True)
@@ -197,10 +211,10 @@ def _clipped_weight(op: str, call: Call, scheme: Scheme, calibration: Calibratio
     if weight is None or (call.kind == "embedding" and not scheme.rows):
         return 0
     if smoothed_by is None and call.kind != "embedding":
-        return _clipped(call.weight.flatten(1), weight)
+        return beyond_blocks(call.weight.flatten(1), weight)
     # part by part, as multiplying makes a wide copy, and a table may have a hundred million rows: each has its scales
     factor = torch.ones(()) if smoothed_by is None else smoothed_by.to(call.weight.device)
-    return sum(_clipped(part.float() * factor, weight) for _, part in parts_of(call.weight))
+    return sum(beyond_blocks(part.float() * factor, weight) for _, part in parts_of(call.weight))
 
 
 def add_lost_input(
@@ -231,7 +245,7 @@ def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibrat
         return None
     if activation.dtype not in BLOCK_OF:
         return 0  # the largest value of a row, or of the tensor, is the largest number of the format
-    return _clipped(rows, WeightScheme(activation.dtype, "group", activation.size))
+    return beyond_blocks(rows, WeightScheme(activation.dtype, "group", activation.size))
 
 
 def clipped_uint8(values: Tensor, scale: float, zero_point: int) -> int:

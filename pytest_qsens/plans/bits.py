@@ -23,7 +23,7 @@ _SCALE = 16
 def scheme_bits(name: str, unquantized: float) -> float:
     """Bits of one weight with its share of the scales of groups; those of channels and tensors are left out.
 
-    >>> scheme_bits("w4a16_g128_asym", 16), scheme_bits("mxfp4", 16), scheme_bits("w16a8_static", 16)
+    >>> scheme_bits("w4a16_g128_asym", 16), scheme_bits("wmxfp4a16", 16), scheme_bits("w16a8_static", 16)
     (4.15625, 4.25, 16)
 
     Args:

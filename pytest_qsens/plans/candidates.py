@@ -147,7 +147,7 @@ def _check_same(first: _File, other: _File) -> None:
         )
     here, there = first.result.run, other.result.run
     what = difference(here, there, SAME_MODEL)
-    ops = [file.entries.values() for file in (first, other)]
+    ops = [[*file.entries.values()] for file in (first, other)]
     if first.queries != other.queries:  # one of them knows of no queries
         ops = [caches.without_queries(file.entries) for file in (first, other)]
     what = what or difference_of_ops(*ops)
