@@ -32,6 +32,11 @@ def quantizes_queries(scheme: str) -> bool:
     return parts is not None and parts.queries
 
 
+def fused(scheme: str) -> tuple[Fused, ...]:
+    """Give the patterns of what gets one scheme, beside those of layers."""
+    return (OF_ONE_MODULE,) if quantizes_queries(scheme) else ()
+
+
 def entries_of(listed: Sequence[OpResult]) -> dict[str, OpResult]:
     """Find the entries of keys and values, and of queries, in a result."""
     return {op.op: op for op in listed if _types(op) <= set(STATES)}

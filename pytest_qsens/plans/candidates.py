@@ -195,7 +195,7 @@ def _groups(file: _File, wishes: Wishes) -> Sequence[Op]:
     for pattern in wishes.fused:
         if not any(pattern.parts(name) for name in every):
             raise QsensError(f"--fused {pattern.text!r} matches no op of {file.path}. `qsens show` lists them")
-    return grouped(ops, "fused", (*wishes.fused, *([caches.OF_ONE_MODULE] if file.queries else [])))
+    return grouped(ops, "fused", (*wishes.fused, *caches.fused(file.scheme)))
 
 
 def _names(group: Op, file: _File) -> tuple[str, ...]:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qsens.compare import count
-from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.inspection.found import NAMES
 from pytest_qsens.inspection.verdict import channel_name
-from pytest_qsens.ops import STATES
 from pytest_qsens.report.directory.charts import SCHEMA, Chart, tooltip, value_of
 from pytest_qsens.report.directory.contents import ranked
 from pytest_qsens.report.measures import name_of
@@ -25,6 +23,9 @@ RANGES = 12
 
 _MEMBERS = 4
 """Of a group, so that one of many ops does not take the place of all others."""
+
+_PRODUCTS = ("qk", "pv", "matmul")
+"""Types of ops that multiply two activations, neither of which is a weight."""
 
 _LINES = 8
 """Beginnings of heads that are marked at most."""
@@ -61,7 +62,7 @@ def _drawn(result: RunResult) -> list[OpResult]:
 
 
 def _has_ranges(op: OpResult) -> bool:
-    return set(op.type.split("+")) <= {*CLASS_OF, *STATES}
+    return set(op.type.split("+")).isdisjoint(_PRODUCTS)
 
 
 def _members(op: OpResult) -> tuple[str, ...]:
