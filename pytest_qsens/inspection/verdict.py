@@ -180,9 +180,12 @@ def _best(found: Inspection, *, at_most: float | None) -> Alternative | None:
 
 
 def _like(found: Inspection) -> Alternative | None:
-    """Find the best scheme that rounds to the same formats: nothing but scales is different."""
-    formats = _formats(found.scheme)
-    able = [o for o in found.alternatives if _is_better(found, o) and _formats(o.scheme) == formats]
+    """Find the best scheme that rounds to the same formats: nothing but scales is different.
+
+    In a cache these can take more room than what they are better than, which another one may have.
+    """
+    formats, room = _formats(found.scheme), found.bits if found.shape.type in NAMES else math.inf
+    able = [o for o in found.alternatives if _is_better(found, o) and _formats(o.scheme) == formats and o.bits <= room]
     return max(able, key=_factor, default=None)
 
 

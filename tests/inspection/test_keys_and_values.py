@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +16,6 @@ from pytest_qsens.models.source import ModelRequest
 from tests.inspection.harness import inspected, printed, write_result
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 NET = '''
@@ -58,6 +58,7 @@ def narrow():
     found.calibration[0]["input_ids"] = torch.tensor([[4]])
     return found
 '''
+PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
 SCHEME = "attn_int8"
 MODEL = "--model", "attends:spec"
 
@@ -127,6 +128,22 @@ def test_an_outlier_channel_of_keys(path: Path, capsys: pytest.CaptureFixture[st
     assert better["attn_int8_dynamic"] > 1
     bits = {other["scheme"]: other["bits"] for other in found["alternatives"]}
     assert (bits["attn_int8_channel"], bits["attn_int8_dynamic"]) == (8, 8 + 16 / 8)
+
+
+def test_the_page_shows_what_is_measured(path: Path) -> None:
+    """The numbers of the page, but for what machines differ by, and its first sentences."""
+    found = inspected(path, ":k", *MODEL)
+    page = PAGE.read_text()
+    assert verdict(found) in " ".join(page.split())
+    shown = dict(re.findall(r"^ +(attn_\w+) +\S+ +(\S+) x ", page, re.MULTILINE))
+    factors = {other.scheme: other.factor for other in found.alternatives if other.scheme in shown}
+    assert len(factors) == 5
+    assert {name: float(shown[name]) for name in factors} == pytest.approx(factors, rel=0.05)
+    heads = re.findall(r"^ +\d +(\S+) +(\S+) %$", page, re.MULTILINE)
+    expected = [(head.largest, 100 * head.error) for head in found.heads]
+    assert [float(one) for row in heads for one in row] == pytest.approx(
+        [one for row in expected for one in row], rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
