@@ -22,7 +22,7 @@ from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ready
 from pytest_qsens.noise import SEEDS, distinguishable, spread
 from pytest_qsens.op_results import measured_result, some, told, without_score
-from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.ops import CACHED, TOTAL, Op
 from pytest_qsens.preparation import digest
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
@@ -80,6 +80,7 @@ class CalibratedModel:
         self._engine_reason = engine_reason
         self.reference_seconds = reference_seconds
         self._assignment = assignment
+        self._calibration = calibration
         self._simulator = simulator
         self._engine = engine
         self.reach = Reach(assignment, calibration, engine)
@@ -123,7 +124,15 @@ class CalibratedModel:
 
         A group is measured with the members that can be, and says which were not.
         """
-        return self.reach.refused(op) or self._scored(op, modes)
+        return self._sized(op, self.reach.refused(op) or self._scored(op, modes))
+
+    def _sized(self, op: Op, result: OpResult) -> OpResult:
+        """Tell how much a cache stores of a token, of keys and values that the calibration data reached."""
+        known = [found for member in op.ops if (found := self._calibration.per_token.get(member.name)) is not None]
+        wanted = sum(member.type in CACHED for member in op.ops)
+        if not wanted or len(known) < wanted:
+            return result
+        return replace(result, kv_values=sum(values for values, _ in known), kv_heads=sum(heads for _, heads in known))
 
     def _scored(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         unit = self.reach.flipped(op)

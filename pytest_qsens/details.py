@@ -52,12 +52,16 @@ class Channels:
 
 @dataclass(frozen=True)
 class OpRanges:
-    """Ranges of one op: inputs by input channel (none of an embedding), the weight by output channel."""
+    """Ranges of one op: inputs by input channel (none of an embedding), the weight by output channel.
+
+    Queries, keys and values have no weight; their channels are those of all heads, ``head_dim`` of each.
+    """
 
     op: str
     type: str
-    weight: Channels
+    weight: Channels | None
     inputs: Channels | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,21 @@ def _ranges(value: object, where: str) -> OpRanges:
     found = OpRanges(
         op=fields.text("op"),
         type=fields.text("type"),
-        weight=_channels(fields.take("weight"), fields.at("weight")),
+        weight=None if (weight := fields.take("weight")) is None else _channels(weight, fields.at("weight")),
         inputs=None if (inputs := fields.take("inputs")) is None else _channels(inputs, fields.at("inputs")),
+        head_dim=_head_dim(fields),
     )
     fields.end()
+    return found
+
+
+def _head_dim(fields: Fields) -> int | None:
+    value, where = fields.take("head_dim"), fields.at("head_dim")
+    if value is None:
+        return None
+    found: int = typed(value, int, where)
+    if found < 1:
+        raise QsensError(f"{where}: {found!r} is not possible, a head has channels")
     return found
 
 

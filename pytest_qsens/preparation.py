@@ -124,6 +124,7 @@ def taken_apart(
         "reached": sorted(prepared.calibration.reached),
         "refused": prepared.calibration.refused,
         "attending": prepared.calibration.attending,
+        "per_token": prepared.calibration.per_token,
         "graphs": graphs,
         "groups": [_told_groups(captured.run) for captured in prepared.captured],
         "anywhere": [captured.anywhere for captured in prepared.captured],
@@ -168,7 +169,7 @@ def put_together(
                 captured.append(repeated_run(graph, groups, memory, anywhere=facts["anywhere"][i]))
             if digest([captured[i].run.output]) != facts["references"][i]:
                 return None
-        calibration = Calibration.from_state(schemes, facts["reached"], facts["refused"], tensors)
+        calibration = Calibration.from_state(schemes, facts["reached"], facts["refused"], tensors, facts["per_token"])
         calibration.attending |= facts["attending"]
         verdict = None if facts["verdict"] is None else Verdict(**facts["verdict"])
     except (NotSerializable, LookupError, TypeError, ValueError, AttributeError, RuntimeError):

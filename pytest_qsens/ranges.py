@@ -14,6 +14,7 @@ from pytest_qsens.graph.calls import channel_rows
 from pytest_qsens.graph.capture import run_model
 from pytest_qsens.graph.intercept import OpInterceptor, unchanged_state
 from pytest_qsens.models.spec import ready
+from pytest_qsens.ops import STATES
 from pytest_qsens.parts import rows_within
 from pytest_qsens.preparation import placed
 
@@ -64,7 +65,7 @@ def _observed(spec: ModelSpec, ops: Collection[str], device: str) -> tuple[OpRan
     model = ready(spec, device)
     for batch in spec.evaluation:
         on_device = placed(batch, device)
-        with unchanged_state(model), OpInterceptor(model, observer.handle), torch.no_grad():
+        with unchanged_state(model), OpInterceptor(model, observer.handle, observer.states), torch.no_grad():
             run_model(model, on_device, spec.output)
     return observer.ranges()
 
@@ -77,17 +78,22 @@ class RangeObserver:
         self._kinds: dict[str, str] = {}
         self._weights: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
+        self._head_dims: dict[str, int] = {}
+        self.states = [op for op in ops if op.rpartition(":")[2] in STATES]
 
     def handle(self, op: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
         """Look at a call, and let it run."""
         if op in self._ops:
-            if op not in self._weights:
-                self._kinds[op] = call.kind
+            self._kinds[op] = call.kind
+            if call.kind in STATES:
+                self._head_dims[op] = call.x.shape[-1]
+            elif op not in self._weights:
                 self._weights[op] = largest_of_rows(call.weight)
             found = None if call.kind == "embedding" else largest_of_channels(call.x, call.kind)
             if found is not None:
                 known = self._inputs.get(op)
-                self._inputs[op] = found if known is None else torch.maximum(known, found)
+                fits = known is not None and known.shape == found.shape  # a module may attend with other heads again
+                self._inputs[op] = torch.maximum(known, found) if known is not None and fits else found
         return run()
 
     def ranges(self) -> tuple[OpRanges, ...]:
@@ -96,11 +102,12 @@ class RangeObserver:
             OpRanges(
                 op,
                 self._kinds[op],
-                channels(self._weights[op]),
+                channels(self._weights[op]) if op in self._weights else None,
                 channels(self._inputs[op]) if op in self._inputs else None,
+                self._head_dims.get(op),
             )
             for op in self._ops
-            if op in self._weights
+            if op in self._kinds
         )
 
 

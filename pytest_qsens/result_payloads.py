@@ -28,7 +28,7 @@ def to_payload(result: OpResult) -> Payload:
     """
     payload = asdict(result)
     del payload["intervals"], payload["ops"]
-    for name in ("scheme", "added", "weights", "sketch"):
+    for name in ("scheme", "added", "weights", "kv_values", "kv_heads", "sketch"):
         if payload[name] is None:
             del payload[name]
     if result.ops:
@@ -76,6 +76,8 @@ def from_payload(payload: object, where: str = "payload") -> OpResult:
         scheme=fields.optional_text("scheme"),
         added=_optional_scores(fields, "added", intervals),
         weights=_optional_count(fields, "weights"),
+        kv_values=_optional_count(fields, "kv_values"),
+        kv_heads=_optional_count(fields, "kv_heads"),
         sketch=fields.optional_text("sketch"),
     )
     fields.end()

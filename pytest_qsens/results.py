@@ -92,6 +92,10 @@ class OpResult:
     added: Scores | None = None
     weights: int | None = None
     """Values of its weight, or of those of all ops of a group; older files and products of activations have none."""
+    kv_values: int | None = None
+    """Of keys and values: how many values a cache stores of a token, of all heads; of a group, those of all its ops."""
+    kv_heads: int | None = None
+    """Likewise, in how many heads: what a token has a scale of its own for."""
     sketch: str | None = None
     """What it does to the output when it alone is quantized, see `pytest_qsens.interactions`; only if asked for."""
 

@@ -228,10 +228,10 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     if products and not target.products:
         raise Inexpressible(products[0], "it says nothing of products of two activations")
     cached = [one for one in assigned if one.op.type in STATES and one.scheme is not None]
-    if cached and not target.states:
-        raise Inexpressible(cached[0], "it quantizes layers, and no keys and values of attention")
     left_out = (*(() if cached else STATES), *(() if products else PRODUCTS))
-    written = [one for one in assigned if one.op.type not in left_out]
+    written = [one for one in assigned if one.op.type not in left_out] or list(assigned)
+    if not target.states and (cached or all(one.op.type in STATES for one in written)):
+        raise Inexpressible([*cached, *written][0], "it quantizes layers, and no keys and values of attention")
     text = dump(target.write(written), syntax)
     try:
         config = config_of(parse_document(text, Path("what was written"), syntax))

@@ -181,9 +181,23 @@ def finite_channels(x: Tensor, kind: str) -> Tensor:
 
 
 def channel_rows(x: Tensor, kind: str) -> Tensor:
-    """Return an input or output of a linear or a convolution as ``(rows, channels)``, without what is not finite."""
+    """Return an input or output of an op as ``(rows, channels)``, without what is not finite.
+
+    Channels of queries, keys and values are those of all heads, one head after the other.
+    """
+    if kind in STATES:
+        finite = finite_rows(x, kind)
+        rows = token_major(x, kind).reshape(-1, x.shape[-1] * (x.shape[1] if x.dim() > 3 else 1))
+        if finite is None:
+            return rows
+        return rows[(finite.all(1) if x.dim() > 3 else finite).reshape(-1)]  # a token is that of all heads
     found = finite_channels(x, kind)
     return found.reshape(-1, found.shape[-1])
+
+
+def token_major(values: Tensor, kind: str) -> Tensor:
+    """Bring queries, keys or values ``(N, heads, tokens, dim)`` into the order of tokens; others are in it."""
+    return values.transpose(1, 2) if kind in STATES and values.dim() > 3 else values
 
 
 def unquantized(call: Call) -> Tensor:

@@ -15,14 +15,13 @@ from pytest_qsens.inspection.observed import Evaluated, Together
 from pytest_qsens.inspection.positions import Located, kinds_of
 from pytest_qsens.inspection.ranges import lost_in_weight, weight_channels
 from pytest_qsens.inspection.request import check_model
-from pytest_qsens.inspection.schemes import scheme_for
+from pytest_qsens.inspection.schemes import bits_of, scheme_for
 from pytest_qsens.inspection.tokens import tokens_of
 from pytest_qsens.inspection.words import described
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
 from pytest_qsens.models.spec import ready
-from pytest_qsens.ops import WEIGHTLESS
-from pytest_qsens.plans.bits import scheme_bits
+from pytest_qsens.ops import STATES
 from pytest_qsens.preparation import placed, prepare
 from pytest_qsens.quant.calibration import Calibration
 from pytest_qsens.quant.op_scheme import named
@@ -42,10 +41,6 @@ if TYPE_CHECKING:
     from pytest_qsens.models.spec import ModelSpec
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.schemes import Scheme
-
-UNQUANTIZED_BITS = 16.0
-"""Of a weight that is left as it is."""
-
 
 _SLOW = 2.0
 """Seconds of a forward from which on it is told what is being measured."""
@@ -104,27 +99,32 @@ class _Inspector:
         self._batches = [placed(batch, "cpu") for batch in spec.evaluation]
         everything = request.mode == "fallback"
         self._schemes = {o.name: scheme for o in ops if everything or o is op}
+        self._states = [o.name for o in ops if o.name in self._schemes and o.type in STATES and scheme.means(o.type)]
+        self._head_dim: int | None = None
         names = [name for name in request.against if name != request.scheme]
         self._others = {name: self._other(name) for name in names}
         self._calibrations = {
             name: Calibration({op.name: other}) for name, (other, _) in self._others.items() if other is not None
         }
-        self._calibration = Calibration(self._schemes)
+        self._calibration = Calibration(self._schemes, states=self._states)
 
     def found(self) -> Inspection:
         """Run the model and put together what that shows."""
         op, scheme, request = self._op, self._scheme, self._request
         calibrating = [placed(batch, "cpu") for batch in self._spec.calibration]
-        together = Together(op.name, [self._calibration, *self._calibrations.values()])
+        together = Together(op.name, [self._calibration, *self._calibrations.values()], self._states)
         prepared = prepare(self._model, self._spec, self._batches, calibrating, together, None)
         switch = Switch(op.name, self._schemes, self._calibration, self._batches)
-        meter = Meter(self._model, self._spec, self._batches, op.name, switch, request.mode, self._quantizable())
+        meter = Meter(
+            self._model, self._spec, self._batches, op.name, switch, request.mode, self._quantizable(), self._states
+        )
         self._check_reached(meter)
         simulator = Simulator({op.name: scheme}, self._calibration)
         evaluated = Evaluated(op.name, scheme, simulator, self._calibration, together.inputs, self._text_of)
         evaluated.run(self._model, self._batches, self._spec)
         call = evaluated.call
         assert call is not None  # noqa: S101 - it was reached
+        self._head_dim = call.x.shape[-1] if op.type in STATES else None
         kinds = kinds_of(self._model)
         at_output, at_op = Located(kinds, self._text_of), Located(kinds, self._text_of, padding=False)
         failure = meter.measure_base()
@@ -135,13 +135,16 @@ class _Inspector:
         )
         if prepared.reference_seconds < _SLOW:
             self._tell = lambda _: None
-        flips = part_flips(op.name, op.type, scheme, simulator, self._calibration)
+        flips = {} if op.type in STATES else part_flips(op.name, op.type, scheme, simulator, self._calibration)
         parts: list[Flip] = []
         for name, flipped in flips.items():
             self._tell(f"the {name} alone, {len(parts) + 1} of {len(flips)} parts")
             parts.append(meter.measure(name, flipped)[0])
         alternatives = self._alternatives(meter, whole)
-        weight_outputs, weight_inputs = weight_channels(call.weight)
+        weight_outputs, weight_inputs = (None, None) if op.type in STATES else weight_channels(call.weight)
+        lost = [*evaluated.lost]
+        if op.type not in STATES:
+            lost = [lost_in_weight(op.name, call, scheme, simulator, self._calibration), *lost]
         return Inspection(
             op=op.name,
             model=request.run.model,
@@ -158,13 +161,14 @@ class _Inspector:
             weight_inputs=weight_inputs,
             inputs=evaluated.inputs,
             outputs=evaluated.outputs,
-            lost=(lost_in_weight(op.name, call, scheme, simulator, self._calibration), *evaluated.lost),
+            lost=tuple(lost),
             at_output=at_output.found if request.mode == "isolated" else None,
             at_op=at_op.found,
             alternatives=tuple(alternatives),
-            bits=scheme_bits(request.scheme, UNQUANTIZED_BITS),
+            bits=bits_of(request.scheme, op.type, self._head_dim),
             forwards=meter.forwards + 2,
             seconds=prepared.reference_seconds,
+            heads=evaluated.heads,
         )
 
     def _quantizable(self) -> list[str]:
@@ -206,8 +210,10 @@ class _Inspector:
         return sorted(found, key=lambda a: (a.flip is None, a.flip is not None and a.flip.added is None, _added(a)))
 
     def _alternative(self, name: str, meter: Meter, whole: Flip) -> Alternative:
-        about, bits = described(named(name, "--against"), self._op.type), scheme_bits(name, UNQUANTIZED_BITS)
-        scheme, reason = self._others[name]
+        about, (scheme, reason) = described(named(name, "--against"), self._op.type), self._others[name]
+        if scheme is None and (self._op.type in STATES) != (named(name, "--against").cache is not None):
+            return Alternative(name, about, None, None, 0.0, reason)  # of another kind of op
+        bits = bits_of(name, self._op.type, self._head_dim)
         if scheme is None:
             return Alternative(name, about, None, None, bits, reason)
         calibration = self._calibrations[name]
@@ -220,16 +226,17 @@ class _Inspector:
         return Alternative(name, about, flip, factor, bits)
 
     def _shape(self, call: Call, shapes: Sequence[tuple[int, ...]]) -> Shape:
-        layers = [op for op in self._ops if op.type not in WEIGHTLESS]  # what can be inspected
+        alike = [op for op in self._ops if self._scheme.means(op.type)]
         return Shape(
             self._op.type,
             self._op.block,
-            layers.index(self._op) + 1,
-            len(layers),
-            tuple(call.weight.shape),
+            alike.index(self._op) + 1,
+            len(alike),
+            () if self._op.type in STATES else tuple(call.weight.shape),
             call.bias is not None,
             str(call.weight.dtype).removeprefix("torch."),
             tuple(dict.fromkeys(shapes)),
+            self._head_dim,
         )
 
 

@@ -29,7 +29,7 @@ def part_flips(
 
     Args:
         op: Name of the op.
-        op_type: Its type; of an embedding nothing but the weight is quantized.
+        op_type: Its type; of an embedding nothing but the weight is quantized, and keys and values have no parts.
         scheme: The scheme.
         simulator: Of that.
         calibration: Ranges of that.

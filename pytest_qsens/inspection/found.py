@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from pytest_qsens.inspection.places import Place, Where
     from pytest_qsens.results import Mode, Scores
 
+NAMES = {"q": "queries", "k": "keys", "v": "values"}
+"""Type of op → what it is called; others are layers."""
+
 _AGREEMENT = 0.05
 """Relative: engines and machines differ by less. Another version of a model usually does not."""
 
@@ -76,11 +79,27 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Head:
+    """One head of keys, values or queries.
+
+    Attributes:
+        index: Its number, from 0.
+        largest: Largest magnitude in the evaluation data.
+        error: Its share in the squared error that rounding makes in all heads.
+
+    """
+
+    index: int
+    largest: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Lost:
     """What rounding does to the values of one tensor.
 
     Attributes:
-        part: ``weight``, ``input`` or ``output``.
+        part: ``weight``, ``input`` or ``output``; ``keys``, ``values`` or ``queries``.
         values: How many there are.
         clipped: Share of the values that are beyond the largest number of the format by more than half a step;
             ``None`` if that cannot be told.
@@ -124,7 +143,7 @@ class Alternative:
         about: What it is, in words.
         flip: What was measured; ``None`` if it cannot quantize the op.
         factor: By how much its error is smaller than the present one; ``None`` if one of them is none at all.
-        bits: Bits of a weight, with its share of the scales of groups.
+        bits: Bits of a weight, with its share of the scales of groups; of keys and values, of a value in a cache.
         reason: Why it cannot quantize the op.
 
     """
@@ -174,10 +193,11 @@ class Shape:
         block: Likewise.
         number: Its place among the ops of the model, from 1.
         ops: How many these are.
-        weight: Shape: ``(out, in)``, ``(out, in / groups, *kernel)`` or ``(rows, dim)``.
+        weight: Shape: ``(out, in)``, ``(out, in / groups, *kernel)`` or ``(rows, dim)``; ``()`` of keys and values.
         bias: Whether there is one.
         dtype: Of the weight as it is stored.
         inputs: Shapes of the inputs in the evaluation data; of one that is called several times, those of all calls.
+        head_dim: Of keys, values and queries, the channels of a head; those of all heads are numbered on.
 
     """
 
@@ -189,6 +209,7 @@ class Shape:
     bias: bool
     dtype: str
     inputs: tuple[tuple[int, ...], ...]
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,15 +228,16 @@ class Inspection:
         whole: With the op quantized.
         scores: All metrics of that; ``None`` if it cannot be measured.
         parts: With one part of it quantized.
-        weight_outputs: Output channels of the weight, or rows of an embedding.
-        weight_inputs: Input channels of the weight.
+        weight_outputs: Output channels of the weight, or rows of an embedding; ``None`` where there is no weight.
+        weight_inputs: Input channels of the weight, likewise.
         inputs: What goes in; ``None`` of an embedding.
-        outputs: Channels of what comes out of the evaluation data; ``None`` of an embedding.
+        outputs: Channels of what comes out of the evaluation data; ``None`` of an embedding, and of keys and values.
+        heads: Of keys, values and queries.
         lost: Part by part.
         at_output: Where the error at the model's output is; ``None`` in mode ``fallback`` or if it is not finite.
         at_op: Where the error in the op's own output is.
         alternatives: Other schemes, the best first, then those that cannot be.
-        bits: Bits of a weight under the present scheme.
+        bits: Bits of a weight, or of a value in a cache, under the present scheme.
         forwards: Forwards of the evaluation data that were run.
         seconds: One of them takes.
 
@@ -232,8 +254,8 @@ class Inspection:
     whole: Flip
     scores: Scores | None
     parts: tuple[Flip, ...]
-    weight_outputs: ChannelSummary
-    weight_inputs: ChannelSummary
+    weight_outputs: ChannelSummary | None
+    weight_inputs: ChannelSummary | None
     inputs: Inputs | None
     outputs: ChannelSummary | None
     lost: tuple[Lost, ...]
@@ -243,6 +265,7 @@ class Inspection:
     bits: float
     forwards: int
     seconds: float
+    heads: tuple[Head, ...] = ()
 
     @property
     def now(self) -> float | None:
@@ -260,9 +283,9 @@ class Inspection:
 
     @property
     def explained(self) -> float | None:
-        """Sum of what the parts add; ``None`` if one of them could not be measured."""
+        """Sum of what the parts add; ``None`` if one of them could not be measured, or there are none."""
         found = [part.added for part in self.parts]
-        return None if None in found else sum(value for value in found if value is not None)
+        return None if None in found or not found else sum(value for value in found if value is not None)
 
     @property
     def interaction(self) -> float | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.engines.eager import EagerEngine
 from pytest_qsens.errors import first_line
-from pytest_qsens.graph.calls import filled, finite_rows, unquantized
+from pytest_qsens.graph.calls import filled, finite_rows, token_major, unquantized
 from pytest_qsens.inspection.found import Flip
 from pytest_qsens.inspection.positions import has_pixels, real_rows, row_energies, row_errors, sites_of, whole_shape
 from pytest_qsens.metrics import Score, energies
@@ -67,9 +67,9 @@ class Switch(Simulator):
         if not exact.numel():
             return found
         finite = None if call.kind == "embedding" else finite_rows(exact, call.kind)
-        left, right = (filled(values, finite, 0) for values in (exact, found))
+        left, right = (token_major(filled(values, finite, 0), call.kind) for values in (exact, found))
         batch = self._batches[self.batch - 1]
-        sites = sites_of(whole_shape(call.kind, exact.shape), batch, flat=not has_pixels(batch))
+        sites = sites_of(whole_shape(call.kind, left.shape), batch, flat=not has_pixels(batch))
         errors, sizes = row_errors(left, right, sites.rows), row_energies(left, sites.rows)
         real = real_rows(sites)
         self._sse += float(errors[real].sum())
@@ -90,6 +90,7 @@ class Meter:
         switch: Quantizes the ops.
         mode: ``isolated``: the other ops are unquantized; else they are quantized.
         quantizable: Ops that are quantized in mode ``fallback``.
+        states: Keys and values, and queries, that a scheme is of.
 
     Attributes:
         forwards: Runs of all evaluation batches so far.
@@ -109,13 +110,14 @@ class Meter:
         switch: Switch,
         mode: Mode,
         quantizable: Collection[str],
+        states: Collection[str],
     ) -> None:
         self._spec = spec
         self._batches = batches
         self._op = op
         self._switch = switch
         self._isolated = mode == "isolated"
-        self._engine = EagerEngine(model, batches, spec.output, switch, quantizable)
+        self._engine = EagerEngine(model, batches, spec.output, switch, quantizable, states=states)
         self.exercised = self._engine.exercised
         self.out_of_reach = self._engine.out_of_reach
         self._rows = [rows_of(b, r, spec.rows) for b, r in zip(batches, self._engine.references, strict=True)]

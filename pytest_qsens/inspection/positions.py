@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_qsens.inspection.places import Group, Place, Where, Worst
+from pytest_qsens.ops import STATES
 from pytest_qsens.parts import rows_within
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _fitting(shape: Sequence[int], batch: Batch, ids_key: str, mask_key: str, *,
 
 def whole_shape(kind: str, shape: Sequence[int]) -> Sequence[int]:
     """Give the shape of an op's input or output a first dimension, if it is that of a single row or sample."""
+    if kind in STATES:
+        return shape
     single = 1 if kind == "linear" else int(kind[4]) + 1 if kind != "embedding" else 0
     return (1, *shape) if len(shape) == single else shape
 

@@ -129,7 +129,7 @@ def _beyond(codes: Tensor, bounds: _Bounds) -> int:
     return int(((codes < bounds.least - reach) | (codes > bounds.most + reach)).sum())
 
 
-def _clipped(values: Tensor, scheme: WeightScheme) -> int:
+def beyond_blocks(values: Tensor, scheme: WeightScheme) -> int:
     """Count what is clipped in ``(rows, columns)`` when scales are of the values themselves."""
     whole = round_weight(values, scheme)
     bounds = _bounds(scheme.dtype, stored_twice=True)
@@ -185,10 +185,10 @@ def _clipped_weight(op: str, call: Call, scheme: Scheme, calibration: Calibratio
     if weight is None or (call.kind == "embedding" and not scheme.rows):
         return 0
     if smoothed_by is None and call.kind != "embedding":
-        return _clipped(call.weight.flatten(1), weight)
+        return beyond_blocks(call.weight.flatten(1), weight)
     # part by part, as multiplying makes a wide copy, and a table may have a hundred million rows: each has its scales
     factor = torch.ones(()) if smoothed_by is None else smoothed_by.to(call.weight.device)
-    return sum(_clipped(part.float() * factor, weight) for _, part in parts_of(call.weight))
+    return sum(beyond_blocks(part.float() * factor, weight) for _, part in parts_of(call.weight))
 
 
 def add_lost_input(
@@ -219,7 +219,7 @@ def _clipped_input(op: str, rows: Tensor, activation: ActivationScheme, calibrat
         return None
     if activation.dtype not in BLOCK_OF:
         return 0  # the largest value of a row, or of the tensor, is the largest number of the format
-    return _clipped(
+    return beyond_blocks(
         rows, WeightScheme(activation.dtype, "group", activation.size, scaling_mode=activation.scaling_mode)
     )
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, cast
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_json_output
-from pytest_qsens.inspection.found import Recorded
-from pytest_qsens.ops import PRODUCTS, STATES, TOTAL
+from pytest_qsens.inspection.found import NAMES, Recorded
+from pytest_qsens.inspection.schemes import usual_alternatives
+from pytest_qsens.ops import PRODUCTS, STATES, TOTAL, layers
 from pytest_qsens.quant.assignment import ADDED_AS
-from pytest_qsens.quant.schemes import SCHEMES, scheme_named
+from pytest_qsens.quant.schemes import CACHE_SCHEMES, SCHEMES, scheme_named
 from pytest_qsens.result_files import load
 from pytest_qsens.results import OpResult
 from pytest_qsens.wording import did_you_mean, first_of
@@ -70,11 +71,11 @@ def read_request(given: Namespace) -> Request:
     check_output(given.json, path)
     result = load(path)
     op = _find(result, given.op, path)
-    against = tuple(dict.fromkeys(given.against or SCHEMES))
-    for name in against:
-        scheme_named(name, "--against")
     scheme = given.scheme or _scheme_of(result.run, op, path)
     scheme_named(scheme, "scheme" if given.scheme is None else "--scheme")
+    against = tuple(dict.fromkeys(given.against or usual_alternatives(scheme, op.type)))
+    for name in against:
+        scheme_named(name, "--against")
     mode = _mode(result.run, op, given.mode, path)
     _check_status(op, given.scheme, path)
     by_config = result.run.config is not None and not _is_added(op)
@@ -158,19 +159,15 @@ def _check_status(op: OpResult, asked: str | None, path: Path) -> None:
             f"{op.op} is unexercised in {path}: {op.reason}. Nothing was measured, so there is nothing to explain. "
             "Measure it with data that reach it (--qsens-calib, --qsens-eval)."
         )
-    if op.type in STATES:
-        raise QsensError(
-            f"{op.op} is what attention is given, and has no weight. Give a linear, a convolution or an embedding."
-        )
-    functional = (op.weights is None and ":" in op.op) or op.type in PRODUCTS
+    functional = op.type in PRODUCTS or (op.weights is None and ":" in op.op and op.type not in STATES)
     if functional:
         why = op.reason or "it is a product of activations"
         raise QsensError(f"{op.op} has no weight ({op.type}: {why}). Give a linear, a convolution or an embedding.")
     if op.status == "unquantizable" and asked is None:
-        able = [name for name, scheme in SCHEMES.items() if scheme.refusal(op.type) is None]
+        able = [name for name, scheme in (SCHEMES | CACHE_SCHEMES).items() if scheme.refusal(op.type) is None]
         raise QsensError(
             f"{op.op} is unquantizable in {path}: {op.reason}. Ask about another scheme with --scheme, for a "
-            f"{op.type} for example {', '.join(able[:_NAMED])}."
+            f"{NAMES.get(op.type, op.type)} for example {', '.join(able[:_NAMED])}."
         )
 
 
@@ -194,7 +191,10 @@ def check_model(request: Request, ops: Sequence[Op]) -> Op:
     """
     known = {op.name: op for op in ops}
     listed = {name: op for op in request.result.ops for name in op.ops or (op.op,)}
-    strangers = sorted(name for name in listed.keys() ^ known.keys() if ":" not in name)  # others are no modules
+    own = {name for name in listed if ":" not in name}  # others are no modules
+    modules = {op.name for op in layers(ops)} if own else set()  # a scheme of keys and values lists no layer
+    states = {op.op for op in request.result.ops if op.type in STATES}
+    strangers = sorted((own ^ modules) | (states - known.keys()))
     changed = sorted(
         op.op
         for op in request.result.ops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from pytest_qsens.inspection.found import NAMES
 from pytest_qsens.quant.op_scheme import parse
 
 if TYPE_CHECKING:
@@ -33,6 +34,20 @@ _BETTER = 1.1
 _WHAT = {"weight": "the weight", "input": "the input", "output": "the output, which is requantized"}
 
 
+def channel_name(index: int, head_dim: int | None) -> str:
+    """Name a channel; of keys and values with the number of its head before that in it.
+
+    >>> channel_name(70, None), channel_name(70, 64)
+    ('70', '1:6')
+    """
+    return str(index) if head_dim is None else f"{index // head_dim}:{index % head_dim}"
+
+
+def unit_of_bits(op_type: str) -> str:
+    """Say what bits are those of: a weight, a value of a cache, or one of queries, which are in none."""
+    return {"k": "cached value", "v": "cached value", "q": "value"}.get(op_type, "weight")
+
+
 def percent(share: float) -> str:
     """Write a share; what is not all of it is not called so.
 
@@ -48,6 +63,7 @@ def verdict(found: Inspection) -> str:
     if whole.failure is not None:
         failing = [part.name for part in found.parts if part.failure is not None]
         alone = f" The {' and the '.join(failing)} alone does so, too." if failing else " No part alone does so."
+        alone = alone if found.parts else ""
         return f"{whole.failure} when the op is quantized as {found.scheme} says.{alone}{_remedy(found)}"
     if found.mode == "fallback" and (whole.added or 0.0) <= 0:
         return "With everything else quantized, it adds no error. Ask with --mode isolated what it does alone."
@@ -71,6 +87,9 @@ def _place(found: Inspection) -> str:
 
 
 def _cause(found: Inspection) -> str:
+    if found.shape.type in NAMES:
+        told = ", ".join(_stands_out(found, NAMES[found.shape.type]))
+        return f"Nothing but {NAMES[found.shape.type]} of attention is rounded{f': {told}' if told else ''}."
     shares = {part.name: share for part in found.parts if (share := found.share(part)) is not None}
     if len(found.parts) == 1:
         (only,) = found.parts
@@ -109,10 +128,10 @@ def _stands_out(found: Inspection, part: str) -> Iterator[str]:
         "weight": found.weight_inputs,
         "input": None if found.inputs is None else found.inputs.evaluation_channels,
         "output": found.outputs,
-    }[part]
+    }.get(part, None if found.inputs is None else found.inputs.evaluation_channels)
     unit = "column" if found.shape.type == "embedding" else "input channel" if part == "weight" else "channel"
     if channels is not None and channels.worst:
-        yield _outlier(channels, unit)
+        yield _outlier(channels, unit, found.shape.head_dim)
     for lost in found.lost:
         if lost.part == part:
             if lost.rounded_away >= _AWAY:
@@ -121,19 +140,20 @@ def _stands_out(found: Inspection, part: str) -> Iterator[str]:
                 yield f"{percent(lost.clipped or 0.0)} of its values are clipped"
 
 
-def _outlier(channels: ChannelSummary, unit: str) -> str:
+def _outlier(channels: ChannelSummary, unit: str, head_dim: int | None) -> str:
     worst = channels.worst[0]
-    return f"its {unit} {worst.index} reaches {worst.times:.3g} times the median one"
+    which = f"its {unit} {worst.index}" if head_dim is None else f"channel {channel_name(worst.index, head_dim)}"
+    return f"{which} reaches {worst.times:.3g} times the median one"
 
 
 def _remedy(found: Inspection) -> str:
-    like, best = _like(found), _best(found, at_most=found.bits)
+    like, best, unit = _like(found), _best(found, at_most=found.bits), unit_of_bits(found.shape.type)
     told = []
     if like is not None:
         told.append(f"{like.scheme}, in the same number formats, lowers the error {_times(like)}")
     if best is not None and best != like and (like is None or _factor(best) > _BETTER * _factor(like)):
         lowers = "" if told else "lowers the error "
-        told.append(f"{best.scheme} {lowers}{_times(best)} at {best.bits:.4g} bits a weight")
+        told.append(f"{best.scheme} {lowers}{_times(best)} at {best.bits:.4g} bits a {unit}")
     if not told:
         larger = _best(found, at_most=None)
         if larger is None:
@@ -141,7 +161,7 @@ def _remedy(found: Inspection) -> str:
             return " No scheme that was measured beside it is better." if measured else ""
         unrounded = _formats(larger.scheme)[1] is None and _formats(found.scheme)[1] is not None
         how = ", with the input as it is" if unrounded else ""
-        told.append(f"{larger.scheme} lowers the error {_times(larger)} at {larger.bits:.4g} bits a weight{how}")
+        told.append(f"{larger.scheme} lowers the error {_times(larger)} at {larger.bits:.4g} bits a {unit}{how}")
     return f" {'; '.join(told)} (measured)."
 
 
@@ -160,9 +180,12 @@ def _best(found: Inspection, *, at_most: float | None) -> Alternative | None:
 
 
 def _like(found: Inspection) -> Alternative | None:
-    """Find the best scheme that rounds to the same formats: nothing but scales is different."""
-    formats = _formats(found.scheme)
-    able = [o for o in found.alternatives if _is_better(found, o) and _formats(o.scheme) == formats]
+    """Find the best scheme that rounds to the same formats: nothing but scales is different.
+
+    In a cache these can take more room than what they are better than, which another one may have.
+    """
+    formats, room = _formats(found.scheme), found.bits if found.shape.type in NAMES else math.inf
+    able = [o for o in found.alternatives if _is_better(found, o) and _formats(o.scheme) == formats and o.bits <= room]
     return max(able, key=_factor, default=None)
 
 
@@ -184,5 +207,5 @@ def _formats(name: str) -> tuple[str | None, str | None]:
     parts = parse(name)
     if parts is None:
         return None, None
-    weight, activation = parts.weight, parts.activation
+    weight, activation = parts.cache or parts.weight, parts.activation
     return None if weight is None else weight.dtype, None if activation is None else activation.dtype

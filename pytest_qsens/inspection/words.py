@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_qsens.inspection.found import NAMES
+
 if TYPE_CHECKING:
     from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, SmoothQuant, WeightScheme
 
@@ -22,12 +24,12 @@ def described(parts: OpScheme, op_type: str) -> str:
     'weight int8 per channel; input int8 per token, dynamic; SmoothQuant, alpha 0.5, scales not shared'
     >>> described(parse("w8a8"), "embedding")
     'weight int8 per row'
+    >>> described(parse("kv_int8_dynamic"), "k")
+    'keys int8 per token, dynamic'
     """
     if parts.cache is not None:
         what = "queries, keys and values" if parts.queries else "keys and values"
-        return f"{what} {_activation(parts.cache)}"
-    if parts.products is not None:
-        return f"both factors {_activation(parts.products)}"
+        return f"{NAMES.get(op_type, what)} {_activation(parts.cache)}"
     if op_type == "embedding":
         return f"weight {'int8 per row' if parts.weight is None else _weight(parts.weight, 'row')}"
     found = [] if parts.weight is None else [f"weight {_weight(parts.weight)}"]

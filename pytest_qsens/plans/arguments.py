@@ -19,7 +19,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="RESULT.json",
         help="written by `pytest --qsens-json` in mode isolated or both, one for each scheme",
     )
-    command.add_argument("--budget-bits", type=_positive, metavar="B", help="lowest error at B bits a weight at most")
+    command.add_argument(
+        "--budget-bits", type=_positive, metavar="B", help="lowest error at B bits a weight (or a cached value) at most"
+    )
     command.add_argument(
         "--budget-nmse", type=_not_negative, metavar="X", help="smallest size at a predicted nmse of X"
     )
@@ -61,7 +63,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--allow-estimated", action="store_true", help="plan with estimated scores, too")
     command.add_argument(
-        "--unquantized-bits", type=_positive, default=16.0, metavar="B", help="of a weight left as it is, default 16"
+        "--unquantized-bits",
+        type=_positive,
+        default=16.0,
+        metavar="B",
+        help="of a weight (or a cached value) left as it is, default 16",
     )
 
 

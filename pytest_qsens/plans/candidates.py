@@ -11,9 +11,9 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import Fused, grouped
 from pytest_qsens.interactions import decode
 from pytest_qsens.ops import Op, matches
-from pytest_qsens.plans.bits import scheme_bits
+from pytest_qsens.plans import caches
+from pytest_qsens.plans.bits import cache_bits, scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
-from pytest_qsens.quant.op_scheme import parse
 from pytest_qsens.result_files import load
 from pytest_qsens.same_run import SAME_MODEL, difference, difference_of_ops, machine_difference
 
@@ -33,7 +33,7 @@ class Wishes:
         never: Globs of ops that stay unquantized.
         fused: Patterns that go before those of `pytest_qsens.groups`.
         estimates: Whether estimated scores are taken, too.
-        unquantized: Bits of a weight that is not quantized.
+        unquantized: Bits of a weight, or of a cached value, that is not quantized.
 
     """
 
@@ -53,6 +53,14 @@ class _File:
     def scheme(self) -> str:
         return self.result.run.scheme
 
+    @property
+    def of_cache(self) -> bool:
+        return caches.is_of_cache(self.scheme)
+
+    @property
+    def queries(self) -> bool:
+        return caches.quantizes_queries(self.scheme)
+
 
 def read_problem(paths: Sequence[Path], wishes: Wishes) -> tuple[RunInfo, Problem]:
     """Read the results of one model under one or more schemes, a file for each.
@@ -69,17 +77,18 @@ def read_problem(paths: Sequence[Path], wishes: Wishes) -> tuple[RunInfo, Proble
     for other in files[1:]:
         _check_same(files[0], other)
     _check_schemes(files)
-    groups = _groups(files[0], wishes)
+    fullest = next((file for file in files if file.queries), files[0])  # all of its ops, and those of the others
+    groups = _groups(fullest, wishes)
     units: list[Unit] = []
     candidates: list[Candidate] = []
     for group in groups:
-        names = _names(group, files[0])
-        ops = tuple(_ops(names, files[0]))
+        names = _names(group, fullest)
+        ops = tuple(_ops(names, fullest))
         never = any(matches(name, glob) for glob in wishes.never for name in (group.name, *names, *ops))
         found = [] if never else list(_measured(len(units), names, files, wishes))
         why = None if found else "never to be quantized" if never else _why(names, files, wishes)
-        types = tuple(_types(names, files[0]))
-        units.append(Unit(group.name, ops, types, _weights(names, files[0]), why))
+        types = tuple(_types(names, fullest))
+        units.append(Unit(group.name, ops, types, _values(names, files), why))
         candidates += found
     if not candidates:
         raise QsensError(
@@ -87,6 +96,8 @@ def read_problem(paths: Sequence[Path], wishes: Wishes) -> tuple[RunInfo, Proble
             f"{units[0].kept}"
         )
     notes = [*_notes(files, candidates)]
+    if files[0].of_cache:
+        notes += caches.notes(units, candidates, [file.scheme for file in files])
     return files[0].result.run, Problem(
         files[0].result.run.model,
         tuple(file.scheme for file in files),
@@ -94,6 +105,7 @@ def read_problem(paths: Sequence[Path], wishes: Wishes) -> tuple[RunInfo, Proble
         tuple(candidates),
         wishes.unquantized,
         tuple(notes),
+        files[0].of_cache,
     )
 
 
@@ -108,14 +120,10 @@ def _file(path: Path) -> _File:
             f"{path} is a result of the config {result.run.scheme}, whose ops have schemes of their own. Plans are "
             "made of results of --qsens-scheme, a file for each scheme"
         )
-    entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
-    parts = parse(result.run.scheme)
-    if not entries and parts is not None and not parts.of_layers:
-        what = "keys and values of attention" if parts.cache is not None else "products of two activations"
-        raise QsensError(
-            f"{path} is a result of scheme {result.run.scheme}, of {what}. Plans are of layers: their budgets are of "
-            "weights"
-        )
+    if caches.is_of_cache(result.run.scheme):
+        entries = caches.entries_of(result.ops)
+    else:
+        entries = {op.op: op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()}
     if not any(op.isolated for op in entries.values()):
         raise QsensError(
             f"{path}: no op of it has a score in mode isolated, which plans are made from. Measure with "
@@ -131,9 +139,19 @@ def _check_same(first: _File, other: _File) -> None:
         QsensError: Naming the first difference.
 
     """
+    if first.of_cache != other.of_cache:
+        layers, cache = (other, first) if first.of_cache else (first, other)
+        raise QsensError(
+            f"{layers.path} is of layers ({layers.scheme}) and {cache.path} of keys and values ({cache.scheme}): bits "
+            "of weights and those of a cache are no one budget. Plan each by itself, and put the rules of the cache's "
+            "plan before those of the layers' in one config"
+        )
     here, there = first.result.run, other.result.run
     what = difference(here, there, SAME_MODEL)
-    what = what or difference_of_ops(first.entries.values(), other.entries.values())
+    ops = [[*file.entries.values()] for file in (first, other)]
+    if first.queries != other.queries:  # one of them knows of no queries
+        ops = [caches.without_queries(file.entries) for file in (first, other)]
+    what = what or difference_of_ops(*ops)
     if what is None and machine_difference(here.environment, there.environment) is None:
         same = here.reference == there.reference
         what = None if same else f"unquantized outputs, reference {here.reference} and {there.reference}"
@@ -178,7 +196,7 @@ def _groups(file: _File, wishes: Wishes) -> Sequence[Op]:
     for pattern in wishes.fused:
         if not any(pattern.parts(name) for name in every):
             raise QsensError(f"--fused {pattern.text!r} matches no op of {file.path}. `qsens show` lists them")
-    return grouped(ops, "fused", wishes.fused)
+    return grouped(ops, "fused", (*wishes.fused, *caches.fused(file.scheme)))
 
 
 def _names(group: Op, file: _File) -> tuple[str, ...]:
@@ -197,24 +215,35 @@ def _types(names: Sequence[str], file: _File) -> Iterator[str]:
         yield from [entry.type] * (len(entry.ops) or 1)
 
 
-def _weights(names: Sequence[str], file: _File) -> int | None:
-    counts = [file.entries[name].weights for name in names]
+def _values(names: Sequence[str], files: Sequence[_File]) -> int | None:
+    if files[0].of_cache:
+        found = caches.per_token(names, [file.entries for file in files])
+        return None if found is None else found[0]
+    counts = [files[0].entries[name].weights for name in names]
     return None if None in counts else sum(filter(None, counts))
 
 
 def _measured(unit: int, names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> Iterator[Candidate]:
     for file in files:
-        entries = [file.entries[name] for name in names]
-        if any(_refusal(entry, wishes) for entry in entries):
+        entries = [file.entries[name] for name in names if name in file.entries]
+        if not entries or any(_refusal(entry, wishes) for entry in entries):
             continue
+        left = frozenset(name for name in names if name not in file.entries)
         nmse = math.fsum(entry.isolated["nmse"] or 0.0 for entry in entries if entry.isolated)
         sketches = [_sketch(entry, file) for entry in entries]
         known: list[Floats] = [sketch for sketch in sketches if sketch is not None]
-        bits = scheme_bits(file.scheme, wishes.unquantized)
+        bits = _bits(names, file, files, wishes)
         if len(known) < len(sketches):
-            yield Candidate(unit, file.scheme, bits, nmse, nmse)
+            yield Candidate(unit, file.scheme, bits, nmse, nmse, None, left)
         else:
-            yield Candidate(unit, file.scheme, bits, nmse, own_error(nmse, known), sum(known[1:], known[0]))
+            yield Candidate(unit, file.scheme, bits, nmse, own_error(nmse, known), sum(known[1:], known[0]), left)
+
+
+def _bits(names: Sequence[str], file: _File, files: Sequence[_File], wishes: Wishes) -> float:
+    if not file.of_cache:
+        return scheme_bits(file.scheme, wishes.unquantized)
+    values, heads = caches.per_token(names, [each.entries for each in files]) or (0, 0)
+    return cache_bits(file.scheme, values / heads if heads else None)
 
 
 def _sketch(entry: OpResult, file: _File) -> Floats | None:
@@ -236,7 +265,7 @@ def _why(names: Sequence[str], files: Sequence[_File], wishes: Wishes) -> str:
     found: dict[str, dict[str, None]] = {}
     for file in files:
         for name in names:
-            if (refusal := _refusal(file.entries[name], wishes)) is not None:
+            if name in file.entries and (refusal := _refusal(file.entries[name], wishes)) is not None:
                 found.setdefault(refusal, {})[name] = None
     return "; ".join(
         refusal if len(which) == len(names) else "; ".join(f"{name} is {refusal}" for name in which)

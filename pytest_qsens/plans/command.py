@@ -110,7 +110,7 @@ def make_plans(given: Namespace) -> Plans:
         texts = _texts(problem, plans, given.to, syntaxes)
     frontier: list[Plan] = []
     shown = shares is None or given.plot is not None
-    if shown and problem.weights and all(unit.weights is not None for unit in problem.units):
+    if shown and problem.sized:
         steps = [Fraction(step, _STEPS) for step in range(_STEPS + 1)]
         frontier = [_of_saving(problem, s, f"{float(100 * s):g} %") for s in steps]
     for path, text in zip(paths, texts, strict=True):
@@ -185,27 +185,28 @@ def _check_sizes(problem: Problem, option: str) -> None:
         QsensError: If it is not.
 
     """
-    without = [unit.name for unit in problem.units if unit.weights is None]
-    if without:
+    if problem.unsized:
         raise QsensError(
-            f"{option} needs the size of every op, and the result files do not tell that of {without[0]}: they were "
-            "written by an older version. Measure again; what is cached is not measured anew"
+            f"{option} needs the size of every op, and the result files do not tell that of "
+            f"{problem.unsized[0].name}: they were written by an older version. "
+            "Measure again; what is cached is not measured anew"
         )
-    if not problem.weights:
-        raise QsensError(f"{option}: the ops have no weights at all")
+    if not problem.values:
+        raise QsensError(f"{option}: the ops have no {problem.value}s at all")
 
 
 def _within_bits(problem: Problem, budget: float, path: Path) -> Plan:
     _check_sizes(problem, "--budget-bits")
-    least = problem.unquantized - problem.most(problem.saved) / problem.weights
+    least = problem.unquantized - problem.most(problem.saved) / problem.values
     if budget < least * (1 - _TOLERANCE):
         kept = sum(len(unit.ops) for unit in problem.units if unit.kept is not None)
         raise QsensError(
-            f"--budget-bits {budget:g}: {least:.6g} bits a weight is the least that {', '.join(problem.schemes)} reach"
-            f"{f' with {kept} ops unquantized' * bool(kept)}. Give a larger budget, or results of a smaller scheme"
+            f"--budget-bits {budget:g}: {least:.6g} bits a {problem.value} is the least that "
+            f"{', '.join(problem.schemes)} reach{f' with {kept} ops unquantized' * bool(kept)}. "
+            "Give a larger budget, or results of a smaller scheme"
         )
-    need = max(0.0, (problem.unquantized - budget) * problem.weights)
-    return _gaining(problem, problem.saved, need, f"at most {budget:g} bits a weight", path)
+    need = max(0.0, (problem.unquantized - budget) * problem.values)
+    return _gaining(problem, problem.saved, need, f"at most {budget:g} bits a {problem.value}", path)
 
 
 def _within_error(problem: Problem, budget: float, path: Path | None) -> Plan:

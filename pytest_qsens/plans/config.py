@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.documents import SUFFIXES, read_document
@@ -10,7 +11,7 @@ from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.write import TARGETS, check_out, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
-from pytest_qsens.ops import Op
+from pytest_qsens.ops import CACHED, Op
 from pytest_qsens.quant.schemes import scheme_named
 
 if TYPE_CHECKING:
@@ -84,4 +85,6 @@ def config_text(problem: Problem, assignment: Mapping[str, str | None], target: 
 def _scheme(op: Op, name: str | None) -> OpScheme | None:
     if name is None:
         return None
+    if op.type in CACHED:  # what is said of queries, too, means the same of these
+        return replace(scheme_named(name, "scheme").parts, queries=False)
     return EMBEDDING if op.type == "embedding" else scheme_named(name, "scheme").parts

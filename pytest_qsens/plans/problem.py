@@ -27,7 +27,7 @@ class Unit:
         name: Of the op, or of the group.
         ops: Names of its ops.
         types: Of each of them; of members of a group with several types, all of these.
-        weights: Values of their weights; ``None`` if the result files do not tell.
+        values: Of their weights, or those that a cache stores of a token; ``None`` if the result files do not tell.
         kept: Why it stays unquantized, if it has to.
 
     """
@@ -35,7 +35,7 @@ class Unit:
     name: str
     ops: tuple[str, ...]
     types: tuple[str, ...]
-    weights: int | None
+    values: int | None
     kept: str | None = None
 
 
@@ -46,10 +46,11 @@ class Candidate:
     Attributes:
         unit: Its place in the list of units.
         scheme: Name of the scheme.
-        bits: Of one of its weights under that scheme.
+        bits: Of one of its values under that scheme.
         nmse: Sum of the isolated NMSEs of its ops.
         sketch: Sum of their sketches (`pytest_qsens.interactions`), if there are any.
         own: Predicted NMSE of the unit alone: ``nmse`` with the interactions of its ops, if there are sketches.
+        left: Ops that the scheme leaves as they are: queries, where others of the schemes are of these, too.
 
     """
 
@@ -59,6 +60,7 @@ class Candidate:
     nmse: float
     own: float
     sketch: Floats | None = None
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Problem:
         schemes: Those of the result files, in their order.
         units: In the order of the model.
         candidates: Of all units that can be quantized.
-        unquantized: Bits of a weight that is not quantized.
+        unquantized: Bits of a value that is not quantized.
         notes: What has to be told about the input.
+        of_cache: Whether it is of keys and values, not of layers.
 
     """
 
@@ -81,6 +84,12 @@ class Problem:
     candidates: tuple[Candidate, ...]
     unquantized: float
     notes: tuple[str, ...] = ()
+    of_cache: bool = False
+
+    @property
+    def value(self) -> str:
+        """What bits are those of."""
+        return "cached value" if self.of_cache else "weight"
 
     @cached_property
     def owners(self) -> NDArray[np.intp]:
@@ -120,18 +129,30 @@ class Problem:
 
     @cached_property
     def saved(self) -> Floats:
-        """Bits that each candidate saves, all its weights together."""
-        return np.array([(self.unquantized - c.bits) * (self.units[c.unit].weights or 0) for c in self.candidates])
+        """Bits that each candidate saves, all its values together."""
+        return np.array([(self.unquantized - c.bits) * (self.units[c.unit].values or 0) for c in self.candidates])
 
     @cached_property
     def counts(self) -> Floats:
         """How many ops each candidate quantizes."""
-        return np.array([float(len(self.units[c.unit].ops)) for c in self.candidates])
+        return np.array([float(len(self.units[c.unit].ops) - len(c.left)) for c in self.candidates])
 
     @cached_property
-    def weights(self) -> int:
-        """Values of all weights, of units that stay unquantized, too."""
-        return sum(unit.weights or 0 for unit in self.units)
+    def values(self) -> int:
+        """All values, of units that stay unquantized, too."""
+        return sum(unit.values or 0 for unit in self.units)
+
+    @property
+    def unsized(self) -> tuple[Unit, ...]:
+        """Units whose size is not known and has to be: not that of keys and values that no data reach."""
+        able = {candidate.unit for candidate in self.candidates}
+        unknown = [place for place, unit in enumerate(self.units) if unit.values is None]
+        return tuple(self.units[place] for place in unknown if place in able or not self.of_cache)
+
+    @property
+    def sized(self) -> bool:
+        """Whether bits can be told."""
+        return bool(self.values) and not self.unsized
 
     @property
     def ops(self) -> int:
@@ -156,15 +177,17 @@ class Problem:
         return max(0.0, own + float(self.cross[np.ix_(chosen, chosen)].sum()))
 
     def bits(self, chosen: Chosen) -> float:
-        """Mean bits of a weight."""
-        return self.unquantized - math.fsum(self.saved[chosen]) / self.weights
+        """Mean bits of a value."""
+        return self.unquantized - math.fsum(self.saved[chosen]) / self.values
 
     def assignment(self, chosen: Chosen) -> dict[str, str | None]:
         """Op → scheme, ``None`` for those that stay unquantized; in the order of the model."""
-        schemes: dict[int, str] = {
-            candidate.unit: candidate.scheme for candidate, taken in zip(self.candidates, chosen, strict=True) if taken
+        taken = {c.unit: c for c, is_taken in zip(self.candidates, chosen, strict=True) if is_taken}
+        return {
+            op: None if (c := taken.get(place)) is None or op in c.left else c.scheme
+            for place, unit in enumerate(self.units)
+            for op in unit.ops
         }
-        return {op: schemes.get(place) for place, unit in enumerate(self.units) for op in unit.ops}
 
 
 def own_error(nmse: float, sketches: Sequence[Floats]) -> float:

@@ -11,7 +11,6 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.arguments import check_same
 from pytest_qsens.models.spec import built
-from pytest_qsens.ops import layers
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from pytest_qsens.threads import reproducible_sums
@@ -46,7 +45,7 @@ class Verifier:
     def __init__(self, source: ModelSource, path: Path, run: RunInfo, problem: Problem) -> None:
         check_same(path, run, source)
         source.check()
-        self._ops = layers(load_manifest(source, None))
+        self._ops = _of_plan(load_manifest(source, None), problem)
         _check_ops(path, self._ops, problem)
         reproducible_sums()
         spec = source.load()
@@ -97,6 +96,12 @@ class Verifier:
                 f"not {run.reference}): its code, weights or data have changed, or it is another one each time. "
                 "Measure again, and seed what is random"
             )
+
+
+def _of_plan(ops: Sequence[Op], problem: Problem) -> tuple[Op, ...]:
+    """List the ops of a model that the schemes of a plan are of."""
+    schemes = [scheme_named(name, "scheme") for name in problem.schemes]
+    return tuple(op for op in ops if any(scheme.means(op.type) for scheme in schemes))
 
 
 def _check_ops(path: Path, ops: Sequence[Op], problem: Problem) -> None:

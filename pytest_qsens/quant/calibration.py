@@ -8,7 +8,7 @@ from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
 from pytest_qsens.graph.decomposed import probabilities
 from pytest_qsens.graph.marks import FACTORS
-from pytest_qsens.ops import STATES
+from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.factors import finite_only, inner_dim, side_of
 from pytest_qsens.quant.observers import observer_of, observer_of_output
 from pytest_qsens.quant.schemes import all_of, scheme_of
@@ -16,7 +16,7 @@ from pytest_qsens.quant.smoothing import Smoothing
 from pytest_qsens.quant.state_range import StateRange
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -55,6 +55,8 @@ class Calibration:
         reached: Ops that computed something.
         refused: Ops that the scheme cannot quantize for the shape of their weights → why.
         attending: Modules that attend to keys and values that are no ops → how; see `AttentionWatch`.
+        per_token: Keys and values → how many values, in how many heads, a cache stores of a token; of several calls,
+            those of the largest.
 
     """
 
@@ -71,6 +73,7 @@ class Calibration:
         self.reached: set[str] = set()
         self.refused: dict[str, str] = {}
         self.attending: dict[str, str] = {}
+        self.per_token: dict[str, tuple[int, int]] = {}
 
     def passes(self) -> Iterator[None]:
         """Ask for the calibration data: ranges are those of smoothed inputs, whose scales have to be known before."""
@@ -94,6 +97,8 @@ class Calibration:
         if not output.numel():
             return
         self.reached.add(op)
+        if call.kind in CACHED:
+            self.per_token[op] = max(self.per_token.get(op, (0, 0)), _per_token(call.x.shape))
         scheme = scheme_of(self._schemes, op)
         if not self._settled and call.kind == "linear":
             self._smoothing.observe(op, call)
@@ -178,7 +183,12 @@ class Calibration:
 
     @classmethod
     def from_state(
-        cls, schemes: Schemes, reached: Collection[str], refused: Mapping[str, str], state: Mapping[str, Tensor]
+        cls,
+        schemes: Schemes,
+        reached: Collection[str],
+        refused: Mapping[str, str],
+        state: Mapping[str, Tensor],
+        per_token: Mapping[str, Sequence[int]] | None = None,
     ) -> Calibration:
         """Make one of what another observed.
 
@@ -187,11 +197,13 @@ class Calibration:
             reached: Ops that were reached.
             refused: Those that cannot be quantized.
             state: From `state`; other tensors may be among them.
+            per_token: As of `Calibration`.
 
         """
         found = cls(schemes)
         found.reached.update(reached)
         found.refused.update(refused)
+        found.per_token.update({op: (values, heads) for op, (values, heads) in (per_token or {}).items()})
         observed: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, value in state.items():
             kind, _, rest = key.partition("/")
@@ -228,6 +240,12 @@ class Calibration:
     def output_qparams(self, op: str) -> QParams:
         """Scale and zero point of an op's output, uint8."""
         return self._outputs[op].qparams()
+
+
+def _per_token(shape: Sequence[int]) -> tuple[int, int]:
+    """Count the values and heads of a token in keys or values, ``(N, heads, tokens, dim)`` or without heads."""
+    heads = shape[-3] if len(shape) > 3 else 1
+    return heads * shape[-1], heads
 
 
 def _refusal(scheme: Scheme, call: Call) -> str | None:

@@ -8,19 +8,23 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qsens.details import OUTLIER
-from pytest_qsens.inspection.verdict import percent, verdict
+from pytest_qsens.inspection.found import NAMES
+from pytest_qsens.inspection.verdict import channel_name, percent, unit_of_bits, verdict
 from pytest_qsens.report.columns import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pytest_qsens.inspection.found import Alternative, ChannelSummary, Flip, Inspection
+    from pytest_qsens.inspection.found import Alternative, ChannelSummary, Flip, Head, Inspection
     from pytest_qsens.inspection.places import Group, Place, Where
     from pytest_qsens.results import Payload
 
 SCHEMA = 1
 
 _LEAST_WIDTH = 40
+
+_HEADS = 8
+"""Heads that are listed."""
 
 _SCHEMES = 12
 """Other schemes that are listed."""
@@ -99,11 +103,13 @@ def _lines(found: Inspection, terminal: _Terminal, *, everything: bool) -> Itera
 def _about(found: Inspection, terminal: _Terminal) -> Iterator[str]:
     shape = found.shape
     bias = ", bias" if shape.bias else ""
-    yield from terminal.wrapped(
-        f"{shape.type}, weight {_size(shape.weight)} {shape.dtype}{bias}; input {', '.join(map(_size, shape.inputs))}; "
-        f"op {shape.number} of {shape.ops} of {found.model}",
-    )
-    yield from terminal.wrapped(f"scheme {found.scheme}: {found.about}; {found.bits:.4g} bits a weight")
+    inputs = ", ".join(map(_size, shape.inputs))
+    what = f"{shape.type}, weight {_size(shape.weight)} {shape.dtype}{bias}; input {inputs}"
+    if shape.type in NAMES:
+        what = f"{NAMES[shape.type]} of attention; {inputs}{' (batch x heads x tokens x channels)' * bool(found.heads)}"
+    yield from terminal.wrapped(f"{what}; op {shape.number} of {shape.ops} of {found.model}")
+    unit = unit_of_bits(shape.type)
+    yield from terminal.wrapped(f"scheme {found.scheme}: {found.about}; {found.bits:.4g} bits a {unit}")
     yield from terminal.wrapped(_score(found))
     yield from terminal.wrapped(_record(found))
 
@@ -143,13 +149,16 @@ def _record(found: Inspection) -> str:
 
 
 def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
-    of_embedding = found.shape.type == "embedding"
+    of_embedding, head_dim = found.shape.type == "embedding", found.shape.head_dim
+    name = NAMES.get(found.shape.type, "input")
     rows = [["channels by magnitude", "least", "median", "largest", f"more than {OUTLIER:g} x median"]]
-    rows.append([f"weight, {'rows' if of_embedding else 'output'}", *_channels(found.weight_outputs)])
-    rows.append([f"weight, {'columns' if of_embedding else 'input'}", *_channels(found.weight_inputs)])
+    if found.weight_outputs is not None:
+        rows.append([f"weight, {'rows' if of_embedding else 'output'}", *_channels(found.weight_outputs)])
+    if found.weight_inputs is not None:
+        rows.append([f"weight, {'columns' if of_embedding else 'input'}", *_channels(found.weight_inputs)])
     if found.inputs is not None:
-        rows.append(["input, calibration", *_channels(found.inputs.calibration_channels)])
-        rows.append(["input, evaluation", *_channels(found.inputs.evaluation_channels)])
+        rows.append([f"{name}, calibration", *_channels(found.inputs.calibration_channels, head_dim)])
+        rows.append([f"{name}, evaluation", *_channels(found.inputs.evaluation_channels, head_dim)])
     if found.outputs is not None:
         rows.append(["output, evaluation", *_channels(found.outputs)])
     yield from terminal.table(rows)
@@ -158,9 +167,10 @@ def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
         (low, high), (least, most) = inputs.calibration, inputs.evaluation
         beyond = f"{percent(inputs.outside)} of them outside" if inputs.outside else "none outside"
         yield from terminal.wrapped(
-            f"input values: {low:.4g} to {high:.4g} in the calibration data, {least:.4g} to {most:.4g} in the "
-            f"evaluation data ({beyond}); the largest is {inputs.peak_value:.4g}, channel {inputs.peak_channel}, "
-            f"{_place(inputs.peak)}",
+            f"{'input values' if name == 'input' else name}: {low:.4g} to {high:.4g} in the calibration data, "
+            f"{least:.4g} to {most:.4g} in the "
+            f"evaluation data ({beyond}); the largest is {inputs.peak_value:.4g}, channel "
+            f"{channel_name(inputs.peak_channel, head_dim)}, {_place(inputs.peak)}",
             "  ",
         )
     yield ""
@@ -169,10 +179,21 @@ def _ranges(found: Inspection, terminal: _Terminal) -> Iterator[str]:
         clipped = "not known" if lost.clipped is None else percent(lost.clipped)
         losses.append([lost.part, str(lost.values), clipped, percent(lost.rounded_away)])
     yield from terminal.table(losses)
+    if len(found.heads) > 1:
+        yield ""
+        yield from terminal.table([*_heads(found.heads)])
 
 
-def _channels(channels: ChannelSummary) -> list[str]:
-    worst = " ".join(f"{c.index} ({c.times:.3g}x)" for c in channels.worst[:3])
+def _heads(heads: Sequence[Head]) -> Iterator[list[str]]:
+    yield ["head", "largest", "of the error that rounding makes in all heads"]
+    for head in heads if len(heads) <= _HEADS else sorted(heads, key=lambda each: -each.error)[:_HEADS]:
+        yield [str(head.index), f"{head.largest:.3g}", percent(head.error)]
+    if len(heads) > _HEADS:
+        yield [f"and {len(heads) - _HEADS} with less", "", ""]
+
+
+def _channels(channels: ChannelSummary, head_dim: int | None = None) -> list[str]:
+    worst = " ".join(f"{channel_name(c.index, head_dim)} ({c.times:.3g}x)" for c in channels.worst[:3])
     listed = f"{channels.outliers} of {channels.count}{': ' if worst else ''}{worst}"
     more = ", .." if channels.outliers > 3 else ""
     dead = f"; {channels.zeros} zero" if channels.zeros else ""

@@ -60,7 +60,7 @@ def plot(found: Plans, suffix: str) -> bytes:
     _line(axes, _points(problem, found.frontier), color="#1f77b4", marker="o", linestyle="-", label=label)
     _plans(axes, found)
     axes.set_yscale("log")
-    axes.set_xlabel(f"bits a weight (unquantized: {problem.unquantized:g})")
+    axes.set_xlabel(f"bits a {problem.value} (unquantized: {problem.unquantized:g})")
     measured = any(plan.measured is not None for plan in found.plans)
     axes.set_ylabel("nmse of the output" if measured else "predicted nmse of the output")
     axes.set_title(f"{problem.model}: {', '.join(problem.schemes)}", fontsize=10)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pytest_qsens.plans.command import Plan, Plans
     from pytest_qsens.plans.problem import Problem
 
+_KINDS = {"q": "queries", "k": "keys", "v": "values"}
+
 _LISTED = 20
 """Ops or groups that are listed by name."""
 
@@ -43,15 +45,16 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
     told = [f"{schemes[scheme]} {scheme}" for scheme in problem.schemes if schemes[scheme]]
     yield ""
     yield f"{plan.name}: {', '.join([*told, f'{schemes[None]} unquantized'])} of {problem.ops} ops"
-    sized = bool(problem.weights) and all(unit.weights is not None for unit in problem.units)
-    if sized:
-        yield f"bits a weight: {problem.bits(plan.chosen):.4g}"
+    if problem.of_cache:
+        yield from _by_kind(problem, plan)
+    if problem.sized:
+        yield f"bits a {problem.value}: {problem.bits(plan.chosen):.4g}{_size(problem, plan)}"
     yield f"predicted nmse: {_errors(problem, plan)}"
     yield from _measured(problem, plan)
     if plan.rival is not None and (plan.rival != plan.chosen).any():
         yield (
             f"additive scores alone would choose another plan: predicted nmse {problem.predicted(plan.rival):.4g}"
-            + (f" at {problem.bits(plan.rival):.4g} bits a weight" if sized else "")
+            + (f" at {problem.bits(plan.rival):.4g} bits a {problem.value}" if problem.sized else "")
         )
     kept = [unit for unit in problem.units if unit.kept is not None]
     free = {unit for unit, taken in zip(problem.owners, plan.chosen, strict=True) if taken}
@@ -63,6 +66,26 @@ def _plan(problem: Problem, plan: Plan, *, detailed: bool) -> Iterator[str]:
         reasons.setdefault(unit.kept or "", []).append(unit.name)
     for reason, names in reasons.items():
         yield f"unquantized, {reason}: {first_of(names, _LISTED)}"
+
+
+def _by_kind(problem: Problem, plan: Plan) -> Iterator[str]:
+    """Tell keys from values: they differ in what they bear."""
+    assignment = problem.assignment(plan.chosen)
+    kinds = {op: kind for unit in problem.units for op, kind in zip(unit.ops, unit.types, strict=True)}
+    for kind, name in _KINDS.items():
+        schemes = Counter(assignment[op] for op, its in kinds.items() if its == kind)
+        if schemes:
+            told = [
+                f"{schemes[scheme]} {scheme or 'unquantized'}" for scheme in (*problem.schemes, None) if schemes[scheme]
+            ]
+            yield f"{name}: {', '.join(told)}"
+
+
+def _size(problem: Problem, plan: Plan) -> str:
+    if not problem.of_cache:
+        return ""
+    bits, full = problem.bits(plan.chosen) * problem.values, problem.unquantized * problem.values
+    return f"; a token takes {bits / 8:.6g} bytes, unquantized {full / 8:.6g}"
 
 
 def _measured(problem: Problem, plan: Plan) -> Iterator[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+from importlib import import_module
 
+import pytest
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - likewise
 import vl_convert  # noqa: F401 - before a run in this process, which forgets what it imports: it cannot be twice
 
 import pytest_qsens.report.directory.page  # noqa: F401 - keeps its library from run to run
+from pytest_qsens.cli import main
+from pytest_qsens.ops import CACHED as CACHED_TYPES
 from pytest_qsens.result_files import load
 from tests.plugin.harness import MODEL as WITHOUT
 from tests.plugin.harness import write_model
-
-if TYPE_CHECKING:
-    import pytest
 
 MODEL = "attending:spec"
 LAYERS = ("blocks.0.qkv", "blocks.0.out", "blocks.1.qkv", "blocks.1.out")
@@ -128,12 +131,64 @@ def test_models_without_any_are_refused(pytester: pytest.Pytester) -> None:
     assert not list(pytester.path.rglob("kv_fp8.json"))
 
 
-def test_a_report_says_why_there_are_no_ranges(pytester: pytest.Pytester) -> None:
-    """Keys and values have no weight to draw."""
-    run(pytester, "--qsens-scheme", "kv_fp8", "--qsens-report", "out")
-    found = load(pytester.path / "out" / "report.json").details
-    assert found is not None
-    assert found.ranges == ()
-    (note,) = found.notes
-    assert note.startswith("Ranges are collected of layers; 4 of the 4 worst ops are none (type k and v), ")
-    assert "qsens plan" not in (pytester.path / "out" / "report.md").read_text()
+def test_a_report_shows_their_channels(pytester: pytest.Pytester) -> None:
+    """Largest magnitudes by channel, head after head, are those that attention is given; there is no weight."""
+    run(pytester, "--qsens-scheme", "attn_int8", "--qsens-report", "out")
+    content = load(pytester.path / "out" / "report.json")
+    assert content.details is not None
+    assert content.details.notes == ()
+    ranges = {one.op: one for one in content.details.ranges}
+    assert set(ranges) == {*CACHED, "blocks.0:q", "blocks.1:q"}
+    assert {(one.weight, one.head_dim) for one in ranges.values()} == {(None, 8)}
+    spec = import_module("attending").spec()
+    with torch.no_grad():
+        x = spec.evaluation[0]["x"]
+        states = dict(zip("qkv", spec.model.blocks[0].qkv(x).chunk(3, -1), strict=True))
+    for kind, state in states.items():  # heads are parts of the channels that follow each other
+        found = ranges[f"blocks.0:{kind}"].inputs
+        assert found is not None
+        assert found.largest == pytest.approx(state.abs().amax((0, 1)).tolist(), rel=1e-3)
+    text = (pytester.path / "out" / "report.md").read_text()
+    assert re.search(r"`qsens plan \S*report.json --keep 10% --out plan.yaml`", text)
+    page = (pytester.path / "out" / "report.html").read_text()
+    assert "channel, head after head" in page
+    assert main(["plan", "out/report.json", "--keep", "10%", "--out", "plan.yaml"]) == 0
+
+
+def test_from_scores_to_a_plan_and_its_gate(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes are those of two heads of 16; what --verify measures is what a run does, and near its prediction."""
+    (pytester.path / "llama.py").write_text(
+        "from tests.architectures import ARCHITECTURES\n\n\ndef spec():\n    return ARCHITECTURES['llama'].spec()\n"
+    )
+    pytester.syspathinsert()
+    model, files = ("--qsens-model", "llama:spec"), []
+    for scheme in ("kv_int8_dynamic", "kv_int4_dynamic_g8_asym"):
+        files.append(f"{scheme}.json")
+        arguments = ("--qsens-scheme", scheme, "--qsens-interactions", "--qsens-json", files[-1])
+        assert pytester.runpytest_inprocess(*model, *arguments, "--snapshot-update").ret == 0
+        listed = [op for op in load(pytester.path / files[-1]).ops if op.type in CACHED_TYPES]
+        assert [(op.kv_values, op.kv_heads) for op in listed] == [(32, 2)] * 4
+    capsys.readouterr()
+    aims = ["--budget-bits", "8", "--verify", "--model", "llama:spec"]
+    assert main(["plan", *files, *aims, "--out", "plan.json"]) == 0
+    told = capsys.readouterr().out
+    # of four, two have 8 bits and a scale for 16 values, the others 4, and a scale and a zero point for 8
+    assert f"bits a cached value: {(8 + 16 / 16 + 4 + 20 / 8) / 2:g}; a token takes 124 bytes, unquantized 256" in told
+    predicted = float(told.partition("predicted nmse: ")[2].partition("predicted nmse: ")[2].split()[0])
+    verified = float(told.partition("measured nmse: ")[2].split()[0])
+    assert verified == pytest.approx(predicted, rel=0.1)
+    pytester.runpytest_inprocess(*model, "--qsens-config", "plan.json", "--qsens-json", "out.json", "--snapshot-update")
+    assert measured(pytester)["total"] == pytest.approx(verified, rel=1e-3)
+
+
+def test_inspecting_them(pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the result of a run, with as many words as for a layer; proxies of weights are refused."""
+    run(pytester, "--qsens-scheme", "kv_int8", "--qsens-json", "out.json", "--snapshot-update")
+    assert main(["inspect", "out.json", "blocks.1:v", "--model", MODEL, "--json", "found.json"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "values of attention; 2x2x5x8 (batch x heads x tokens x channels); op 4 of 4" in told
+    assert "scheme kv_int8: values int8 per tensor, static; 8 bits a cached value" in told
+    found = json.loads((pytester.path / "found.json").read_text())["inspection"]
+    assert found["whole"]["nmse"] == pytest.approx(measured(pytester)["blocks.1:v"], rel=1e-3)
+    assert main(["proxies", "out.json", "--model", MODEL]) == 4
+    assert "quantizes keys and values of attention, and proxies are of layers" in capsys.readouterr().err

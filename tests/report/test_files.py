@@ -245,9 +245,11 @@ def test_ranges_are_of_the_worst() -> None:
     group = replace(measured("all", 0.9), ops=tuple("abcdef"))
     assert wanted(replace(result, ops=(group, *result.ops)))[:5] == [*"abcd", ranked(result)[0].op]
     keys = replace(measured("a:k", 0.95), type="k", weights=None)
-    assert wanted(replace(result, ops=(keys, *result.ops))) == wanted(result)
-    assert without_ranges(result) is None
-    assert "1 of the 1 worst op is none (type k), a:k" in (without_ranges(replace(result, ops=(keys,))) or "")
+    assert wanted(replace(result, ops=(keys, *result.ops)))[:2] == ["a:k", ranked(result)[0].op]
+    assert without_ranges(replace(result, ops=(keys, *result.ops))) is None
+    product = replace(keys, op="a:qk", type="qk")
+    assert wanted(replace(result, ops=(product, *result.ops))) == wanted(result)
+    assert "1 of the 1 worst op is none (type qk), a:qk" in (without_ranges(replace(result, ops=(product,))) or "")
     found = range_cards(of(hostile()), hostile().details or Details())
     assert [card.op for card in found] == [op.op for op in ranked(hostile())[:12] if op.op in TEXTS]
     assert "20.0 times the median channel's" in found[0].charts[1].caption
@@ -322,7 +324,9 @@ def test_what_to_do_next_can_be_done(
     out = tmp_path / "a b"
     never = OpResult("b", "linear", "b", "unexercised", "the data never reached it")
     keys = replace(measured("a:k", 0.1), type="k", weights=None)
-    given = (large(30), small(), replace(large(1), ops=(keys,)), replace(large(1), ops=(never,)))
+    cached = replace(large(1), ops=(keys, replace(keys, op="a:v", type="v")))
+    cached = replace(cached, run=replace(cached.run, scheme="kv_fp8"))
+    given = (large(30), small(), replace(large(1), ops=(keys,)), replace(large(1), ops=(never,)), cached)
     offered = []
     for result in given:
         result_files.write(tmp_path / "r.json", result)
@@ -333,7 +337,7 @@ def test_what_to_do_next_can_be_done(
             assert program == "qsens"
             assert main(arguments) == 0, capsys.readouterr().err
         offered.append(len(commands))
-    assert offered == [1, 1, 0, 0]
+    assert offered == [1, 1, 0, 0, 1]
 
 
 def test_no_table_of_nothing() -> None:

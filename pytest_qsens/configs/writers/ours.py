@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs import ours
 from pytest_qsens.configs.documents import Document
 from pytest_qsens.configs.writers.assigned import Inexpressible, by_scheme, names
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.op_scheme import OpScheme, parse
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 def write(assigned: Sequence[Assigned]) -> dict[str, object]:
     """Give ``*`` the scheme that leaves fewest exceptions, and name these before it, scheme by scheme.
+
+    Where all ops are of attention, nothing is said of layers: rules for these can follow in one file.
 
     Raises:
         Inexpressible: If a scheme has no canonical name.
@@ -31,7 +34,9 @@ def write(assigned: Sequence[Assigned]) -> dict[str, object]:
     exceptions = {scheme: _exceptions(scheme, assigned) for scheme in schemes}
     rest = min(schemes, key=lambda scheme: len(exceptions[scheme]))
     rules = [_rule([*map(escape, names(ops))], scheme) for scheme, ops in by_scheme(exceptions[rest]).items()]
-    return {"schema": ours.SCHEMA, "rules": [*rules, _rule(["*"], rest)]}
+    types = sorted({one.op.type for one in assigned})
+    only = {} if rest is not None or not set(types) <= set(STATES) else {"types": types}
+    return {"schema": ours.SCHEMA, "rules": [*rules, _rule(["*"], rest) | only]}
 
 
 def _exceptions(scheme: OpScheme | None, assigned: Sequence[Assigned]) -> list[Assigned]:

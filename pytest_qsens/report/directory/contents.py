@@ -13,6 +13,7 @@ from pytest_qsens.diff import KINDS, diff, of_result
 from pytest_qsens.errors import QsensError
 from pytest_qsens.groups import grouped
 from pytest_qsens.ops import TOTAL, Op
+from pytest_qsens.plans import caches
 from pytest_qsens.report.diff import SAID
 from pytest_qsens.report.findings import FAILING, said
 from pytest_qsens.report.measures import by_score, measure_of
@@ -269,16 +270,19 @@ def suggestions(result: RunResult, directory: Path | None) -> tuple[tuple[str, s
 
 def _share_to_keep(result: RunResult) -> int | None:
     """Percentage that `qsens plan --keep` takes: a tenth, beside what it cannot quantize; ``None`` if it takes none."""
-    layers = [op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()]
-    if result.run.shard is not None or result.run.config is not None or not layers:
+    if caches.is_of_cache(result.run.scheme):
+        listed = [*caches.entries_of(result.ops).values()]
+    else:
+        listed = [op for op in result.ops if set(op.type.split("+")) <= CLASS_OF.keys()]
+    if result.run.shard is not None or result.run.config is not None or not listed:
         return None
-    usable = {op.op for op in layers if op.status == "measured" and op.isolated is not None and not op.partial}
-    sizes = {op.op: len(op.ops) or 1 for op in layers}
-    units = [[op.op] for op in layers]
+    usable = {op.op for op in listed if op.status == "measured" and op.isolated is not None and not op.partial}
+    sizes = {op.op: len(op.ops) or 1 for op in listed}
+    units = [[op.op] for op in listed]
     if result.run.granularity == "op":  # plans give fused ops one scheme
-        units = [
-            [*unit.member_names] or [unit.name] for unit in grouped([Op(op.op, op.type) for op in layers], "fused")
-        ]
+        fused = caches.fused(result.run.scheme)
+        ops = [Op(op.op, op.type) for op in listed]
+        units = [[*unit.member_names] or [unit.name] for unit in grouped(ops, "fused", fused)]
     without = sum(sizes[op] for unit in units if not usable.issuperset(unit) for op in unit)
     share = math.ceil(100 * without / sum(sizes.values())) + 10
     return share if share < 100 else None
