@@ -40,7 +40,7 @@ def wanted(result: RunResult) -> list[str]:
 
 
 def without_ranges(result: RunResult) -> str | None:
-    """Say which of the most sensitive ops have no ranges, having no weight: queries, keys and values."""
+    """Say which of the most sensitive ops have no ranges, having no weight."""
     worst = ranked(result)[:RANGES]
     others = [op for op in worst if not _is_layer(op)]
     if not others:
