@@ -149,7 +149,7 @@ class ProductHooks(TorchFunctionMode):
         self._mark = mark
         self._multiply = multiply
         state = (*model.parameters(), *model.buffers()) if self._ops else ()
-        self._state = {tensor.untyped_storage().data_ptr() for tensor in state} - {0}
+        self._state = {tensor.untyped_storage().data_ptr() for tensor in state if _is_dense(tensor)} - {0}
 
     def __enter__(self) -> Self:
         if self._ops:
@@ -207,7 +207,7 @@ class ProductHooks(TorchFunctionMode):
         return self._multiply(op, None, lambda: func(*positional, **named))
 
     def _is_activation(self, value: object) -> bool:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+        if not isinstance(value, Tensor) or not _is_dense(value) or not value.is_floating_point() or not value.dim():
             return False
         return value.untyped_storage().data_ptr() not in self._state
 
@@ -224,6 +224,11 @@ class ProductHooks(TorchFunctionMode):
 def is_product(op: str) -> bool:
     """Whether this is the name of a product, of all names of ops."""
     return op.rpartition(":")[2].partition("_")[0] in PRODUCTS and ":" in op
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it has memory of its own kind, which sparse ones have not."""
+    return tensor.layout == torch.strided
 
 
 def _caller() -> tuple[CodeType, int] | None:

@@ -165,6 +165,22 @@ def test_graphs_have_what_a_run_in_python_has(name: str, implementation: str) ->
     assert not graph.functional
 
 
+class Sparse(nn.Module):
+    """Mixes with a sparse matrix, before it multiplies activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take ``(5, 8)`` to ``(5, 5)``."""
+        return (torch.eye(5).to_sparse() @ x) @ x.T
+
+
+def test_sparse_factors_are_left_alone() -> None:
+    """They are no activations; the product behind is one."""
+    model = nn.Sequential(nn.Linear(8, 8), Sparse()).eval()
+    seen, missing = watched(model, {"input": torch.randn(5, 8)}, names(model))
+    assert seen == [("0", "linear"), ("1:matmul", "left"), ("1:matmul", "right")]
+    assert missing.keys() == {"1:matmul_1"}
+
+
 class Masked(nn.Module):
     """Attends with a mask that leaves one query nothing."""
 
