@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytest_qsens.graph.calls import finite_rows
+from pytest_qsens.graph.calls import channel_rows, finite_rows
 from pytest_qsens.inspection.found import Head
-from pytest_qsens.inspection.ranges import beyond_blocks, channel_rows
+from pytest_qsens.inspection.ranges import beyond_blocks
 from pytest_qsens.quant.formats import round_between
 from pytest_qsens.quant.op_scheme import BLOCK_OF, INTEGERS, WeightScheme
 
