@@ -14,8 +14,9 @@ from pytest_qsens.ops import STATES, matches
 from pytest_qsens.quant.op_scheme import NotTold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 
@@ -188,6 +189,16 @@ class Config:
     def only_excludes(self) -> bool:
         """Whether it says which ops are not quantized, and nothing of how the others are."""
         return any(isinstance(rule.scheme, NotTold) for rule in self.rules)
+
+    def of_model(self, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None) -> Config:  # noqa: ARG002 - for others
+        """Return what this is for a model, where its modules matter that are no ops.
+
+        Args:
+            ops: Of the model.
+            tree: Lists its modules, which may take a second; ``None`` if only the ops are known.
+
+        """
+        return self
 
     def decide(self, op: Op) -> Decision:
         """How an op is quantized."""

@@ -11,6 +11,7 @@ from pytest_qsens.quant import observer_names
 
 Granularity = Literal["tensor", "channel", "token", "group", "block", "head"]
 Kind = Literal["static", "dynamic", "local"]
+Statistic = Literal["magnitude", "range"]
 
 INTEGERS = tuple(f"int{bits}" for bits in range(1, 17))
 FLOATS = (
@@ -87,6 +88,8 @@ class SmoothQuant:
 
     ``shared``: linear layers that read the same tensor have the same scales, with the largest of their weights, as when
     the norm before them takes the scales up. Otherwise each has its own, as when inputs are multiplied in front of it.
+    ``statistic``: ``magnitude``, the paper's; ``range``, that of llm-compressor's ``SmoothQuantModifier``, which takes
+    the difference of a channel's extremes for ``max|X_j|``, and twice the magnitude for ``max|W_j|``.
 
     Raises:
         ValueError: If ``alpha`` is not between 0 and 1.
@@ -95,6 +98,7 @@ class SmoothQuant:
 
     alpha: float = 0.5
     shared: bool = True
+    statistic: Statistic = "magnitude"
 
     def __post_init__(self) -> None:
         """Keep as many digits as names have."""
@@ -106,7 +110,7 @@ class SmoothQuant:
     def name(self) -> str:
         """Part of a scheme's name."""
         alpha = "" if self.alpha == SmoothQuant.alpha else f"{self.alpha:.9f}".rstrip("0").rstrip(".")
-        return f"smoothquant{alpha}" + "_unshared" * (not self.shared)
+        return f"smoothquant{alpha}" + "_range" * (self.statistic == "range") + "_unshared" * (not self.shared)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ def parse(name: str) -> OpScheme | None:
         activation = ActivationScheme(activation_dtype, kind, granularity, size, symmetric, match["observer"] or "")
     smoothing = None
     if match["smoothquant"] is not None:
-        smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None)
+        statistic: Statistic = "magnitude" if match["range"] is None else "range"
+        smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None, statistic)
     output = match["requant"] is not None or (_is_torchs(weight, activation) and match["kind"] is None)
     scheme = OpScheme(weight, activation, output, smoothing)
     if (
@@ -240,7 +245,7 @@ _NAME = re.compile(
     rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?"
     rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?)?(?P<requant>_requant)?"
     rf"(?:_(?P<observer>{observer_names.PATTERN}))?"
-    r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<unshared>_unshared)?)?",
+    r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<range>_range)?(?P<unshared>_unshared)?)?",
     re.ASCII,
 )
 

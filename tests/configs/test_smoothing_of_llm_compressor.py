@@ -1,0 +1,307 @@
+"""SmoothQuant of recipes: the layers and the numbers of llm-compressor's own modifier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from pytest_qsens.configs.decisions import decide, scheme_name
+from pytest_qsens.configs.gate import ConfigRequest, assign
+from pytest_qsens.configs.llm_compressor_mappings import BY_ARCHITECTURE, DEFAULT, Mapping, mappings_of
+from pytest_qsens.configs.llm_compressor_smoothing import Smoother, smoothed_in
+from pytest_qsens.configs.read import read_config
+from pytest_qsens.errors import QsensError
+from pytest_qsens.graph.calls import Call
+from pytest_qsens.graph.modules import list_ops
+from pytest_qsens.graph.tree import module_tree
+from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.module_tree import ModuleTree
+from pytest_qsens.quant.op_scheme import SmoothQuant
+from tests.configs.ops import LLAMA, complaints, says, write
+from tests.configs.test_written_for_llm_compressor import IDS, checkpoint, llama
+from tests.installed import required
+from tests.quant.test_smoothing import calibrated, scale_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_qsens.configs.rules import Config
+
+__all__ = ["checkpoint"]
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # its own, of torch
+
+TREE = module_tree(llama())
+BALANCED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def recipe(smoother: str, quantizer: str = "scheme: W8A8, ignore: [lm_head]", more: str = "") -> str:
+    """Return a recipe of both modifiers, with their options."""
+    return (
+        f"quant_stage:\n  quant_modifiers:\n    SmoothQuantModifier: {{{smoother}}}\n{more}"
+        f"    QuantizationModifier: {{targets: [Linear], {quantizer}}}\n"
+    )
+
+
+def found(path: Path, text: str, tree: ModuleTree | None = TREE) -> tuple[dict[str, str], list[str]]:
+    """Schemes of the ops of a Llama, and what is wrong."""
+    config: Config = read_config(write(path / "recipe.yaml", text))
+    decisions, problems = decide(config, LLAMA, None if tree is None else lambda: tree)
+    return {one.op.name: scheme_name(one.scheme) for one in decisions}, [problem.message for problem in problems]
+
+
+def test_mappings_of_a_llama(tmp_path: Path) -> None:
+    """By default what reads the norms is smoothed, with what a recipe says of it, and nothing else."""
+    schemes, problems = found(tmp_path, recipe("smoothing_strength: 0.8"))
+    smoothed = {op for op, scheme in schemes.items() if scheme == "w8a8_dynamic_smoothquant0.8_range"}
+    assert smoothed == {op.name for op in LLAMA if op.name.endswith(BALANCED)}
+    plain = {op for op, scheme in schemes.items() if scheme == "w8a8_dynamic"}
+    assert plain == {op.name for op in LLAMA if op.name.endswith(("o_proj", "down_proj"))}
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "problem"),
+    [
+        (recipe(""), "w8a8_dynamic_smoothquant_range", None),
+        (
+            recipe('mappings: [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]]'),
+            "w8a8_dynamic_smoothquant_range",
+            None,
+        ),
+        (
+            recipe("smoothing_strength: 0.5", "scheme: W4A16"),
+            "w4a16_g128_smoothquant_range",
+            "cannot be simulated: inputs are smoothed",
+        ),
+        (recipe("smoothing_strength: 0.5", "scheme: FP8_DYNAMIC"), "fp8_dynamic_smoothquant_range", "inputs are smoo"),
+        (recipe("algorithm: log_equalization"), "w8a8_dynamic", "'log_equalization' changes numbers"),
+        (recipe('mappings: [[["re:.*v_proj"], "re:.*k_proj"]]'), "w8a8_dynamic", "takes the scales up and is rounded"),
+        (recipe('mappings: [[["re:.*q_proj"], "re:.*norm9"]]'), "w8a8_dynamic", "and nothing that 're:.*norm9' ma"),
+        (recipe('mappings: [[["fc9"], "norm9"]]'), "w8a8_dynamic", "smooths no layer"),
+        (recipe('mappings: [[["re:.*q_proj"], "re:.*norm"]]'), "w8a8_dynamic", "are both a layer before model.layers"),
+        (recipe('mappings: [[["re:.*q_proj", "Linear"], "model.norm"]]'), "w8a8_dynamic", "is matched by re:.*q_proj"),
+        (
+            recipe("smoothing_strength: 0.5", more="    SmoothQuantModifier2: {}\n"),
+            "w8a8_dynamic_smoothquant_range",
+            "SmoothQuantModifier2 changes numbers and is not simulated: no options",
+        ),
+    ],
+)
+def test_what_is_smoothed_and_what_is_told(tmp_path: Path, text: str, scheme: str, problem: str | None) -> None:
+    """Whatever is not simulated is told; layers that it is about are not smoothed, or cannot be simulated."""
+    schemes, problems = found(tmp_path, text)
+    assert schemes["model.layers.0.self_attn.q_proj"] == scheme
+    assert bool(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+def test_a_modifier_after_the_quantizing_one_is_told(tmp_path: Path) -> None:
+    """Weights would be rounded with scales of what they were before."""
+    text = (
+        "quant_stage:\n  quant_modifiers:\n    QuantizationModifier: {targets: [Linear], scheme: W8A8}\n"
+        "    SmoothQuantModifier: {smoothing_strength: 0.8}\n"
+    )
+    schemes, problems = found(tmp_path, text)
+    assert {scheme for op, scheme in schemes.items() if op != "model.embed_tokens"} == {"w8a8_dynamic"}
+    assert problems == ["SmoothQuantModifier comes after a modifier that quantizes, and is left out. Put it before"]
+
+
+def test_without_a_model(tmp_path: Path) -> None:
+    """What is written in a recipe is matched with the ops; what depends on the class of a model is asked for."""
+    schemes, problems = found(tmp_path, recipe("smoothing_strength: 0.8"), None)
+    assert schemes["model.layers.0.self_attn.q_proj"] == "w8a8_dynamic"
+    assert len(problems) == 1
+    assert "Give the model (--model), or write the mappings" in problems[0]
+    path = write(tmp_path / "explicit.yaml", recipe('mappings: [[["re:.*q_proj"], "re:.*input_layernorm"]]'))
+    assert says(path)["model.layers.1.self_attn.q_proj"] == "w8a8_dynamic_smoothquant_range"
+    assert says(path)["model.layers.1.self_attn.k_proj"] == "w8a8_dynamic"
+    assert complaints(path) == []
+
+
+@pytest.mark.parametrize(
+    ("smoother", "message"),
+    [
+        ("smoothing_strength: 2", "'smoothing_strength': 2 is not possible"),
+        ("mappings: [[norm]]", "'mappings', entry 1: .* is needed"),
+        ("mappings: [[[1], norm]]", "'mappings', entry 1: .* is needed"),
+        ('mappings: [[["re:["], norm]]', r"entry 1: '\[' is no regular expression"),
+        ('ignore: ["re:["]', r"'ignore': '\[' is no regular expression"),
+    ],
+)
+def test_bad_values(tmp_path: Path, smoother: str, message: str) -> None:
+    """With the place and the value."""
+    with pytest.raises(QsensError, match=message):
+        read_config(write(tmp_path / "recipe.yaml", recipe(smoother)))
+
+
+def test_experts_are_told() -> None:
+    """llm-compressor finds one scale for all; here each expert has its own."""
+    names = ["norm", "experts.0.up_proj", "experts.1.up_proj"]
+    tree = ModuleTree("Net", (("", ("Net",)), *((name, ("Linear" if "." in name else "Norm",)) for name in names)))
+    smoother = Smoother(SmoothQuant(statistic="range"), (Mapping(("re:.*up_proj",), "norm"),), (), "here")
+    smoothed, problems = smoothed_in([smoother], tree)
+    assert smoothed == {}
+    assert "experts.0.up_proj, experts.1.up_proj: smoothed in a way" in problems[0].message
+    assert problems[0].ops == ("experts.0.up_proj", "experts.1.up_proj")
+
+
+def test_default_mappings_are_its_own() -> None:
+    """Of every architecture that it knows, and of those that it does not."""
+    real = required("llmcompressor.modifiers.transform.smoothquant.utils")
+    for architecture, mappings in real.MAPPINGS_REGISTRY.items():
+        expected = [(tuple(one.balance_layers), one.smooth_layers) for one in mappings]
+        assert [*BY_ARCHITECTURE.get(architecture, DEFAULT)] == expected, architecture
+    assert BY_ARCHITECTURE.keys() <= real.MAPPINGS_REGISTRY.keys()
+
+
+def test_default_mappings_of_layers_without_queries() -> None:
+    """Qwen3.5 has some, and its builder leaves them out."""
+    real = required("llmcompressor.modifiers.transform.smoothquant.dynamic_mappings")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    with torch.device("meta"):
+        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**sizes))
+    expected = [(tuple(one.balance_layers), one.smooth_layers) for one in real.get_layer_mappings_from_model(model)]
+    assert [*mappings_of(module_tree(model))] == expected
+    moe = real.SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY["Qwen3_5MoeForCausalLM"](model)
+    tree = ModuleTree("Qwen3_5MoeForCausalLM", module_tree(model).modules)
+    assert [*mappings_of(tree)] == [(tuple(one.balance_layers), one.smooth_layers) for one in moe]
+
+
+class Layer(nn.Module):
+    """A norm and two layers that read it, beside one that stands for an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.q_proj = nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+
+class Net(nn.Module):
+    """Three layers, of which one lies deeper, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.tower = nn.ModuleDict({"inner": Layer()})
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 8)
+
+
+NET = Net()
+TARGETS = ["re:.*norm", "re:.*q_proj", "norm", "head", "Linear", "LayerNorm", "re:.*mlp.1", r"re:.*mlp\.0", "re:layers"]
+TARGETS += ["layers.0.norm", "layers.1.q_proj", r"re:layers\.\d\.norm", r"re:.*\d\.q_proj", "Sequential"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example((["re:.*q_proj"], "re:.*norm"), [])
+@example((["re:.*mlp.1"], r"re:.*mlp\.0"), ["re:layers.0"])
+@example((["re:.*mlp.1", "re:.*q_proj"], r"re:layers\.\d\.norm"), ["Linear", "LayerNorm"])
+@example(([r"re:.*\d\.q_proj"], r"re:layers\.\d\.norm"), ["layers.1.q_proj", "layers.1.norm"])
+@given(
+    st.tuples(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=2, unique=True), st.sampled_from(TARGETS)).filter(
+        lambda mapping: mapping[1] not in mapping[0]
+    ),
+    st.lists(st.sampled_from(TARGETS), max_size=3),
+)
+def test_sets_are_its_own(mapping: tuple[list[str], str], ignore: list[str]) -> None:
+    """Whatever is mapped and ignored: the same layers are smoothed, or it fails where we say that it does."""
+    base = required("llmcompressor.modifiers.transform.smoothquant.base")
+    modifier = base.SmoothQuantModifier(mappings=[[mapping[0], mapping[1]]], ignore=ignore)
+    try:
+        sets = modifier._resolve_mappings(NET)
+    except RuntimeError:
+        sets = None
+    names = {module: name for name, module in NET.named_modules()}
+    smoother = Smoother(SmoothQuant(statistic="range"), (Mapping((*mapping[0],), mapping[1]),), (*ignore,), "here")
+    smoothed, problems = smoothed_in([smoother], module_tree(NET))
+    if sets is None:
+        assert smoothed == {}
+        assert "cannot be applied by llm-compressor" in problems[0].message
+        return
+    expected = {names[layer] for one in sets for layer in one.balance_layers}
+    told = {name for problem in problems for name in problem.ops}
+    assert smoothed.keys() | told == expected
+    assert bool(expected) or "smooths no layer" in problems[0].message
+
+
+STATIC = (
+    "ignore: [lm_head], config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}, "
+    "input_activations: {num_bits: 8, strategy: tensor, observer: static_minmax}}}"
+)
+
+
+def stretched(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Let a few channels of what the norms give be thirty times as large."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter[[3, 40, 77]] *= 30
+    return model
+
+
+def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the inputs of the linear layers of a model."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: found.update({name: given[0]}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(IDS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "alpha", "near"),
+    # steps of dynamic inputs are 127.5 to a side there, and 127 here
+    [("scheme: W8A8, ignore: [lm_head]", 0.8, 0.8), (STATIC, 0.3, 0.05)],
+    ids=["dynamic", "static"],
+)
+def test_oneshot(
+    quantizer: str, alpha: float, near: float, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``oneshot`` scales the weights of the same layers as we do, and what these then give is what ours give."""
+    compressor, datasets = required("llmcompressor"), required("datasets")
+    monkeypatch.chdir(tmp_path)  # it writes logs where it is
+    path = write(tmp_path / "smoothed.yaml", recipe(f"smoothing_strength: {alpha}", quantizer))
+    data = datasets.Dataset.from_dict({"input_ids": IDS.tolist(), "attention_mask": torch.ones_like(IDS).tolist()})
+    stretched(llama()).save_pretrained(checkpoint)
+    model = compressor.oneshot(
+        model=checkpoint, recipe=str(path), dataset=data, num_calibration_samples=2, max_seq_length=8
+    )
+    reference = stretched(llama()).requires_grad_(requires_grad=False)
+    spec = ModelSpec(reference, [{"input_ids": IDS}], [{"input_ids": IDS}], lambda output, _: output.logits)
+    assignment = assign(ConfigRequest(str(path)), list_ops(reference), lambda: module_tree(reference)).assignment
+    names = {op: scheme.name for op, scheme in assignment.schemes.items()}
+    ours, simulator = calibrated(names, spec)
+    assert {op for op in names if ours.smoothing(op) is not None} == {op for op in names if op.endswith(BALANCED)}
+    assert len(names) == 14
+    inputs = inputs_of(reference)
+    for name in names:
+        theirs, exact = model.get_submodule(name), reference.get_submodule(name)
+        x, scale = inputs[name], ours.smoothing(name)
+        scale = torch.ones(x.shape[-1]) if scale is None else scale
+        torch.testing.assert_close(theirs.weight / exact.weight, scale.expand_as(exact.weight), rtol=1e-4, atol=0)
+        if quantizer == STATIC:
+            assert ours.input_qparams(name).scale == pytest.approx(float(theirs.input_scale), rel=1e-4)
+        with torch.no_grad():
+            results = theirs(x / scale), simulator.output(name, Call("linear", x, exact.weight, None))
+            errors = [float((result - exact(x)).square().sum()) for result in results]
+        assert errors[0] == pytest.approx(errors[1], rel=0.15)
+        assert float((results[0] - results[1]).square().sum()) < near * errors[0]
+    plain, _ = calibrated({op: name.replace("_range", "") for op, name in names.items()}, spec)
+    first = next(iter(names))
+    assert not torch.allclose(scale_of(plain, first), scale_of(ours, first), rtol=0.05)  # it is not the paper's
