@@ -51,7 +51,7 @@ _IS_MEANT: dict[str, Callable[[str, str], bool]] = {
     "regex_start": lambda name, text: _compiled(text).match(name) is not None,
     "module": operator.eq,
     "module_start": lambda name, text: _compiled(text).match(name) is not None,
-    "module_narrow": _narrowly,
+    "module_narrow": lambda name, text: _compiled(text).match(name) is not None,
     "class": lambda name, text: text in (name, "Module"),
     "class_regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "any": lambda _, __: True,
@@ -65,8 +65,8 @@ class Pattern:
     ``kind`` is what ``text`` is compared with, and how: ``name``, the op's own; ``glob``, that of ``--qsens-ops``;
     ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on;
     ``module``, ``module_start`` and ``module_narrow``, that of the module whose queries, keys or values these are, the
-    last if neither its parent nor a child is meant; ``class``, of the module or one
-    above it; ``class_regex``, for the whole of that; ``any``, nothing.
+    last if neither its parent nor a child is meant by ``text``, or else by an expression of ``beside``; ``class``, of
+    the module or one above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
     ``types`` are meant; if there are none, all but queries, keys and values of attention.
     """
@@ -87,6 +87,7 @@ class Pattern:
     text: str
     suffixes: tuple[str, ...] = ("",)
     types: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def is_rest(self) -> bool:
@@ -99,6 +100,8 @@ class Pattern:
             return False
         is_class = self.kind.startswith("class")
         named = op.name.rpartition(":")[0] if self.kind.startswith("module") else op.name
+        if self.kind == "module_narrow" and not any(_narrowly(named, text) for text in (self.text, *self.beside)):
+            return False
         names = [CLASS_OF.get(op.type, "")] if is_class else [named + suffix for suffix in self.suffixes]
         return any(_IS_MEANT[self.kind](name, self.text) for name in names)
 
