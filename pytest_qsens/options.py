@@ -71,7 +71,8 @@ _DECLARATIONS = (
     _Declaration(
         "config",
         "path",
-        "quantization config that says each op's scheme: that of the ops that it quantizes is measured",
+        "quantization config that says each op's scheme: that of the ops that it quantizes is measured. One that only "
+        "excludes ops (ONNX Runtime's nodes, ModelOpt's disabled_layers) goes with --qsens-scheme, which all others get",
         "FILE",
         marker=True,
     ),
