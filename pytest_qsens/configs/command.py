@@ -45,6 +45,7 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
         raise QsensError("give --model or --ops-from, not both")
     config = read_config(given.file, given.format)
     decisions: list[Decision] = []
+    tree = None
     if given.model is None and given.ops_from is None:
         problems = list(config.problems)
     else:
@@ -55,7 +56,7 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
     if given.to is not None:
         if given.ops_from is not None:
             _check_states(config, decisions, given.ops_from)
-        _convert(config, decisions, given.to, given.out)
+        _convert(config, decisions, given.to, given.out, tree)
     return config, told(decisions), problems
 
 
@@ -78,7 +79,9 @@ def _check_states(config: Config, decisions: Sequence[Decision], result: Path) -
             )
 
 
-def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:
+def _convert(
+    config: Config, decisions: Sequence[Decision], target: str, path: Path, tree: Callable[[], ModuleTree] | None
+) -> None:
     syntax = check_out(path, target)
     assignment = {}
     for decision in decisions:
@@ -89,7 +92,8 @@ def _convert(config: Config, decisions: Sequence[Decision], target: str, path: P
                 f"{decision.scheme.reason}."
             )
         assignment[decision.op.name] = decision.scheme
-    write_atomically(path, write_config(assignment, [decision.op for decision in decisions], target, syntax))
+    ops = [decision.op for decision in decisions]
+    write_atomically(path, write_config(assignment, ops, target, syntax, tree))
 
 
 def count(problems: int) -> str:

@@ -138,8 +138,8 @@ def smoothed_in(smoothers: Sequence[Smoother], tree: ModuleTree) -> tuple[dict[s
         sets: list[tuple[str, list[str]]] = []
         for mapping in mappings:
             try:
-                own = [*_sets(mapping, smoother.ignore, tree)]
-            except _Inapplicable as error:
+                own = [*sets_of(mapping, smoother.ignore, tree)]
+            except Inapplicable as error:
                 what = f"{as_text(_plain(mapping))} cannot be applied by llm-compressor to {tree.architecture}: {error}"
                 problems.append(Problem(smoother.where, what))
                 continue
@@ -192,21 +192,21 @@ def _take(
         problems.append(Problem(smoother.where, what, tuple(names)))
 
 
-class _Inapplicable(Exception):  # noqa: N818 - it becomes a problem
+class Inapplicable(Exception):  # noqa: N818 - it becomes a problem
     """llm-compressor fails on a mapping."""
 
 
-def _sets(mapping: Mapping, ignore: Sequence[str], tree: ModuleTree) -> Iterator[tuple[str, list[str]]]:
+def sets_of(mapping: Mapping, ignore: Sequence[str], tree: ModuleTree) -> Iterator[tuple[str, list[str]]]:
     """Find the layer before, and the layers that are smoothed, of each place where a mapping applies.
 
     Raises:
-        _Inapplicable: If llm-compressor fails.
+        Inapplicable: If llm-compressor fails.
 
     """
     ignored = {name for name, classes in tree.modules if any(_means(target, name, classes) for target in ignore)}
     for *balanced, smooth in _matched([*mapping.balance, mapping.smooth], tree):
         if len(smooth) > 1:
-            raise _Inapplicable(
+            raise Inapplicable(
                 f"{smooth[0]} and {smooth[1]} are both a layer before {balanced[0][0]} by what they have in common"
             )
         balance = [name for names in balanced for name in names]
@@ -218,7 +218,7 @@ def _matched(targets: Sequence[str], tree: ModuleTree) -> Iterator[list[list[str
     """Follow ``match_modules_set``: names of each target, set by set.
 
     Raises:
-        _Inapplicable: If a module is matched twice, or the last set is not complete.
+        Inapplicable: If a module is matched twice, or the last set is not complete.
 
     """
     matches: dict[str, list[str]] = {target: [] for target in targets}
@@ -234,13 +234,13 @@ def _matched(targets: Sequence[str], tree: ModuleTree) -> Iterator[list[list[str
             matches[target].append(name)
             common = wider
         if len(hits) > 1:
-            raise _Inapplicable(f"{name} is matched by {' and '.join(hits)}")
+            raise Inapplicable(f"{name} is matched by {' and '.join(hits)}")
     if all(matches.values()):
         yield [matches[of] for of in targets]
     elif any(matches.values()):
         missing = next(target for target, names in matches.items() if not names)
         first = next(names[0] for names in matches.values() if names)
-        raise _Inapplicable(f"there is {first}, and nothing that {missing!r} matches with it")
+        raise Inapplicable(f"there is {first}, and nothing that {missing!r} matches with it")
 
 
 def _in_common(name: str, other: str | None) -> str:

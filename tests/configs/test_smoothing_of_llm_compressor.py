@@ -17,13 +17,14 @@ from pytest_qsens.configs.gate import ConfigRequest, assign
 from pytest_qsens.configs.llm_compressor_mappings import BY_ARCHITECTURE, DEFAULT, Mapping, mappings_of
 from pytest_qsens.configs.llm_compressor_smoothing import Smoother, smoothed_in
 from pytest_qsens.configs.read import read_config
+from pytest_qsens.configs.write import write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import Call
 from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.tree import module_tree
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.module_tree import ModuleTree
-from pytest_qsens.quant.op_scheme import SmoothQuant
+from pytest_qsens.quant.op_scheme import SmoothQuant, named
 from tests.configs.ops import LLAMA, complaints, says, write
 from tests.configs.test_written_for_llm_compressor import IDS, checkpoint, llama
 from tests.installed import required
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.configs.rules import Config
+    from pytest_qsens.quant.op_scheme import OpScheme
 
 __all__ = ["checkpoint"]
 
@@ -305,3 +307,104 @@ def test_oneshot(
     plain, _ = calibrated({op: name.replace("_range", "") for op, name in names.items()}, spec)
     first = next(iter(names))
     assert not torch.allclose(scale_of(plain, first), scale_of(ours, first), rtol=0.05)  # it is not the paper's
+
+
+SETS = {
+    f"model.layers.{layer}.{norm}": [f"model.layers.{layer}.{name}" for name in names]
+    for layer in range(2)
+    for norm, names in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    )
+}
+OPS = list_ops(llama())
+STRENGTHS = st.sampled_from([None, "", "0.8", "0.123456789", "1"])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.fixed_dictionaries(dict.fromkeys(SETS, STRENGTHS)),
+    st.fixed_dictionaries({op.name: st.sampled_from([None, "w8a8_dynamic", "w4a16_g128", "w8a8"]) for op in OPS}),
+)
+def test_what_is_written_is_read_back(
+    tmp_path: Path, strengths: dict[str, str | None], schemes: dict[str, str | None]
+) -> None:
+    """Whatever is smoothed together, and however it is rounded: the recipe says the same of every op."""
+    assignment: dict[str, OpScheme | None] = {}
+    for op in OPS:
+        norm = next((norm for norm, names in SETS.items() if op.name in names), None)
+        strength = None if norm is None else strengths[norm]
+        name = None if op.type == "embedding" or schemes[op.name] == "w8a8" else schemes[op.name]
+        smoothed = "" if strength is None else f"_smoothquant{strength}_range"
+        assignment[op.name] = None if name is None else named(f"{name}{smoothed}", "here")
+    if not any(assignment.values()):
+        assignment["lm_head"] = named("w8a8_dynamic", "here")
+    path = write(tmp_path / "recipe.yaml", write_config(assignment, OPS, "llm-compressor", tree=lambda: TREE))
+    decisions, problems = decide(read_config(path), OPS, lambda: TREE)
+    assert {one.op.name: one.scheme for one in decisions} == assignment
+    assert all("cannot be simulated" in problem.message for problem in problems)
+    assert says(path, OPS) == {one.op.name: scheme_name(one.scheme) for one in decisions}  # by its names alone, too
+
+
+Q, K, V = SETS["model.layers.0.input_layernorm"]
+
+
+@pytest.mark.parametrize(
+    ("schemes", "message"),
+    [
+        ({Q: "w8a8_dynamic_smoothquant_range", K: "w8a8_dynamic"}, "model.layers.0.input_layernorm smooths "),
+        (
+            {Q: "w8a8_dynamic_smoothquant_range", K: "w8a8_dynamic_smoothquant0.8_range"},
+            "model.layers.0.input_layernorm smooths ",
+        ),
+        ({Q: "w8a8_dynamic_smoothquant_range_unshared"}, "k_proj, model.layers.0.self_attn.v_proj are shared there"),
+        ({Q: "w8a8_dynamic_smoothquant"}, "by the range of channels (measure 'w8a8_dynamic_smoothquant_range' to writ"),
+        (
+            {"lm_head": "w8a8_dynamic_smoothquant_range"},
+            "no mapping of llm-compressor for LlamaForCausalLM smooths its",
+        ),
+    ],
+)
+def test_what_a_recipe_cannot_say(schemes: dict[str, str], message: str) -> None:
+    """Layers that it smooths alike, and others; each time with the op, and with who can say it."""
+    assignment = {op.name: named(schemes[op.name], "x") if op.name in schemes else None for op in OPS}
+    with pytest.raises(QsensError) as error:
+        write_config(assignment, OPS, "llm-compressor", tree=lambda: TREE)
+    first = next(iter(schemes))
+    assert str(error.value).startswith(f"{first} (linear): llm-compressor cannot say '{schemes[first]}': ")
+    assert message in str(error.value)
+    assert "qsens can say all that is asked for" in str(error.value)
+
+
+def test_a_recipe_takes_the_model() -> None:
+    """The layer before those that are smoothed is no op."""
+    assignment = {op.name: named("w8a8_dynamic_smoothquant_range", "x") if op.name == Q else None for op in OPS}
+    with pytest.raises(QsensError, match="names the layer before those that are smoothed, which takes a --model"):
+        write_config(assignment, OPS, "llm-compressor")
+
+
+def test_oneshot_takes_what_is_written(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two strengths, and a layer beside them that is not smoothed: weights are scaled so, and the others are not."""
+    compressor, datasets = required("llmcompressor"), required("datasets")
+    monkeypatch.chdir(tmp_path)
+    names = dict.fromkeys(SETS["model.layers.0.input_layernorm"], "w8a8_dynamic_smoothquant0.8_range")
+    names |= dict.fromkeys(SETS["model.layers.1.post_attention_layernorm"], "w8a8_dynamic_smoothquant_range")
+    names |= {"model.layers.0.mlp.down_proj": "w8a8_dynamic"}
+    assignment = {op.name: named(names[op.name], "x") if op.name in names else None for op in OPS}
+    path = write(tmp_path / "written.yaml", write_config(assignment, OPS, "llm-compressor", tree=lambda: TREE))
+    data = datasets.Dataset.from_dict({"input_ids": IDS.tolist(), "attention_mask": torch.ones_like(IDS).tolist()})
+    model = compressor.oneshot(
+        model=checkpoint, recipe=str(path), dataset=data, num_calibration_samples=2, max_seq_length=8
+    )
+    attached = {name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)}
+    assert attached == names.keys()
+    reference = llama().requires_grad_(requires_grad=False)
+    spec = ModelSpec(reference, [{"input_ids": IDS}], [{"input_ids": IDS}], lambda output, _: output.logits)
+    ours, _ = calibrated(names, spec)
+    for op in OPS:
+        if op.type == "linear":
+            ratio = model.get_submodule(op.name).weight / reference.get_submodule(op.name).weight
+            scale = ours.smoothing(op.name)
+            assert (scale is None) == ("smoothquant" not in names.get(op.name, ""))
+            expected = torch.ones_like(ratio) if scale is None else scale.expand_as(ratio)
+            torch.testing.assert_close(ratio, expected, rtol=1e-4, atol=0)
