@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from pytest_qsens.cli import main
 from pytest_qsens.configs.decisions import decide, scheme_name
 from pytest_qsens.configs.gate import ConfigRequest, assign
 from pytest_qsens.configs.llm_compressor_mappings import BY_ARCHITECTURE, DEFAULT, Mapping, mappings_of
@@ -25,6 +26,7 @@ from pytest_qsens.graph.tree import module_tree
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.module_tree import ModuleTree
 from pytest_qsens.quant.op_scheme import SmoothQuant, named
+from tests.architectures import ARCHITECTURES
 from tests.configs.ops import LLAMA, complaints, says, write
 from tests.configs.test_written_for_llm_compressor import IDS, checkpoint, llama
 from tests.installed import required
@@ -236,6 +238,25 @@ def test_sets_are_its_own(mapping: tuple[list[str], str], ignore: list[str]) -> 
     assert bool(expected) or "smooths no layer" in problems[0].message
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_5_vl", "whisper", "qwen3_moe", "bert", "gpt2"])
+def test_defaults_of_real_models_are_its_own(name: str) -> None:
+    """The layers that it smooths without being told; of some it fails, and that is told."""
+    base = required("llmcompressor.modifiers.transform.smoothquant.base")
+    model = ARCHITECTURES[name].build()
+    modifier = base.SmoothQuantModifier()
+    modifier.mappings = modifier._infer_mappings_from_model(model)
+    names = {module: name for name, module in model.named_modules()}
+    smoothed, problems = smoothed_in([Smoother(SmoothQuant(statistic="range"), None, (), "here")], module_tree(model))
+    try:
+        sets = modifier._resolve_mappings(model)
+    except RuntimeError:
+        assert any("cannot be applied by llm-compressor to" in problem.message for problem in problems)
+        assert name in ("qwen2_5_vl", "whisper")  # what reads other norms is matched, too
+        return
+    assert smoothed.keys() == {names[layer] for one in sets for layer in one.balance_layers}
+    assert len(problems) == (not smoothed)
+
+
 STATIC = (
     "ignore: [lm_head], config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}, "
     "input_activations: {num_bits: 8, strategy: tensor, observer: static_minmax}}}"
@@ -408,3 +429,21 @@ def test_oneshot_takes_what_is_written(checkpoint: str, tmp_path: Path, monkeypa
             assert (scale is None) == ("smoothquant" not in names.get(op.name, ""))
             expected = torch.ones_like(ratio) if scale is None else scale.expand_as(ratio)
             torch.testing.assert_close(ratio, expected, rtol=1e-4, atol=0)
+
+
+def test_the_command_knows_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Defaults of its class hold, and what a mapping smooths is written for the tool again."""
+    text = recipe("smoothing_strength: 0.8", "scheme: W8A8, ignore: ['re:.*visual.*', lm_head]")
+    path = write(tmp_path / "recipe.yaml", text)
+    assert main(["config", str(path), "--model", "tiny_qwen2_5_vl"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("w8a8_dynamic_smoothquant0.8_range  W8A8: Linear") == 6
+    assert "cannot be applied by llm-compressor to Qwen2_5_VLForConditionalGeneration" in printed
+    ours = write(
+        tmp_path / "ours.yaml",
+        "schema: 1\nrules: [{ops: '*language_model*.[qkv]_proj', scheme: w8a8_dynamic_smoothquant0.8_range}]",
+    )
+    out = tmp_path / "written.yaml"
+    arguments = ["config", str(ours), "--model", "tiny_qwen2_5_vl", "--to", "llm-compressor", "--out", str(out)]
+    assert main(arguments) == 0
+    assert out.read_text().count("input_layernorm") == 2
