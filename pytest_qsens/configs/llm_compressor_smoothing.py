@@ -16,6 +16,8 @@ from pytest_qsens.configs.llm_compressor_mappings import Mapping, mappings_of
 from pytest_qsens.configs.rules import CLASS_OF, Problem, regex
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
+from pytest_qsens.groups import grouped
+from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import SmoothQuant
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
     from pytest_qsens.configs.fields import ConfigFields
     from pytest_qsens.module_tree import ModuleTree
-    from pytest_qsens.ops import Op
 
 NAME = "SmoothQuantModifier"
 _REGEX = "re:"
@@ -157,7 +158,23 @@ def smoothed_in(smoothers: Sequence[Smoother], tree: ModuleTree) -> tuple[dict[s
                 )
             )
         _take(smoother, sets, dict(tree.modules), found, problems)
+    if smoothers:
+        problems += _left_out(found, tree, smoothers[0].where)
     return found, problems
+
+
+def _left_out(found: dict[str, SmoothQuant], tree: ModuleTree, where: str) -> Iterator[Problem]:
+    """Find layers that are not smoothed and by their names read what others read that are, such as a query's key."""
+    linear = [Op(name, "linear") for name, classes in tree.modules if "Linear" in classes]
+    for group in grouped(linear, "fused"):
+        others = [name for name in group.member_names if name not in found]
+        if others and len(others) < len(group.member_names):
+            smoothed = next(name for name in group.member_names if name in found)
+            what = (
+                f"{others[0]} reads what {smoothed} reads, and no mapping has it: llm-compressor changes what it "
+                "computes, which is not simulated. Add it to the mapping"
+            )
+            yield Problem(where, what, tuple(others))
 
 
 def _take(

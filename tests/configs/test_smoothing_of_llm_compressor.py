@@ -90,6 +90,11 @@ def test_mappings_of_a_llama(tmp_path: Path) -> None:
         (recipe('mappings: [[["re:.*v_proj"], "re:.*k_proj"]]'), "w8a8_dynamic", "takes the scales up and is rounded"),
         (recipe('mappings: [[["re:.*q_proj"], "re:.*norm9"]]'), "w8a8_dynamic", "and nothing that 're:.*norm9' ma"),
         (recipe('mappings: [[["fc9"], "norm9"]]'), "w8a8_dynamic", "smooths no layer"),
+        (
+            recipe('mappings: [[["re:.*q_proj", "re:.*k_proj"], "re:.*input_layernorm"]]'),
+            "w8a8_dynamic_smoothquant_range",
+            "model.layers.0.self_attn.v_proj reads what model.layers.0.self_attn.q_proj reads, and no mapping has it",
+        ),
         (recipe('mappings: [[["re:.*q_proj"], "re:.*norm"]]'), "w8a8_dynamic", "are both a layer before model.layers"),
         (recipe('mappings: [[["re:.*q_proj", "Linear"], "model.norm"]]'), "w8a8_dynamic", "is matched by re:.*q_proj"),
         (
