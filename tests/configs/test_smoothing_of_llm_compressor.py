@@ -26,6 +26,7 @@ from pytest_qsens.graph.tree import module_tree
 from pytest_qsens.models.spec import ModelSpec
 from pytest_qsens.module_tree import ModuleTree
 from pytest_qsens.quant.op_scheme import SmoothQuant, named
+from pytest_qsens.quant.smoothing import range_scale
 from tests.architectures import ARCHITECTURES
 from tests.configs.ops import LLAMA, complaints, says, write
 from tests.configs.test_written_for_llm_compressor import IDS, checkpoint, llama
@@ -260,6 +261,26 @@ def test_defaults_of_real_models_are_its_own(name: str) -> None:
         return
     assert smoothed.keys() == {names[layer] for one in sets for layer in one.balance_layers}
     assert len(problems) == (not smoothed)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_scales_are_its_own(alpha: float) -> None:
+    """Also of channels that never fire, that are constant, that have no weights or next to none."""
+    base = required("llmcompressor.modifiers.transform.smoothquant.base")
+    generator = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(32, 16), nn.Linear(32, 48)]
+    low = torch.rand(32, generator=generator) * 30 - 20
+    high = low + torch.rand(32, generator=generator) * 9
+    high[5] = low[5]
+    low[6] = high[6] = 0
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight[:, 9] = 0
+            layer.weight[:, 10] = 1e-9
+        found = base.SmoothQuantModifier(smoothing_strength=alpha)._calculate_smoothing_scales(layers, high - low)
+        weights = torch.cat([layer.weight for layer in layers]).abs().amax(0)
+    expected = found.clamp(min=base.MINIMUM_SMOOTHING_SCALE)
+    torch.testing.assert_close(range_scale(high - low, weights, alpha), expected, rtol=1e-5, atol=0)
 
 
 STATIC = (

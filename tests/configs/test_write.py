@@ -66,6 +66,7 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
             "linear": [
                 *(NONE, "w8a8", "w8a8_dynamic", "w4a16_g128_asym", "fp8e5m2_static_act_channel", "nvfp4_local"),
                 *("w8a8_percentile99.9", "w8a8_entropy_smoothquant0.75", "w8a8_dynamic_smoothquant_unshared"),
+                *("w8a8_dynamic_smoothquant0.8_range", "w8a8_minmax_smoothquant_range_unshared"),
             ],
             "conv2d": [NONE, "w8a8", "w8a8_static", "w3a16_block4x4"],
             "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wnf4a16"],
