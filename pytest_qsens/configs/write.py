@@ -190,7 +190,7 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
 def _calibration_in_the_way(scheme: OpScheme, target: Target) -> str | None:
     """Why a file cannot say what is done with the calibration data."""
     if scheme.smoothing is not None and not target.smooths:
-        return "inputs are smoothed, which its files do not say"
+        return "inputs are smoothed, which is not written to its files"
     if scheme.smoothing is not None and scheme.smoothing.statistic not in target.smooths:
         statistic = target.smooths[0]
         near = replace(scheme, smoothing=replace(scheme.smoothing, statistic=statistic)).name

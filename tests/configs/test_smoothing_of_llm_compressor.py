@@ -426,7 +426,9 @@ def test_what_a_recipe_cannot_say(schemes: dict[str, str], message: str) -> None
 def test_a_recipe_takes_the_model() -> None:
     """The layer before those that are smoothed is no op."""
     assignment = {op.name: named("w8a8_dynamic_smoothquant_range", "x") if op.name == Q else None for op in OPS}
-    with pytest.raises(QsensError, match="names the layer before those that are smoothed, which takes a --model"):
+    with pytest.raises(
+        QsensError, match="the layer before those that are smoothed, which `qsens config` finds with --model"
+    ):
         write_config(assignment, OPS, "llm-compressor")
 
 

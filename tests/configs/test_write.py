@@ -288,7 +288,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8_static_act_sym_minmax_smoothquant_unshared"},
             (
                 "fc1 (linear): compressed-tensors cannot say 'w8a8_static_act_sym_minmax_smoothquant_unshared': inputs "
-                "are smoothed, which its files do not say. qsens, modelopt-quant-cfg can say all that is asked for."
+                "are smoothed, which is not written to its files. qsens, modelopt-quant-cfg can say all that is asked "
+                "for."
             ),
         ),
         (

@@ -51,7 +51,8 @@ def _mappings(assigned: Sequence[Assigned], tree: ModuleTree | None) -> dict[Smo
         return {}
     if tree is None:
         raise Inexpressible(
-            next(iter(left.values())), "a recipe names the layer before those that are smoothed, which takes a --model"
+            next(iter(left.values())),
+            "a recipe names the layer before those that are smoothed, which `qsens config` finds with --model",
         )
     quantized = {one.op.name: one for one in assigned if one.scheme is not None}
     found: dict[SmoothQuant, list[list[object]]] = {}
