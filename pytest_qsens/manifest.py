@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qsens.models.source import ModelSource
+    from pytest_qsens.module_tree import ModuleTree
 
 SCHEMA = 5
 
@@ -49,6 +50,13 @@ def load_manifest(source: ModelSource, cache_dir: Path | None) -> tuple[Op, ...]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(content))
     return ops
+
+
+def load_tree(source: ModelSource) -> ModuleTree:
+    """List all modules of a model, which few need: the module is built on the meta device each time."""
+    from pytest_qsens.graph.tree import module_tree
+
+    return module_tree(source.skeleton())
 
 
 def _key(fingerprint: str) -> str:

@@ -62,7 +62,8 @@ DECLARATIONS = (
     Declaration(
         "config",
         "path",
-        "quantization config that says each op's scheme: that of the ops that it quantizes is measured",
+        "quantization config that says each op's scheme: that of the ops that it quantizes is measured. One that only "
+        "excludes ops (ONNX Runtime's nodes, ModelOpt's disabled_layers) goes with --qsens-scheme, that of all others",
         "FILE",
         marker=True,
     ),

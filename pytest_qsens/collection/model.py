@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,9 @@ class Model:
         """
         if spec.config is not None:
             from pytest_qsens.configs.gate import assign
+            from pytest_qsens.manifest import load_tree
 
-            assigned = assign(spec.config, ops)
+            assigned = assign(spec.config, ops, partial(load_tree, source))
             return cls(source, tuple(op for op in ops if op.name in assigned.assignment.names), assigned)
         scheme = scheme_named(spec.scheme, "scheme")
         meant = tuple(op for op in ops if scheme.means(op.type))

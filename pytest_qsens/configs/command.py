@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.write import check_out, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
-from pytest_qsens.manifest import load_manifest
+from pytest_qsens.manifest import load_manifest, load_tree
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
 from pytest_qsens.ops import STATES, WEIGHTLESS, Op
@@ -21,9 +22,10 @@ from pytest_qsens.wording import count
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_qsens.configs.rules import Config, Decision, Problem
+    from pytest_qsens.module_tree import ModuleTree
 
 
 def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
@@ -44,16 +46,18 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
         raise QsensError("give --model or --ops-from, not both")
     config = read_config(given.file, given.format)
     decisions: list[Decision] = []
+    tree = None
     if given.model is None and given.ops_from is None:
         problems = list(config.problems)
     else:
-        decisions, problems = decide(config, _ops(given))
+        ops, tree = _ops(given)
+        decisions, problems = decide(config, ops, tree)
     if given.strict and problems:
         raise QsensError("\n  ".join([f"{count(len(problems), 'problem')} (--strict):", *map(str, problems)]))
     if given.to is not None:
         if given.ops_from is not None:
             _check_states(config, decisions, given.ops_from)
-        _convert(config, decisions, given.to, given.out)
+        _convert(config, decisions, given.to, given.out, tree)
     return config, told(decisions), problems
 
 
@@ -76,7 +80,9 @@ def _check_states(config: Config, decisions: Sequence[Decision], result: Path) -
             )
 
 
-def _convert(config: Config, decisions: Sequence[Decision], target: str, path: Path) -> None:
+def _convert(
+    config: Config, decisions: Sequence[Decision], target: str, path: Path, tree: Callable[[], ModuleTree] | None
+) -> None:
     syntax = check_out(path, target)
     assignment = {}
     for decision in decisions:
@@ -87,10 +93,12 @@ def _convert(config: Config, decisions: Sequence[Decision], target: str, path: P
                 f"{decision.scheme.reason}."
             )
         assignment[decision.op.name] = decision.scheme
-    write_atomically(path, write_config(assignment, [decision.op for decision in decisions], target, syntax))
+    ops = [decision.op for decision in decisions]
+    write_atomically(path, write_config(assignment, ops, target, syntax, tree))
 
 
-def _ops(given: Namespace) -> Sequence[Op]:
+def _ops(given: Namespace) -> tuple[Sequence[Op], Callable[[], ModuleTree] | None]:
+    """Return the ops of the model, and what lists its modules where it is given itself."""
     if given.ops_from is not None:
         result = load(given.ops_from)
         if result.run.granularity != "op":
@@ -104,6 +112,7 @@ def _ops(given: Namespace) -> Sequence[Op]:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."
             )
-        return ops
+        return ops, None
     checkpoint = None if given.checkpoint is None else str(given.checkpoint.expanduser().absolute())
-    return load_manifest(resolve(ModelRequest(given.model, checkpoint, root=str(Path.cwd()))), None)
+    source = resolve(ModelRequest(given.model, checkpoint, root=str(Path.cwd())))
+    return load_manifest(source, None), partial(load_tree, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -69,16 +70,20 @@ def attention_rules(
     """Read which entries of ``config_groups`` mean attention modules, and quantize queries, keys and values.
 
     They go before the scheme of the cache, which remains where a module is ignored, or where what matches first is no
-    target of attention. A class is that of attention modules if its name says so.
+    target of attention. A class is that of attention modules if its name says so. An expression that matches children
+    of a module, too, quantizes it if another target of its group means the module alone.
     """
     targets: dict[str, tuple[OpScheme | Unknown | None, str, str]] = {}
+    beside: dict[str, list[str]] = {}
     for name, value, where in entries:
         fields = ConfigFields(value if isinstance(value, dict) else {"targets": value}, where, [])  # told elsewhere
         inputs = value.get("input_activations") if isinstance(value, dict) and not value.get("weights") else None
         scheme = None
         if isinstance(inputs, dict):
             scheme = _cache(ConfigFields(inputs, fields.at("input_activations"), fields.problems))
-        targets |= {text: (scheme, f"{name}: {text}", place) for text, place in fields.texts_of("targets")}
+        own = fields.texts_of("targets")
+        targets |= {text: (scheme, f"{name}: {text}", place) for text, place in own}
+        beside |= {text: [other for other, _ in own] for text, _ in own}
     if all(scheme is None for scheme, _, _ in targets.values()):
         return []
     rest = cached[0].scheme if cached else None
@@ -89,12 +94,20 @@ def attention_rules(
         scheme, label, place = targets[text]
         pattern = _of_module(text)
         if scheme is not None:
-            narrow = replace(pattern, kind="module_narrow") if pattern.kind == "module_start" else pattern
+            narrow = _narrowed(pattern, beside[text]) if pattern.kind == "module_start" else pattern
             queries = scheme if isinstance(scheme, Unknown) else replace(scheme, queries=True)
             rules += _of_attention(narrow, scheme, queries, label, place, _rank(text))
         if pattern.kind == "module_start" or (pattern.kind == "module" and scheme is None):
             rules += _of_attention(pattern, rest, None, label, place)
     return rules
+
+
+def _narrowed(pattern: Pattern, targets: Sequence[str]) -> Pattern:
+    """Return what an expression means of attention, given all targets of its group."""
+    if any(map(_is_class_of_attention, targets)):
+        return pattern  # a class means each of its modules alone
+    expressions = (text.removeprefix(REGEX) if text.startswith(REGEX) else rf"{re.escape(text)}\Z" for text in targets)
+    return replace(pattern, kind="module_narrow", beside=tuple(expressions))
 
 
 def _rank(text: str) -> int:

@@ -11,26 +11,31 @@ from pytest_qsens.op_names import match
 from pytest_qsens.ops import WEIGHTLESS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pytest_qsens.configs.rules import Config, Decision, Rule
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.op_scheme import OpScheme, Unknown
     from pytest_qsens.quant.schemes import Scheme
 
 
-def decide(config: Config, ops: Sequence[Op]) -> tuple[list[Decision], list[Problem]]:
+def decide(
+    config: Config, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None = None
+) -> tuple[list[Decision], list[Problem]]:
     """Tell op by op how a config quantizes a model.
 
     Args:
         config: What was read.
         ops: Of the model.
+        tree: Lists the model's modules, where it is known.
 
     Returns:
         One decision for each op, in their order; and what is wrong: with the file, with rules that match no op, decide
         none or contradict each other, with schemes that cannot be simulated.
 
     """
+    config = config.of_model(ops, tree)
     decisions = [config.decide(op) for op in ops]
     problems = [
         *config.problems,

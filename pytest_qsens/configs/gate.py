@@ -18,9 +18,10 @@ from pytest_qsens.quant.op_scheme import NotTold, parse
 from pytest_qsens.quant.schemes import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_qsens.configs.rules import Config, Decision
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
     from pytest_qsens.results import Status
 
@@ -70,8 +71,8 @@ def label_of(path: Path, origin: str) -> str:
     return label
 
 
-def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
-    """Read a config, and tell what it does to the ops of a model.
+def assign(request: ConfigRequest, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None = None) -> Assigned:
+    """Read a config, and tell what it does to the ops of a model; ``tree`` lists all of its modules.
 
     Raises:
         QsensError: If it cannot be used, quantizes no op, or has something wrong with it and the request is strict.
@@ -84,7 +85,7 @@ def assign(request: ConfigRequest, ops: Sequence[Op]) -> Assigned:
     about = {"path": request.path, "format": config.format, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     about |= {} if request.down is None else {"down": request.down}
     about |= {} if request.rest is None else {"scheme": request.rest}
-    decisions, problems = decide(config, ops)
+    decisions, problems = decide(config, ops, tree)
     wrong = tuple(map(str, problems))
     if wrong and request.strict:
         number = "something is" if len(wrong) == 1 else f"{len(wrong)} things are"

@@ -14,15 +14,21 @@ from pytest_qsens.configs.compressed_tensors import Group, ordered, preset, read
 from pytest_qsens.configs.compressed_tensors_states import attention_rules, read_cache
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.llm_compressor_smoothing import NAME as SMOOTHER
+from pytest_qsens.configs.llm_compressor_smoothing import read_smoother, smoothed_by_name, smoothed_in
 from pytest_qsens.configs.observers import named_by_llm_compressor, observed
 from pytest_qsens.configs.rules import Config, Decision, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.quant.op_scheme import OpScheme
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from pytest_qsens.configs.documents import Document
+    from pytest_qsens.configs.llm_compressor_smoothing import Smoother
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
-    from pytest_qsens.quant.op_scheme import Unknown
+    from pytest_qsens.quant.op_scheme import SmoothQuant, Unknown
 
 NAME = "llm-compressor"
 TITLE = "llm-compressor (recipe.yaml: '..._stage', '..._modifiers')"
@@ -33,10 +39,6 @@ _ROUNDING = {
     "GPTQModifier": "weights are rounded by GPTQ, not to the nearest",
     "AWQModifier": "weights are scaled by AWQ before they are rounded",
     "AutoRoundModifier": "weights are rounded by AutoRound, not to the nearest",
-}
-_OTHERS = {
-    "SmoothQuantModifier": "it smooths the layers of its mappings alone, by the difference of a channel's extremes; "
-    "what ends with '_smoothquant' here smooths every linear layer, by the largest magnitude, as its paper does"
 }
 _NO_EFFECT = (
     "bypass_divisibility_checks",
@@ -87,11 +89,12 @@ def read(document: Document) -> Config:
     problems: list[Problem] = []
     fields = ConfigFields(document.value, str(document.path), problems)
     steps: list[list[Rule]] = []
+    smoothers: list[Smoother] = []
     for key in [key for key in document.value if isinstance(key, str)]:
         if key.endswith(_STAGE):
             stage = fields.inner(key)
             if stage is not None:
-                steps += _stage(stage, [inner for inner in document.value[key] if isinstance(inner, str)])
+                _stage(stage, [inner for inner in document.value[key] if isinstance(inner, str)], steps, smoothers)
         elif _is_modifiers(key):  # llm-compressor leaves these out without a word
             fields.problem(
                 key, "modifiers outside of a stage: llm-compressor leaves them out. Put them under a '..._stage'"
@@ -105,25 +108,42 @@ def read(document: Document) -> Config:
         )
     last_first = tuple(tuple(step) for step in reversed(steps))
     rules = tuple(rule for step in last_first for rule in step)
-    return Recipe(str(document.path), NAME, "recipe of llm-compressor", rules, tuple(problems), last_first)
+    about = "recipe of llm-compressor"
+    return Recipe(str(document.path), NAME, about, rules, tuple(problems), last_first, tuple(smoothers))
 
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """Rules of each quantizing modifier, of the last one first."""
+    """Rules of each quantizing modifier, of the last one first; and what is smoothed before they quantize.
+
+    ``smoothed`` are the scales of layers by name, once they are known.
+    """
 
     steps: tuple[tuple[Rule, ...], ...] = ()
+    smoothers: tuple[Smoother, ...] = ()
+    smoothed: Mapping[str, SmoothQuant] | None = None
+
+    def of_model(self, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None) -> Recipe:
+        """Find out which layers are smoothed."""
+        if not self.smoothers:
+            return self
+        found = smoothed_by_name(self.smoothers, ops) if tree is None else smoothed_in(self.smoothers, tree())
+        return replace(self, smoothed=found[0], problems=(*self.problems, *found[1]))
 
     def decide(self, op: Op) -> Decision:
         """Take what the last modifier that quantizes the op says; one that ignores it leaves it as it is."""
+        smoothed = smoothed_by_name(self.smoothers, [op])[0] if self.smoothed is None else self.smoothed
         decisions = [Config(self.path, self.format, self.about, step).decide(op) for step in self.steps]
         found = next((it for it in decisions if it.scheme is not None), decisions[0])
         matching = tuple(rule for decision in decisions for rule in decision.matching)
-        return replace(found, matching=matching)
+        scheme = found.scheme
+        if op.name in smoothed and isinstance(scheme, OpScheme):
+            scheme = replace(scheme, smoothing=smoothed[op.name])
+        return replace(found, scheme=scheme, matching=matching)
 
 
-def _stage(stage: ConfigFields, keys: list[str]) -> list[list[Rule]]:
-    steps: list[list[Rule]] = []
+def _stage(stage: ConfigFields, keys: list[str], steps: list[list[Rule]], smoothers: list[Smoother]) -> None:
+    """Read the modifiers of a stage, which come after those that are known already."""
     for key in keys:
         if not _is_modifiers(key):
             continue
@@ -131,18 +151,24 @@ def _stage(stage: ConfigFields, keys: list[str]) -> list[list[Rule]]:
             modifier = ConfigFields({} if value is None else value, where, stage.problems)
             if name in _QUANTIZING and _quantizes(name, modifier):
                 steps.append(_modifier(name, modifier))
+            elif name == SMOOTHER:
+                smoother = read_smoother(modifier)
+                if smoother is not None and steps:
+                    stage.problems.append(
+                        Problem(where, f"{name} comes after a modifier that quantizes, and is left out. Put it before")
+                    )
+                elif smoother is not None:
+                    smoothers.append(smoother)
             else:
-                why = f": {_OTHERS[name]}" if name in _OTHERS else ""
                 stage.problems.append(
                     Problem(
                         where,
-                        f"{name} changes numbers and is not simulated: {_shown(value)}{why}. Score the model that "
+                        f"{name} changes numbers and is not simulated: {_shown(value)}. Score the model that "
                         "it leaves, or take it out of the recipe",
                     )
                 )
     stage.skip("run_type")
     stage.finish()
-    return steps
 
 
 def _quantizes(name: str, fields: ConfigFields) -> bool:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from pytest_qsens.configs.rules import Config
 
 NAME = FORMAT
-TITLE = "Intel Neural Compressor ('op_name_dict', 'op_type_dict'; best_configure with 'op'; qconfig.json)"
+TITLE = "Intel Neural Compressor ('op_name_dict', 'op_type_dict', 'recipes'; best_configure with 'op'; qconfig.json)"
 
 _IPEX = "q_op_infos"
-_PTQ_KEYS = ("op_name_dict", "op_type_dict")
+_PTQ_KEYS = ("op_name_dict", "op_type_dict", "recipes")
 
 
 def detect(document: Document) -> bool:

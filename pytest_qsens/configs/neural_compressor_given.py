@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.neural_compressor_smoothing import SHARING
 from pytest_qsens.configs.neural_compressor_terms import (
     FORMAT,
     UNQUANTIZED,
@@ -21,9 +22,11 @@ from pytest_qsens.configs.neural_compressor_terms import (
 from pytest_qsens.configs.rules import CLASS_OF, Config, Decision, Pattern, Problem, Rule, regex
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from pytest_qsens.configs.documents import Document
+    from pytest_qsens.configs.neural_compressor_smoothing import Smoothed
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
 
 
@@ -42,6 +45,14 @@ class PostTraining(Config):
 
     settings: tuple[_Settings, ...] = ()
     approach: str = "static"
+    smoothed: Smoothed | None = None
+
+    def of_model(self, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None) -> PostTraining:  # noqa: ARG002 - for others
+        """Find layers that are given no strength."""
+        if self.smoothed is None:
+            return self
+        missing = self.smoothed.without_strength((op.name, self.decide(op).scheme) for op in ops)
+        return replace(self, problems=(*self.problems, *missing))
 
     def decide(self, op: Op) -> Decision:
         """Follow ``TuningSpace._merge_op_cfg``, which takes activations before weights.
@@ -66,7 +77,8 @@ class PostTraining(Config):
         if left is None:
             return Decision(op, None, deciding, matching)
         firsts = [{key: of[0] for key, of in left[part].items()} for part in ("weight", "activation")]
-        return Decision(op, of_op(op, firsts[0], firsts[1], self.approach), deciding, matching)
+        scheme = of_op(op, firsts[0], firsts[1], self.approach)
+        return Decision(op, scheme if self.smoothed is None else self.smoothed.of(op, scheme), deciding, matching)
 
 
 def _merged(
@@ -137,7 +149,7 @@ def read_given(document: Document) -> Config:
         approach = "static"
     fields.skip("device", "backend", "domain", "model_name", "inputs", "outputs", "example_inputs", "quant_format")
     fields.skip("calibration_sampling_size", "accuracy_criterion", "tuning_criterion", "ni_workload_name")
-    read_recipes(fields, "recipes")
+    smoothed = read_recipes(fields, "recipes", approach)
     fields.changes_numbers("reduce_range", "activations use 7 of 8 bits", False)
     fields.changes_numbers("quant_level", "levels below 1 tune what is quantized", 1, "auto")
     fields.changes_numbers("excluded_precisions", "ops get other precisions", [], ["bf16"])
@@ -161,8 +173,8 @@ def read_given(document: Document) -> Config:
             )
     fields.finish()
     rules = tuple(entry.rule for entry in settings)
-    about = "PostTrainingQuantConfig of Neural Compressor"
-    return PostTraining(str(document.path), FORMAT, about, rules, tuple(problems), tuple(settings), approach)
+    about = "PostTrainingQuantConfig of Neural Compressor" + (f"; {SHARING}" if smoothed is not None else "")
+    return PostTraining(str(document.path), FORMAT, about, rules, tuple(problems), tuple(settings), approach, smoothed)
 
 
 def _entry(fields: ConfigFields, pattern: Pattern, label: str, approach: str) -> _Settings:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qsens.configs.documents import as_text
 from pytest_qsens.configs.fields import ConfigFields
+from pytest_qsens.configs.neural_compressor_smoothing import FOLDED, SHARING, read_alpha
 from pytest_qsens.configs.neural_compressor_terms import (
     FORMAT,
     KEY,
@@ -23,7 +25,7 @@ from pytest_qsens.configs.rules import CLASS_OF, Config, Pattern, Problem, Rule
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.ops import Op
-from pytest_qsens.quant.op_scheme import OpScheme, Unknown
+from pytest_qsens.quant.op_scheme import OpScheme, SmoothQuant, Unknown
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
@@ -42,7 +44,7 @@ def read_chosen(document: Document) -> Config:
     fields.changes_numbers("reduce_range", "activations use 7 of 8 bits", False)
     fields.changes_numbers("smoothquant_scale_info", "activations are scaled", {})
     fields.changes_numbers("recipe_cfgs_smooth_quant", "activations are scaled", False)
-    read_recipes(fields, "recipe_cfgs")
+    smoothed = read_recipes(fields, "recipe_cfgs", approach)
     where = fields.at("op")
     entries: dict[object, object] = typed(fields.take("op"), dict, where)
     fields.finish()
@@ -56,8 +58,15 @@ def read_chosen(document: Document) -> Config:
         inner.finish()
         op_type = next((each for each, cls in CLASS_OF.items() if cls == kind), "")
         scheme = of_op(Op(name, op_type), weight, activation, mode)
+        if smoothed is not None:
+            if not op_type:  # a norm, say, which is then left alone
+                continue
+            scheme = smoothed.of(Op(name.removesuffix(WRAPPED), op_type), scheme)
         rules.append(_by_name(name, scheme, inner.where))
-    return _listed(document, "configuration that Neural Compressor's strategy chose", rules, problems)
+    if smoothed is not None:
+        problems += smoothed.without_strength((rule.pattern.text, rule.scheme) for rule in rules)
+    about = "configuration that Neural Compressor's strategy chose"
+    return _listed(document, about + (f"; {SHARING}" if smoothed is not None else ""), rules, problems)
 
 
 def _chosen_properties(fields: ConfigFields | None, part: str, approach: str) -> tuple[dict[str, str], str]:
@@ -111,7 +120,13 @@ def read_qconfig(document: Document) -> Config:
             raise QsensError(f"{outer.where}: the config of one algorithm is needed, found {as_text(algorithms)}")
         fields = ConfigFields(outer.take(algorithms[0]), outer.at(algorithms[0]), problems)
         rules.append(_by_name(name, _of_algorithm(algorithms[0], fields), outer.where))
-    return _listed(document, "qconfig.json of Neural Compressor 3.x", rules, problems)
+    about = "qconfig.json of Neural Compressor 3.x"
+    shares = any(isinstance(rule.scheme, OpScheme) and _shares(rule.scheme) for rule in rules)
+    return _listed(document, about + (f"; {SHARING}" if shares else ""), rules, problems)
+
+
+def _shares(scheme: OpScheme) -> bool:
+    return scheme.smoothing is not None and scheme.smoothing.shared
 
 
 _ROUNDING = {
@@ -193,12 +208,24 @@ def _of_weight_only(name: str, dtype: str, fields: ConfigFields) -> OpScheme | N
     return OpScheme(weight_only(settings))
 
 
+def _smoothing(fields: ConfigFields) -> SmoothQuant | None:
+    for key in ("init_alpha", "alpha_min", "alpha_max", "alpha_step", "shared_criterion", "do_blockwise"):
+        fields.skip(key)
+    fields.skip("auto_alpha_args")
+    shared = fields.flag("scale_sharing", default=False)
+    alpha = read_alpha(fields)
+    if fields.flag("folding", default=False):
+        fields.problem("folding", f"true: {FOLDED}")
+        return None
+    if isinstance(alpha, dict):
+        raise QsensError(f"{fields.at('alpha')}: a number or 'auto' is needed, found {as_text(alpha)}")
+    return None if alpha is None else SmoothQuant(alpha, shared)
+
+
 def _of_eight_bits(name: str, fields: ConfigFields) -> OpScheme | Unknown | None:
+    smoothing = None
     if name == "smooth_quant":
-        fields.changes_numbers("alpha", "activations are scaled by SmoothQuant before they are rounded")
-        for key in ("init_alpha", "alpha_min", "alpha_max", "alpha_step", "shared_criterion", "do_blockwise"):
-            fields.skip(key)
-        fields.skip("scale_sharing", "auto_alpha_args")
+        smoothing = _smoothing(fields)
     sides: list[dict[str, str]] = []
     for prefix in ("w_", "act_"):
         side = {
@@ -216,4 +243,5 @@ def _of_eight_bits(name: str, fields: ConfigFields) -> OpScheme | Unknown | None
             fields.problem("act_algo", f"{algorithm!r} changes numbers and is not simulated: it finds scales otherwise")
     fields.skip(*_WITHOUT_EFFECT)
     fields.finish()
-    return of_op(Op("", "linear"), sides[0], sides[1], "dynamic" if name == "pt2e_dynamic_quant" else "static")
+    found = of_op(Op("", "linear"), sides[0], sides[1], "dynamic" if name == "pt2e_dynamic_quant" else "static")
+    return replace(found, smoothing=smoothing) if isinstance(found, OpScheme) else found

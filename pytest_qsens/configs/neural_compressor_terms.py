@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qsens.configs.documents import as_text
+from pytest_qsens.configs.neural_compressor_smoothing import Smoothed, read_smoothing
 from pytest_qsens.configs.observers import NEURAL_COMPRESSOR
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.errors import QsensError
@@ -40,20 +41,14 @@ def approach_of(fields: ConfigFields, default: str) -> str:
     return _APPROACHES[name]
 
 
-def read_recipes(fields: ConfigFields, key: str) -> None:
-    """Note what recipes change beside rounding."""
+def read_recipes(fields: ConfigFields, key: str, approach: str) -> Smoothed | None:
+    """Note what recipes change beside rounding, and return how layers are smoothed."""
     recipes = fields.inner(key)
     if recipes is None:
-        return
+        return None
+    smoothed = read_smoothing(recipes, approach)
     for name in recipes.unread():
-        if name == "smooth_quant":
-            recipes.changes_numbers(
-                name,
-                "inputs are multiplied in front of each layer, which stays quantized in its own way. Schemes that end "
-                "with '_smoothquant_unshared' have such scales; write them in our own format",
-                False,
-            )
-        elif name in ("fast_bias_correction", "weight_correction", "layer_wise_quant"):
+        if name in ("fast_bias_correction", "weight_correction", "layer_wise_quant"):
             recipes.changes_numbers(name, "weights or activations are changed before they are rounded", False)
         elif name.endswith("_args"):
             recipes.changes_numbers(name, "options of a recipe", {})
@@ -64,6 +59,7 @@ def read_recipes(fields: ConfigFields, key: str) -> None:
         else:
             recipes.skip(*[name] if name in _RECIPES_WITHOUT_EFFECT else [])
     recipes.finish()
+    return smoothed
 
 
 _RECIPES_WITHOUT_EFFECT = (

@@ -29,6 +29,7 @@ from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO, SCALING_MODES
 
 if TYPE_CHECKING:
     from pytest_qsens.configs.documents import Document
+    from pytest_qsens.quant.op_scheme import Statistic
 
 NAME = "qsens"
 TITLE = "pytest-qsens (YAML, TOML or JSON: 'schema', 'rules')"
@@ -168,7 +169,8 @@ def _smoothing(fields: ConfigFields | None) -> SmoothQuant | None:
     alpha = SmoothQuant.alpha if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise QsensError(f"{fields.at('alpha')}: {alpha:g} is not possible, a number from 0 to 1 is")
-    found = SmoothQuant(alpha, fields.flag("shared", default=True))
+    statistic = fields.known("statistic", ("magnitude", "range"), "magnitude")
+    found = SmoothQuant(alpha, fields.flag("shared", default=True), cast("Statistic", statistic))
     fields.finish()
     return found
 

@@ -14,8 +14,9 @@ from pytest_qsens.ops import WEIGHTLESS, matches
 from pytest_qsens.quant.op_scheme import NotTold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
     from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 
@@ -50,7 +51,7 @@ _IS_MEANT: dict[str, Callable[[str, str], bool]] = {
     "regex_start": lambda name, text: _compiled(text).match(name) is not None,
     "module": operator.eq,
     "module_start": lambda name, text: _compiled(text).match(name) is not None,
-    "module_narrow": _narrowly,
+    "module_narrow": lambda name, text: _compiled(text).match(name) is not None,
     "class": lambda name, text: text in (name, "Module"),
     "class_regex": lambda name, text: _compiled(text).fullmatch(name) is not None,
     "any": lambda _, __: True,
@@ -64,8 +65,8 @@ class Pattern:
     ``kind`` is what ``text`` is compared with, and how: ``name``, the op's own; ``glob``, that of ``--qsens-ops``;
     ``wildcard``, one of Python's fnmatch; ``regex``, for the whole name; ``regex_start``, from its start on;
     ``module``, ``module_start`` and ``module_narrow``, that of the module whose queries, keys or values these are, the
-    last if neither its parent nor a child is meant; ``class``, of the module or one
-    above it; ``class_regex``, for the whole of that; ``any``, nothing.
+    last if neither its parent nor a child is meant by ``text``, or else by an expression of ``beside``; ``class``, of
+    the module or one above it; ``class_regex``, for the whole of that; ``any``, nothing.
     ``suffixes`` are put behind the op's name first, for tools that match the name of a part of a module. Only ops of
     ``types`` are meant; if there are none, all layers.
     """
@@ -86,6 +87,7 @@ class Pattern:
     text: str
     suffixes: tuple[str, ...] = ("",)
     types: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def is_rest(self) -> bool:
@@ -98,6 +100,8 @@ class Pattern:
             return False
         is_class = self.kind.startswith("class")
         named = op.name.rpartition(":")[0] if self.kind.startswith("module") else op.name
+        if self.kind == "module_narrow" and not any(_narrowly(named, text) for text in (self.text, *self.beside)):
+            return False
         names = [CLASS_OF.get(op.type, "")] if is_class else [named + suffix for suffix in self.suffixes]
         return any(_IS_MEANT[self.kind](name, self.text) for name in names)
 
@@ -188,6 +192,16 @@ class Config:
     def only_excludes(self) -> bool:
         """Whether it says which ops are not quantized, and nothing of how the others are."""
         return any(isinstance(rule.scheme, NotTold) for rule in self.rules)
+
+    def of_model(self, ops: Sequence[Op], tree: Callable[[], ModuleTree] | None) -> Config:  # noqa: ARG002 - for others
+        """Return what this is for a model, where its modules matter that are no ops.
+
+        Args:
+            ops: Of the model.
+            tree: Lists its modules, which may take a second; ``None`` if only the ops are known.
+
+        """
+        return self
 
     def decide(self, op: Op) -> Decision:
         """How an op is quantized."""

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pytest_qsens.configs.documents import Syntax
+    from pytest_qsens.configs.rules import Config
+    from pytest_qsens.module_tree import ModuleTree
     from pytest_qsens.ops import Op
-    from pytest_qsens.quant.op_scheme import OpScheme
+    from pytest_qsens.quant.op_scheme import OpScheme, Statistic
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,21 @@ class Target:
         states: Whether it can say how keys and values of attention are quantized.
         products: Whether it can say how factors of products of two activations are.
         observers: That it can name; any percentile if it can name one. What has no static scales has them all.
-        smooths: Whether it can say that inputs are smoothed.
+        smooths: By which statistics of their channels it can say that inputs are smoothed.
         scaling_modes: Whether it can say in which mode scales are found that are powers of two.
+        tree: Whether writing takes the modules of the model, too, or ``None`` where they are not known.
 
     """
 
-    write: Callable[[Sequence[Assigned]], dict[str, Any]]
+    write: Callable[..., dict[str, Any]]
     syntaxes: tuple[Syntax, ...] = ("JSON",)
     exclusions: bool = False
     states: bool = False
     products: bool = False
     observers: tuple[str, ...] = ()
-    smooths: bool = False
+    smooths: tuple[Statistic, ...] = ()
     scaling_modes: bool = False
+    tree: bool = False
 
 
 _TORCHS = ("histogram", "minmax")
@@ -71,7 +75,7 @@ TARGETS: dict[str, Target] = {
         states=True,
         products=True,
         observers=OBSERVERS,
-        smooths=True,
+        smooths=("magnitude", "range"),
         scaling_modes=True,
     ),
     "neural-compressor": Target(neural_compressor.write_given, ("JSON", "YAML"), observers=_TORCHS),
@@ -79,9 +83,19 @@ TARGETS: dict[str, Target] = {
     "neural-compressor-qconfig": Target(neural_compressor.write_qconfig, observers=_TORCHS),
     "torchao": Target(torchao.write, observers=OBSERVERS, scaling_modes=True),
     "compressed-tensors": Target(compressed_tensors.write, states=True, observers=_AVERAGED, scaling_modes=True),
-    "llm-compressor": Target(llm_compressor.write, ("YAML",), states=True, observers=_AVERAGED, scaling_modes=True),
+    "llm-compressor": Target(
+        llm_compressor.write,
+        ("YAML",),
+        states=True,
+        observers=_AVERAGED,
+        smooths=("range",),
+        scaling_modes=True,
+        tree=True,
+    ),
     "modelopt": Target(modelopt.write_exported, states=True, observers=("minmax",)),
-    "modelopt-quant-cfg": Target(modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=True),
+    "modelopt-quant-cfg": Target(
+        modelopt_quant_cfg.write, ("YAML",), states=True, observers=("minmax",), smooths=("magnitude",)
+    ),
     "modelopt-disabled-layers": Target(modelopt.write_disabled, ("YAML", "JSON"), exclusions=True),
     "onnxruntime": Target(onnx_runtime.write, ("JSON", "YAML"), observers=("minmax", "percentile")),
 }
@@ -89,7 +103,11 @@ TARGETS: dict[str, Target] = {
 
 
 def write_config(
-    assignment: Mapping[str, OpScheme | None], ops: Sequence[Op], target: str = "qsens", syntax: Syntax | None = None
+    assignment: Mapping[str, OpScheme | None],
+    ops: Sequence[Op],
+    target: str = "qsens",
+    syntax: Syntax | None = None,
+    tree: Callable[[], ModuleTree] | None = None,
 ) -> str:
     """Write down how the ops of a model are to be quantized.
 
@@ -103,6 +121,7 @@ def write_config(
             recurrent ones are quantized by no tool; they are left out, and must be given ``None``.
         target: What to write, one of `TARGETS`.
         syntax: One of the target's syntaxes; its usual one if none is given.
+        tree: Lists all modules of the model, which llm-compressor needs to smooth.
 
     Returns:
         Text of the file. Of `Target.exclusions` it does not say how ops are quantized.
@@ -118,10 +137,10 @@ def write_config(
     if used not in chosen.syntaxes:
         raise QsensError(f"{target} is written as {' or '.join(chosen.syntaxes)}, not as {used}.")
     try:
-        return _text(assigned, chosen, used)
+        return _text(assigned, chosen, used, tree)
     except Inexpressible as refused:
         one = refused.one
-        others = [name for name in TARGETS if name != target and _can(assigned, TARGETS[name])]
+        others = [name for name in TARGETS if name != target and _can(assigned, TARGETS[name], tree)]
         raise QsensError(
             f"{one.op.name} ({one.op.type}): {target} cannot say {scheme_name(one.scheme)!r}: {refused.why}. "
             + (f"{', '.join(others)} can say all that is asked for." if others else "Neither can any other format.")
@@ -187,7 +206,11 @@ def _in_the_way(scheme: OpScheme, target: Target) -> str | None:
     if modes and not target.scaling_modes:
         return f"scales are found in mode {modes[0]}, which its files do not say"
     if scheme.smoothing is not None and not target.smooths:
-        return "inputs are smoothed, which its files do not say"
+        return "inputs are smoothed, which is not written to its files"
+    if scheme.smoothing is not None and scheme.smoothing.statistic not in target.smooths:
+        statistic = target.smooths[0]
+        near = replace(scheme, smoothing=replace(scheme.smoothing, statistic=statistic)).name
+        return f"inputs are smoothed there by the {statistic} of channels (measure {near!r} to write that)"
     part = scheme.cache or scheme.products or scheme.activation
     if part is None or part.kind == "dynamic":
         return None
@@ -203,15 +226,15 @@ def _in_the_way(scheme: OpScheme, target: Target) -> str | None:
     return why
 
 
-def _can(assigned: Sequence[Assigned], target: Target) -> bool:
+def _can(assigned: Sequence[Assigned], target: Target, tree: Callable[[], ModuleTree] | None) -> bool:
     try:
-        _text(assigned, target, target.syntaxes[0])
+        _text(assigned, target, target.syntaxes[0], tree)
     except Inexpressible:
         return False
     return not target.exclusions
 
 
-def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
+def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax, tree: Callable[[], ModuleTree] | None) -> str:
     """Write and read back.
 
     Raises:
@@ -232,15 +255,32 @@ def _text(assigned: Sequence[Assigned], target: Target, syntax: Syntax) -> str:
     written = [one for one in assigned if one.op.type not in left_out] or list(assigned)
     if not target.states and (cached or all(one.op.type in STATES for one in written)):
         raise Inexpressible([*cached, *written][0], "it quantizes layers, and no keys and values of attention")
-    text = dump(target.write(written), syntax)
+    smoothed = [one for one in written if one.scheme is not None and one.scheme.smoothing is not None]
+    # listing the modules takes a second, and matters where there is a layer before those that are smoothed
+    known = tree if smoothed and target.tree else None
+    arguments = (written, None if known is None else known()) if target.tree else (written,)
+    text = dump(target.write(*arguments), syntax)
+    config = _read_back(text, syntax, assigned[0])
+    if known is not None:
+        before = len(config.problems)
+        config = config.of_model([one.op for one in assigned], known)
+        if len(config.problems) > before:
+            raise Inexpressible(smoothed[0], config.problems[-1].message)
+    _check_same(config, assigned, target)
+    return text
+
+
+def _read_back(text: str, syntax: Syntax, first: Assigned) -> Config:
     try:
-        config = config_of(parse_document(text, Path("what was written"), syntax))
+        return config_of(parse_document(text, Path("what was written"), syntax))
     except QsensError as error:
-        raise Inexpressible(assigned[0], f"names of ops have a meaning of their own in it ({error})") from error
+        raise Inexpressible(first, f"names of ops have a meaning of their own in it ({error})") from error
+
+
+def _check_same(config: Config, assigned: Sequence[Assigned], target: Target) -> None:
     for one in assigned:
         decision = config.decide(one.op)
         same = (decision.scheme is None) == (one.scheme is None) if target.exclusions else decision.scheme == one.scheme
         if not same or decision.rivals:
             rule = "nothing" if decision.rule is None else repr(decision.rule.label)
             raise Inexpressible(one, f"a file would be read as {scheme_name(decision.scheme)!r}, by {rule}")
-    return text

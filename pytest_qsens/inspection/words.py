@@ -56,7 +56,8 @@ def _mode(part: WeightScheme | ActivationScheme) -> str:
 
 
 def _smoothing(smoothing: SmoothQuant) -> str:
-    return f"SmoothQuant, alpha {smoothing.alpha:g}" + ", scales not shared" * (not smoothing.shared)
+    by_range = ", by ranges" * (smoothing.statistic == "range")
+    return f"SmoothQuant, alpha {smoothing.alpha:g}{by_range}" + ", scales not shared" * (not smoothing.shared)
 
 
 def _per(part: WeightScheme | ActivationScheme) -> str:

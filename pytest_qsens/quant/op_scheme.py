@@ -12,6 +12,7 @@ from pytest_qsens.quant.scaling_modes import POWERS_OF_TWO, SCALING_MODES, canon
 
 Granularity = Literal["tensor", "channel", "token", "group", "block", "head"]
 Kind = Literal["static", "dynamic", "local"]
+Statistic = Literal["magnitude", "range"]
 
 INTEGERS = tuple(f"int{bits}" for bits in range(1, 17))
 FLOATS = (
@@ -100,6 +101,8 @@ class SmoothQuant:
 
     ``shared``: linear layers that read the same tensor have the same scales, with the largest of their weights, as when
     the norm before them takes the scales up. Otherwise each has its own, as when inputs are multiplied in front of it.
+    ``statistic``: ``magnitude``, the paper's; ``range``, that of llm-compressor's ``SmoothQuantModifier``, which takes
+    the difference of a channel's extremes for ``max|X_j|``, and twice the magnitude for ``max|W_j|``.
 
     Raises:
         ValueError: If ``alpha`` is not between 0 and 1.
@@ -108,6 +111,7 @@ class SmoothQuant:
 
     alpha: float = 0.5
     shared: bool = True
+    statistic: Statistic = "magnitude"
 
     def __post_init__(self) -> None:
         """Keep as many digits as names have."""
@@ -119,7 +123,7 @@ class SmoothQuant:
     def name(self) -> str:
         """Part of a scheme's name."""
         alpha = "" if self.alpha == SmoothQuant.alpha else f"{self.alpha:.9f}".rstrip("0").rstrip(".")
-        return f"smoothquant{alpha}" + "_unshared" * (not self.shared)
+        return f"smoothquant{alpha}" + "_range" * (self.statistic == "range") + "_unshared" * (not self.shared)
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,8 @@ def parse(name: str) -> OpScheme | None:
         )
     smoothing = None
     if match["smoothquant"] is not None:
-        smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None)
+        statistic: Statistic = "magnitude" if match["range"] is None else "range"
+        smoothing = SmoothQuant(float(match["alpha"] or SmoothQuant.alpha), match["unshared"] is None, statistic)
     output = match["requant"] is not None or (_is_torchs(weight, activation) and match["kind"] is None)
     scheme = OpScheme(weight, activation, output, smoothing)
     if (
@@ -272,7 +277,7 @@ _NAME = re.compile(
     rf"(?:_(?P<wextent>{_EXTENT}))?(?P<wasym>_asym)?(?:_(?P<wmode>{_MODE}))?"
     rf"(?:_act(?:_(?P<aextent>{_EXTENT}))?(?:_(?P<asym>sym|asym))?(?:_(?P<amode>{_MODE}))?)?(?P<requant>_requant)?"
     rf"(?:_(?P<observer>{observer_names.PATTERN}))?"
-    r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<unshared>_unshared)?)?",
+    r"(?:_(?P<smoothquant>smoothquant)(?P<alpha>1|0(?:\.\d{1,9})?)?(?P<range>_range)?(?P<unshared>_unshared)?)?",
     re.ASCII,
 )
 

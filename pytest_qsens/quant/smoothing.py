@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from pytest_qsens.quant.schemes import Schemes
 
 LEAST = 1e-5
-"""The least magnitude of a weight's channel, and the least scale: of the paper's own code, and Neural Compressor's."""
+"""The least magnitude of a weight's channel, and the least scale: of the paper's own code, and Neural Compressor's.
+
+The least scale is also that of llm-compressor.
+"""
 
 _READERS = 1024
 """Tensors that are remembered before those that are gone are forgotten."""
@@ -59,11 +62,11 @@ class Smoothing:
         rows = finite_rows(call.x, call.kind)
         x = call.x if rows is None else call.x[rows]
         if x.numel():
-            largest = _largest(x.reshape(-1, x.shape[-1]))
+            reach = _reach(x.reshape(-1, x.shape[-1]))
             known = self._inputs.get(op)
-            self._inputs[op] = largest if known is None else torch.maximum(known, largest)
+            self._inputs[op] = reach if known is None else torch.maximum(known, reach)
         if op not in self._weights:
-            parts = [_largest(part) for part in torch.split(call.weight, _ROWS)]
+            parts = [_reach(part).amax(0) for part in torch.split(call.weight, _ROWS)]
             self._weights[op] = torch.stack(parts).amax(0)
         self._join(op, call.x)
 
@@ -102,7 +105,12 @@ class Smoothing:
                     x, weight = (
                         torch.stack([of[reader] for reader in readers]).amax(0) for of in (self._inputs, self._weights)
                     )
-                    self._scales[op] = smoothing_scale(x, weight, smoothing.alpha)
+                    by_range = smoothing.statistic == "range"
+                    self._scales[op] = (
+                        range_scale(x.sum(0), weight, smoothing.alpha)
+                        if by_range
+                        else smoothing_scale(x.amax(0), weight, smoothing.alpha)
+                    )
         self._inputs, self._weights, self._readers = {}, {}, {}
 
     def scale(self, op: str) -> Tensor | None:
@@ -121,9 +129,9 @@ class Smoothing:
         self._scales = dict(state)
 
 
-def _largest(matrix: Tensor) -> Tensor:
-    """Largest magnitude in each column of ``(rows, columns)``, fp32."""
-    return torch.maximum(matrix.amax(0), -matrix.amin(0)).float()
+def _reach(matrix: Tensor) -> Tensor:
+    """How far each column of ``(rows, columns)`` reaches up and down from 0, fp32, ``(2, columns)``."""
+    return torch.stack([matrix.amax(0), -matrix.amin(0)]).float()
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -141,3 +149,20 @@ def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     x, w = inputs.double(), weights.double().clamp_(min=LEAST)
     found = (x.pow(alpha) / w.pow(1 - alpha)).clamp_(min=LEAST)
     return found.masked_fill_(x == 0, 1.0).float()
+
+
+def range_scale(ranges: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Find the scale of each channel as llm-compressor: ``ranges^alpha / (2 max|W_j|)^(1 - alpha)``, at least `LEAST`.
+
+    llmcompressor 0.14, ``SmoothQuantModifier._calculate_smoothing_scales``. Where all weights of a channel are 0, it is
+    the range itself.
+
+    Args:
+        ranges: Largest minus smallest value of each channel of the input, ``(in,)``.
+        weights: Largest magnitude of each channel of the weight, ``(in,)``.
+        alpha: As of `smoothing_scale`.
+
+    """
+    x, w = ranges.double(), 2 * weights.double()
+    found = torch.where(w > 0, x.pow(alpha) / w.pow(1 - alpha), x)
+    return found.clamp_(min=LEAST).float()

@@ -127,15 +127,6 @@ def test_scales_of_tensors_beside_local_ones(tmp_path: Path, name: str, problems
     assert len(complaints(path, LINEAR)) == problems
 
 
-def test_smoothquant_of_llm_compressor_is_told(tmp_path: Path) -> None:
-    """It is another one than the paper's, for some layers, and the message says so."""
-    recipe = RECIPE.replace("      scheme: FP8", "      scheme: W8A8").replace(
-        "    QuantizationModifier:", "    SmoothQuantModifier: {smoothing_strength: 0.8}\n    QuantizationModifier:"
-    )
-    (found,) = complaints(write(tmp_path / "recipe.yaml", recipe), LINEAR)
-    assert "by the difference of a channel's extremes" in found
-
-
 @pytest.mark.parametrize(
     ("entry", "scheme"),
     [

@@ -49,7 +49,7 @@ FULL: dict[str, Any] = {
         "b": {
             "activation": {"dtype": "int8", "kind": "static", "granularity": "token", "observer": "percentile99.9"},
             "requantize_output": True,
-            "smoothquant": {"alpha": 0.8, "shared": False},
+            "smoothquant": {"alpha": 0.8, "shared": False, "statistic": "range"},
         },
         "c": {"weight": {"dtype": "fp8_e4m3", "granularity": "block", "block": [128, 128]}},
         "d": {"cache": {"dtype": "int4", "kind": "dynamic", "granularity": "group", "group_size": 32}},

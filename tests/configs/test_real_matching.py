@@ -112,17 +112,29 @@ LAYERS = {"layers": {"weights": {"num_bits": 8, "type": "int", "strategy": "chan
 
 
 @_SETTINGS
-@example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=False)
-@example(groups=[("fp8", "re:.*self_attn$")], ignore=["re:.*layers.0.self_attn$"], cached=True)
-@example(groups=[("fp8", "re:.*self_attn$"), ("int8", "model.layers.0.self_attn")], ignore=[], cached=False)
+@example(groups=[("fp8", ["re:.*self_attn$"])], ignore=["re:.*layers.0.self_attn$"], cached=False)
+@example(groups=[("fp8", ["re:.*self_attn$"])], ignore=["re:.*layers.0.self_attn$"], cached=True)
+@example(groups=[("fp8", ["re:.*self_attn$"]), ("int8", ["model.layers.0.self_attn"])], ignore=[], cached=False)
 @example(
-    groups=[("fp8", "LlamaAttention"), ("int8", "re:.*layers.0.self_attn$")], ignore=["LlamaAttention"], cached=True
+    groups=[("fp8", ["LlamaAttention"]), ("int8", ["re:.*layers.0.self_attn$"])], ignore=["LlamaAttention"], cached=True
 )
-@example(groups=[("fp8", "LlamaAttention"), ("layers", "re:.*layers.0.*")], ignore=[], cached=True)
+@example(groups=[("fp8", ["LlamaAttention"]), ("layers", ["re:.*layers.0.*"])], ignore=[], cached=True)
+@example(groups=[("fp8", ["re:.*self_attn", "re:.*self_attn$"])], ignore=[], cached=False)  # a broad and a narrow one
+@example(groups=[("fp8", ["re:.*self_attn", "re:.*layers.0.self_attn$"])], ignore=[], cached=True)
+@example(groups=[("fp8", ["re:.*self_attn", "LlamaAttention"]), ("int8", ["re:.*attn"])], ignore=[], cached=False)
+@example(groups=[("int8", ["re:.*self_attn", "lm_head"]), ("fp8", ["re:model.*", "lm_head"])], ignore=[], cached=False)
 @given(
     groups=st.lists(
-        st.tuples(st.sampled_from(["fp8", "int8"]), st.sampled_from([*OF_ATTENTION, "re:.*self_attn"]))
-        | st.tuples(st.just("layers"), st.sampled_from(WIDER)),
+        st.tuples(
+            st.sampled_from(["fp8", "int8"]),
+            st.lists(
+                st.sampled_from([*OF_ATTENTION, "re:.*self_attn", "re:.*layers.0.self_attn", "re:model.layers.1"]),
+                min_size=1,
+                max_size=3,
+                unique=True,
+            ),
+        )
+        | st.tuples(st.just("layers"), st.lists(st.sampled_from(WIDER), min_size=1, max_size=2, unique=True)),
         min_size=1,
         max_size=4,
     ),
@@ -130,14 +142,14 @@ LAYERS = {"layers": {"weights": {"num_bits": 8, "type": "int", "strategy": "chan
     cached=st.booleans(),
 )
 def test_attention_of_compressed_tensors(
-    tmp_path: Path, groups: list[tuple[str, str]], ignore: list[str], cached: bool
+    tmp_path: Path, groups: list[tuple[str, list[str]]], ignore: list[str], cached: bool
 ) -> None:
     """Whatever is a target and ignored: queries, keys and values are quantized as the module's own scheme says."""
     real = tool("compressed_tensors.quantization")
     config: dict[str, Any] = {
         "config_groups": {
-            f"group_{number}": {"targets": [target], **(ATTENTION | LAYERS)[kind]}
-            for number, (kind, target) in enumerate(groups)
+            f"group_{number}": {"targets": targets, **(ATTENTION | LAYERS)[kind]}
+            for number, (kind, targets) in enumerate(groups)
         },
         "ignore": ignore,
     }

@@ -73,6 +73,7 @@ TOGETHER: dict[str, list[dict[str, list[str]]]] = {
                 *(NONE, "w8a8", "w8a8_dynamic", "w4a16_g128_asym", "fp8e5m2_static_act_channel", "nvfp4_local"),
                 *("w8a8_percentile99.9", "w8a8_entropy_smoothquant0.75", "w8a8_dynamic_smoothquant_unshared"),
                 *("mxfp8_dynamic_rceil", "wmxfp4a16_even", "wmxfp4amxfp8_dynamic_rceil_act_floor"),
+                *("w8a8_dynamic_smoothquant0.8_range", "w8a8_minmax_smoothquant_range_unshared"),
             ],
             "conv2d": [NONE, "w8a8", "w8a8_static", "w3a16_block4x4"],
             "embedding": [NONE, "w8a16_asym", "w4a16_g32", "wnf4a16"],
@@ -295,7 +296,8 @@ def refusal(target: str, **schemes: str) -> str:
             {"fc1": "w8a8_static_act_sym_minmax_smoothquant_unshared"},
             (
                 "fc1 (linear): compressed-tensors cannot say 'w8a8_static_act_sym_minmax_smoothquant_unshared': inputs "
-                "are smoothed, which its files do not say. qsens, modelopt-quant-cfg can say all that is asked for."
+                "are smoothed, which is not written to its files. qsens, modelopt-quant-cfg can say all that is asked "
+                "for."
             ),
         ),
         (

@@ -274,3 +274,49 @@ def test_files_that_cannot_be_gated(content: str | None, why: str, tmp_path: Pat
     with pytest.raises(QsensError) as error:
         assign(ConfigRequest(str(path), strict=False), NET)
     assert why in str(error.value)
+
+
+SMOOTHED = """\
+import torch
+from pytest_qsens import ModelSpec
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(16)
+        self.up = torch.nn.Linear(16, 32)
+        self.down = torch.nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(self.up(self.norm(x)).relu())
+
+def spec():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net().eval()
+    batch = {"x": torch.linspace(-1, 2, 64).reshape(4, 16) ** 3}
+    return ModelSpec(net, [batch], [batch], lambda output, _: output)
+"""
+
+RECIPE = """\
+quant_stage:
+  quant_modifiers:
+    SmoothQuantModifier: {smoothing_strength: 0.8, mappings: [[[up], norm]]}
+    QuantizationModifier: {targets: [Linear], scheme: W8A8}
+"""
+
+
+def test_a_recipe_that_smooths(pytester: pytest.Pytester) -> None:
+    """Layers that a mapping smooths by the modules of the model, which are no ops, are measured so."""
+    pytester.makepyfile(smoothed=SMOOTHED)
+    path = pytester.path / "quant.yaml"
+    path.write_text(RECIPE)
+    options = ("--qsens-model", "smoothed:spec", "--qsens-config", "quant.yaml")
+    result = pytester.runpytest_inprocess(*options, "--snapshot-update", "--qsens-json", "out.json")
+    result.assert_outcomes(passed=3)
+    schemes = {op["op"]: op["scheme"] for op in result_file(pytester)["ops"]}
+    assert schemes == {"up": "w8a8_dynamic_smoothquant0.8_range", "down": "w8a8_dynamic"}
+    path.write_text(RECIPE.replace("norm]", "norm9]"))
+    result = pytester.runpytest_inprocess(*options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*cannot be applied by llm-compressor to Net: there is up, and nothing that 'norm9'*"])

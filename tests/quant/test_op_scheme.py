@@ -63,7 +63,9 @@ ACTIVATIONS = st.builds(
     KNOWN,
     MODES,
 )
-SMOOTHING = st.builds(SmoothQuant, st.sampled_from([0, 0.5, 1]) | st.floats(0, 1), st.booleans())
+SMOOTHING = st.builds(
+    SmoothQuant, st.sampled_from([0, 0.5, 1]) | st.floats(0, 1), st.booleans(), st.sampled_from(["magnitude", "range"])
+)
 OP_SCHEMES = st.builds(
     OpScheme, st.none() | WEIGHTS, st.none() | ACTIVATIONS, st.booleans(), st.none() | st.none() | SMOOTHING
 ).filter(lambda scheme: replace(scheme, smoothing=None) != OpScheme(None))
