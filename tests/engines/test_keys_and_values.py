@@ -294,6 +294,7 @@ def test_processes_share_what_calibration_has_seen(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(engine_setup, "prepare", refuse)
     second = calibrated("llama", "kv_fp8_head", "delta", artifact=artifact(tmp_path))
     assert [r.isolated for r in scores(first, "llama")] == [r.isolated for r in scores(second, "llama")]
+    assert [(r.kv_values, r.kv_heads) for r in scores(second, "llama")] == [(32, 2)] * 4
     assert first.total().isolated == second.total().isolated
 
 

@@ -134,16 +134,15 @@ def test_the_page_shows_what_is_measured(path: Path) -> None:
     """The numbers of the page, but for what machines differ by, and its first sentences."""
     found = inspected(path, ":k", *MODEL)
     page = PAGE.read_text()
-    assert verdict(found) in " ".join(page.split())
+    told, text = (re.sub(r"[\d.]+", "#", words) for words in (verdict(found), " ".join(page.split())))
+    assert told in text
     shown = dict(re.findall(r"^ +(attn_\w+) +\S+ +(\S+) x ", page, re.MULTILINE))
     factors = {other.scheme: other.factor for other in found.alternatives if other.scheme in shown}
     assert len(factors) == 5
     assert {name: float(shown[name]) for name in factors} == pytest.approx(factors, rel=0.05)
     heads = re.findall(r"^ +\d +(\S+) +(\S+) %$", page, re.MULTILINE)
-    expected = [(head.largest, 100 * head.error) for head in found.heads]
-    assert [float(one) for row in heads for one in row] == pytest.approx(
-        [one for row in expected for one in row], rel=0.05
-    )
+    assert [float(largest) for largest, _ in heads] == pytest.approx([head.largest for head in found.heads], rel=0.05)
+    assert [float(error) for _, error in heads] == pytest.approx([100 * head.error for head in found.heads], rel=0.05)
 
 
 @pytest.mark.parametrize(
