@@ -330,8 +330,13 @@ def test_ops_and_assignment_must_fit() -> None:
     for assignment, ops, message in [
         ({"a": scheme}, [], "'a', which is no op"),
         ({}, [Op("a", "linear")], "'a' is given no scheme"),
-        ({"a": scheme, "a:qk": scheme}, [Op("a", "linear"), Op("a:qk", "qk")], r"a:qk \(qk\): no format can say"),
-        ({"a:qk": None}, [Op("a:qk", "qk")], "there is no op with a weight"),
+        (
+            {"a": scheme, "a:grouped_mm": scheme},
+            [Op("a", "linear"), Op("a:grouped_mm", "grouped_mm")],
+            r"a:grouped_mm \(grouped_mm\): no format can say",
+        ),
+        ({"a:qk": scheme}, [Op("a:qk", "qk")], r"a:qk \(qk\): qsens cannot say 'w8a8'"),
+        ({"a:grouped_mm": None}, [Op("a:grouped_mm", "grouped_mm")], "there is no op with a weight"),
     ]:
         with pytest.raises(QsensError, match=message):
             write_config(assignment, ops)
