@@ -14,6 +14,7 @@ from pytest_qsens.ops import Op, matches
 from pytest_qsens.plans import caches
 from pytest_qsens.plans.bits import cache_bits, scheme_bits
 from pytest_qsens.plans.problem import Candidate, Problem, Unit, own_error
+from pytest_qsens.quant.op_scheme import parse
 from pytest_qsens.result_files import load
 from pytest_qsens.same_run import SAME_MODEL, difference, difference_of_ops, machine_difference
 
@@ -119,6 +120,12 @@ def _file(path: Path) -> _File:
         raise QsensError(
             f"{path} is a result of the config {result.run.scheme}, whose ops have schemes of their own. Plans are "
             "made of results of --qsens-scheme, a file for each scheme"
+        )
+    parts = parse(result.run.scheme)
+    if parts is not None and parts.products is not None:
+        raise QsensError(
+            f"{path} is a result of scheme {result.run.scheme}, of products of two activations. Plans are of layers, or "
+            "of keys and values: their budgets are of what is stored"
         )
     if caches.is_of_cache(result.run.scheme):
         entries = caches.entries_of(result.ops)

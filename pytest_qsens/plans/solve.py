@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _SLACK = 1e-9
 """Relative: sums of gains in another order differ by less."""
 
+_ABOVE_GAP = 1e3
+"""Factor of objectives of size 1: HiGHS ends within 1e-6 of the best, whatever relative gap it is given."""
+
 _SMALL = 1e-3
 """HiGHS stops at differences of 1e-6: an optimum below this is found again in units of its own size."""
 
@@ -138,7 +141,7 @@ def _one_each(problem: Problem) -> sparse.csr_array:
 def _solved(costs: Floats, constraint: LinearConstraint, able: Chosen) -> Chosen:
     with _silence():
         result = milp(
-            costs,
+            costs * _ABOVE_GAP,
             constraints=constraint,
             integrality=np.ones(len(costs)),
             bounds=Bounds(0, able.astype(float)),

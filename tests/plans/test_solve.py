@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_qsens import QsensError
@@ -24,6 +24,7 @@ def one_each(problem: Problem, chosen: np.ndarray) -> bool:
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), schemes=st.integers(1, 3), share=st.floats(0, 1))
+@example(seed=214, schemes=2, share=0.5625)  # two plans whose sums differ by less than HiGHS' absolute gap
 def test_the_lowest_sum(seed: int, schemes: int, share: float) -> None:
     """Of all plans that save enough none has a lower sum of errors, however small that is beside the others."""
     problem = random_problem(seed, 5, schemes)
