@@ -125,7 +125,7 @@ def _objects() -> list[object]:
     return [*PRODUCTS, *([] if flex is None else [flex.flex_attention])]
 
 
-def _methods(cls: type[nn.Module]) -> list[Callable[..., Any]]:
+def _methods(cls: type[nn.Module]) -> list[Any]:
     """Methods of a class, but for those of torch and of transformers' models as a whole."""
     shared = {nn.Module, object}
     modeling = sys.modules.get("transformers.modeling_utils")

@@ -56,8 +56,8 @@ class AttentionWatch(TorchFunctionMode):
         self._known = {name.rpartition(":")[0] for name in states}
         self._known |= {name for name, module in model.named_modules() if _stores_nothing(type(module))}
         self._parameters = {id(parameter) for parameter in model.parameters()}
-        self._scores: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call] # torch's
-        self._shares: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+        self._scores: Any = WeakTensorKeyDictionary()
+        self._shares: Any = WeakTensorKeyDictionary()
         self._entered = ExitStack()
         self.found: dict[str, str] = {}
 
