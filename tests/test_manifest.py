@@ -113,7 +113,7 @@ def test_another_version_is_another_list(tmp_path: Path, monkeypatch: pytest.Mon
         f'{{"schema": 1, "sum": "{digest([["a"]])}", "ops": [["a"]]}}',
         f'{{"schema": 1, "sum": "{digest(3)}", "ops": 3}}',
         f'{{"schema": 1, "sum": "{digest([["a", "linear"]])}", "ops": [["b", "linear"]]}}',
-        f'{{"schema": 4, "sum": "{digest([["a", "linear"]])}", "ops": [["a", "linear"]]}}',
+        f'{{"schema": 5, "sum": "{digest([["a", "linear"]])}", "ops": [["a", "linear"]]}}',
     ],
 )
 def test_a_damaged_file_is_replaced(content: str, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_nothing_but_the_list_is_left_behind(tmp_path: Path) -> None:
     load_manifest(small(), tmp_path)
     [file] = [path for path in tmp_path.rglob("*") if path.is_file()]
     ops = [["0", "conv2d", [], 12, None], ["2", "linear", [], 8, 4]]
-    assert json.loads(file.read_text()) == {"schema": 4, "sum": digest(ops), "ops": ops}
+    assert json.loads(file.read_text()) == {"schema": 5, "sum": digest(ops), "ops": ops}
 
 
 @pytest.mark.parametrize(
