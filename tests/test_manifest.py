@@ -113,7 +113,7 @@ def test_another_version_is_another_list(tmp_path: Path, monkeypatch: pytest.Mon
         f'{{"schema": 1, "sum": "{digest([["a"]])}", "ops": [["a"]]}}',
         f'{{"schema": 1, "sum": "{digest(3)}", "ops": 3}}',
         f'{{"schema": 1, "sum": "{digest([["a", "linear"]])}", "ops": [["b", "linear"]]}}',
-        f'{{"schema": 4, "sum": "{digest([["a", "linear"]])}", "ops": [["a", "linear"]]}}',
+        f'{{"schema": 5, "sum": "{digest([["a", "linear"]])}", "ops": [["a", "linear"]]}}',
     ],
 )
 def test_a_damaged_file_is_replaced(content: str, tmp_path: Path) -> None:
