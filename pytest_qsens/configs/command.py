@@ -15,7 +15,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.manifest import load_manifest, load_tree
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
-from pytest_qsens.ops import STATES, WEIGHTLESS, Op
+from pytest_qsens.ops import PRODUCTS, STATES, Op
 from pytest_qsens.quant.op_scheme import OpScheme, Unknown
 from pytest_qsens.result_files import load
 from pytest_qsens.wording import count
@@ -62,19 +62,23 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
 
 
 def _check_states(config: Config, decisions: Sequence[Decision], result: Path) -> None:
-    """Refuse to leave out what a config says of keys and values, which results of layers do not list.
+    """Refuse to leave out what a config says of keys and values, or products, which results of layers do not list.
 
     Raises:
         QsensError: If it says something of them, and there are none.
 
     """
-    if any(decision.op.type in STATES for decision in decisions):
-        return
+    listed = {decision.op.type for decision in decisions}
     for rule in config.rules:
         scheme = rule.scheme
-        if isinstance(scheme, OpScheme) and scheme.cache is not None:
+        if not isinstance(scheme, OpScheme) or scheme.of_layers:
+            continue
+        types, what = STATES, "keys and values of attention"
+        if scheme.products is not None:
+            types, what = PRODUCTS, "products of two activations"
+        if listed.isdisjoint(types):
             raise QsensError(
-                f"{rule.where}: {rule.label!r} quantizes keys and values of attention as {scheme.name}, and "
+                f"{rule.where}: {rule.label!r} quantizes {what} as {scheme.name}, and "
                 f"{result} lists none, so they would be missing in what is written. Give --model, or the result of a "
                 "run that measured them."
             )
@@ -106,8 +110,12 @@ def _ops(given: Namespace) -> tuple[Sequence[Op], Callable[[], ModuleTree] | Non
                 f"{given.ops_from}: it is of groups of ops (granularity {result.run.granularity!r}), and a config is "
                 "of ops. Give --model, or a result of single ops."
             )
-        # recurrent layers, and products that are no matrix products, are quantized by no format
-        ops = [Op(op.op, op.type) for op in result.ops if op.type in (*CLASS_OF, *WEIGHTLESS)]
+        # no format is of recurrent layers; products that were not measured may have other names when they are
+        ops = [
+            Op(op.op, op.type)
+            for op in result.ops
+            if op.type in (*CLASS_OF, *STATES) or (op.type in PRODUCTS and op.weights is not None)
+        ]
         if not ops:
             raise QsensError(
                 f"{given.ops_from}: there is no op with a weight in it. Give the result of a run that has some."

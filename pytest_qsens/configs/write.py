@@ -117,8 +117,8 @@ def write_config(
         assignment: Name of an op → its scheme, ``None`` for one that is not quantized; one entry for every op. What
             the name of a group is given holds for each of its members. A scheme that is simulated for embeddings is
             `simulated.EMBEDDING`, not the scheme of other ops.
-        ops: Of the model: all of them, since a file may speak of the rest as one. Those with two activations and
-            recurrent ones are quantized by no tool; they are left out, and must be given ``None``.
+        ops: Of the model: all of them, since a file may speak of the rest as one. Recurrent
+            ones and grouped products are quantized by no tool; they are left out, and must be given ``None``.
         target: What to write, one of `TARGETS`.
         syntax: One of the target's syntaxes; its usual one if none is given.
         tree: Lists all modules of the model, which llm-compressor needs to smooth.
@@ -187,14 +187,15 @@ def _assigned(assignment: Mapping[str, OpScheme | None], ops: Sequence[Op]) -> l
             one = Assigned(member, assignment[op.name])
             if member.name in found:
                 raise QsensError(f"{member.name!r} is there twice among the ops.")
-            if member.type in (*CLASS_OF, *WEIGHTLESS):
+            of_others = one.scheme is not None and one.scheme.products is None
+            if member.type in (*CLASS_OF, *WEIGHTLESS) and not (member.type in PRODUCTS and of_others):
                 found[member.name] = one
             elif one.scheme is not None:
                 raise QsensError(
                     f"{member.name} ({member.type}): no format can say {one.scheme.name!r} of an op without a weight "
                     "of its own, or of a recurrent one. Leave it unquantized."
                 )
-    if not found:
+    if all(one.op.type in PRODUCTS and one.scheme is None for one in found.values()):
         raise QsensError("there is no op with a weight. Nothing would be said in a config.")
     return [*found.values()]
 

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qsens import QsensError
+from pytest_qsens.cli import main
 from pytest_qsens.configs.read import read_config
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.write import TARGETS, write_config
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, named
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
+from pytest_qsens.results import write as dump
 from tests.configs.ops import complaints, says, write
 from tests.configs.test_keys_and_values import follows_schema
 
@@ -102,3 +105,17 @@ def test_quantizers_of_modelopt_are_of_none(enable: bool, tmp_path: Path) -> Non
     config = read_config(path, None)
     assert [config.decide(op).scheme for op in OPS if op.name in PRODUCTS] == [None] * 4
     assert config.decide(OPS[0]).scheme is not None
+
+
+def test_results_that_list_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said of products would be missing; those that nothing measured may be called otherwise when they are."""
+    ops = [OpResult(op.name, op.type, "a", "unquantizable", "why") for op in OPS if op.name in PRODUCTS]
+    measured = {"nmse": 0.1, "sse": 1.0, "mse": 0.1, "sqnr_db": 10.0}
+    layer = OpResult("a.q_proj", "linear", "a", "measured", isolated=measured, weights=64)
+    config = write(tmp_path / "a.json", {"schema": 1, "rules": [{"ops": "*:qk", "scheme": "bmm_fp8"}]})
+    result = tmp_path / "out.json"
+    total = OpResult("total", "total", "", "measured", isolated=measured)
+    dump(result, RunResult(RunInfo("m", "w8a8", "delta", "isolated", {}, Cost(1.0)), (layer, *ops), total))
+    out = ["--to", "qsens", "--out", str(tmp_path / "b.json")]
+    assert main(["config", str(config), "--ops-from", str(result), *out]) == 4
+    assert "quantizes products of two activations as bmm_fp8, and" in capsys.readouterr().err
