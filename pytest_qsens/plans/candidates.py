@@ -124,8 +124,8 @@ def _file(path: Path) -> _File:
     parts = parse(result.run.scheme)
     if parts is not None and parts.products is not None:
         raise QsensError(
-            f"{path} is a result of scheme {result.run.scheme}, of products of two activations. Plans are of layers, or "
-            "of keys and values: their budgets are of what is stored"
+            f"{path} is a result of scheme {result.run.scheme}, of products of two activations. Plans are of layers, "
+            "or of keys and values: their budgets are of what is stored"
         )
     if caches.is_of_cache(result.run.scheme):
         entries = caches.entries_of(result.ops)

@@ -13,8 +13,8 @@ from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.write import TARGETS, write_config
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, named
+from pytest_qsens.result_files import write as dump
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
-from pytest_qsens.results import write as dump
 from tests.configs.ops import complaints, says, write
 from tests.configs.test_keys_and_values import follows_schema
 

@@ -335,7 +335,7 @@ def test_ops_and_assignment_must_fit() -> None:
             [Op("a", "linear"), Op("a:grouped_mm", "grouped_mm")],
             r"a:grouped_mm \(grouped_mm\): no format can say",
         ),
-        ({"a:qk": scheme}, [Op("a:qk", "qk")], r"a:qk \(qk\): qsens cannot say 'w8a8'"),
+        ({"a:qk": scheme}, [Op("a:qk", "qk")], r"a:qk \(qk\): no format can say 'w8a8'"),
         ({"a:grouped_mm": None}, [Op("a:grouped_mm", "grouped_mm")], "there is no op with a weight"),
     ]:
         with pytest.raises(QsensError, match=message):

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
-from pytest_qsens import QsensError
-from pytest_qsens import calibrated as calibrated_module
+from pytest_qsens import QsensError, engine_setup
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.engines.availability import check_engine
 from pytest_qsens.engines.delta import tolerance
@@ -326,7 +325,7 @@ def test_processes_share_what_calibration_has_seen(tmp_path: Path, monkeypatch: 
     spec = ModelSpec(spec.model, *([{"input": torch.randn(2, 6, 32)}] for _ in range(2)), lambda out, _: out)  # type: ignore[arg-type] # lists
     ops = list_products(spec.model)
     first = calibrate(spec, ops, "bmm_int8_asym", engine="delta", artifact=artifact(tmp_path))
-    monkeypatch.setattr(calibrated_module, "prepare", refuse)
+    monkeypatch.setattr(engine_setup, "prepare", refuse)
     second = calibrate(spec, ops, "bmm_int8_asym", engine="delta", artifact=artifact(tmp_path))
     assert [first.score(op, MODES[:1]).isolated for op in ops] == [second.score(op, MODES[:1]).isolated for op in ops]
     assert first.total().isolated == second.total().isolated
