@@ -21,7 +21,7 @@ from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ready
 from pytest_qsens.noise import SEEDS, distinguishable, spread
-from pytest_qsens.op_results import measured_result, some, told, without_score
+from pytest_qsens.op_results import NAMED, measured_result, told, without_score
 from pytest_qsens.ops import CACHED, TOTAL, Op
 from pytest_qsens.preparation import digest
 from pytest_qsens.quant.assignment import Assignment
@@ -31,6 +31,7 @@ from pytest_qsens.reference import Reference
 from pytest_qsens.results import WITHOUT, OpResult
 from pytest_qsens.samples import Sums
 from pytest_qsens.threads import reproducible_sums
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,7 @@ class CalibratedModel:
         without = self._assignment.unsimulated
         told = None
         if without:
-            told = f"without {some(without)}, whose schemes cannot be simulated"
+            told = f"without {first_of(without, NAMED)}, whose schemes cannot be simulated"
         return "; ".join(filter(None, (self._engine.note, told))) or None
 
     @contextmanager

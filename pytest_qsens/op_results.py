@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qsens.results import IDENTICAL, OpResult
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from pytest_qsens.ops import Op
     from pytest_qsens.results import Mode, Scores, Status
 
-_NAMED = 3
-"""Members of a group that are named for one reason."""
+NAMED = 3
+"""Ops that are named for one reason."""
 
 
 def without_score(op: Op, status: Status, *, reason: str) -> OpResult:
@@ -58,9 +59,4 @@ def told(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
     by_reason: dict[tuple[Status, str], list[str]] = {}
     for name, why in without.items():
         by_reason.setdefault(why, []).append(name)
-    return ", ".join(f"{some(names)} ({status}: {reason})" for (status, reason), names in by_reason.items())
-
-
-def some(names: Sequence[str]) -> str:
-    """Name the first of several ops, and count the others."""
-    return f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)}"
+    return ", ".join(f"{first_of(names, NAMED)} ({status}: {reason})" for (status, reason), names in by_reason.items())

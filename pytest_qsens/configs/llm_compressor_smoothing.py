@@ -19,6 +19,7 @@ from pytest_qsens.files import typed
 from pytest_qsens.groups import grouped
 from pytest_qsens.ops import Op
 from pytest_qsens.quant.op_scheme import SmoothQuant
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -204,8 +205,7 @@ def _take(
             continue
         untold.setdefault(why, []).extend(balance)
     for why, names in untold.items():
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        what = f"{', '.join(names[:2])}{more}: smoothed in a way that is not simulated, so it is left out: {why}"
+        what = f"{first_of(names, 2)}: smoothed in a way that is not simulated, so it is left out: {why}"
         problems.append(Problem(smoother.where, what, tuple(names)))
 
 

@@ -17,6 +17,7 @@ from pytest_qsens.configs.rules import Problem
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import typed
 from pytest_qsens.quant.op_scheme import OpScheme, SmoothQuant, Unknown, parse
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -58,9 +59,8 @@ class Smoothed:
         names = tuple(op for op, scheme in decided if scheme is not None and op not in self.alpha)
         if not names:
             return []
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         what = (
-            f"{', '.join(names[:2])}{more}: quantized, not named in 'alpha', and not smoothed here. Neural Compressor "
+            f"{first_of(names, 2)}: quantized, not named in 'alpha', and not smoothed here. Neural Compressor "
             "gives them the strength of the first layer that reads the same tensor, or fails. Name all layers"
         )
         return [Problem(self.where, what, names)]

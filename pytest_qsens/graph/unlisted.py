@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytest_qsens.graph.attention import SDPA, origin
 from pytest_qsens.graph.scopes import ModuleScopes
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -125,9 +126,8 @@ def told(found: Mapping[str, str]) -> list[str]:
     ):
         names = [name or "the model itself" for name, one in found.items() if one == kind]
         if names:
-            shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
             sentences.append(
-                f"{how} {shown}{f' and {more} more' if more > 0 else ''}, whose keys and values are not among the ops "
-                f"and stay as they are. To have them measured, {step}."
+                f"{how} {first_of(names, _SHOWN)}, whose keys and values are not among the ops and stay as they are. "
+                f"To have them measured, {step}."
             )
     return sentences

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.groups import Fused
 from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.op_scheme import parse
+from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -77,8 +78,7 @@ def notes(units: Sequence[Unit], candidates: Sequence[Candidate], schemes: Colle
     able = {candidate.unit for candidate in candidates}
     unknown = [unit.name for place, unit in enumerate(units) if unit.values is None and place not in able]
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        yield f"bits are without {unknown[0]}{more}, whose size the result files do not tell"
+        yield f"bits are without {first_of(unknown, 1)}, whose size the result files do not tell"
 
 
 def _types(entry: OpResult) -> set[str]:
