@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_qsens.samples import Rows
     from pytest_qsens.sketches import Sketcher
 
-_NOT_FINITE = "the output holds NaN or infinite values"
+NOT_FINITE = "the output holds NaN or infinite values"
 
 
 class Size(NamedTuple):
@@ -71,7 +71,7 @@ class Reference:
     def related(self, score: Score) -> Scores | str:
         """Put what was summed in relation to the reference; why that cannot be done, if it cannot."""
         found = score.related(*self.size)
-        return _NOT_FINITE if found is None else found | dict(self._engine.reported)
+        return NOT_FINITE if found is None else found | dict(self._engine.reported)
 
     def summed(self, outputs: Iterator[Tensor], *, sketching: bool = False) -> Score | str:
         """Compare what an engine computes with the reference; why that cannot be done, if it cannot."""

@@ -11,6 +11,7 @@ from pytest_qsens.inspection.found import Flip
 from pytest_qsens.inspection.positions import has_pixels, real_rows, row_energies, row_errors, sites_of, whole_shape
 from pytest_qsens.metrics import Score, energies
 from pytest_qsens.quant.simulate import Simulator
+from pytest_qsens.reference import NOT_FINITE
 from pytest_qsens.samples import rows_of
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     Flipped = Callable[[Call], Tensor]
     """What an op gives for a call when it is quantized in some way: fp32, of the unquantized output's shape."""
-
-NOT_FINITE = "the output holds NaN or infinite values"
 
 
 class Switch(Simulator):

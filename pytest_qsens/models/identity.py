@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pytest_qsens.models.checkpoint import PICKLED_INDEX, SAFE_INDEX
+from pytest_qsens.models.weights import HEADER_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,9 +21,6 @@ _PARTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".
 _TEMPLATES = "additional_chat_templates"
 _RESULT = b'{\n  "schema": '
 """How result files and snapshots of ours begin, which may lie there if pytest runs in the checkpoint's directory."""
-
-_HEADER_LIMIT = 100_000_000
-"""Bytes that safetensors allows for a header."""
 
 
 def checkpoint_identity(directory: Path, *, hash_weights: bool = False) -> str | None:
@@ -72,5 +70,5 @@ def _state(path: Path) -> bytes:
     header = b""
     if path.name.endswith(".safetensors"):
         with path.open("rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_LIMIT))
+            header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} ".encode() + header

@@ -16,7 +16,7 @@ _ENDS = 64 * 1024
 _BLOCK = 4 * 1024
 _BLOCKS = 64
 """Blocks that count in between, at equal distances: 64 seeks, however large the file is."""
-_HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000
 """Bytes that safetensors allows for a header."""
 
 
@@ -56,7 +56,7 @@ def _samples(path: Path) -> Iterator[bytes]:
             yield file.read()
             return
         if path.suffix == ".safetensors":
-            yield file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_LIMIT))
+            yield file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
         places = [(0, _ENDS), (size - _ENDS, _ENDS)]
         places += [(step * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for step in range(_BLOCKS)]
         for start, length in places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qsens.compare import FEWEST
 from pytest_qsens.errors import QsensError
 from pytest_qsens.models.arguments import check_same
 from pytest_qsens.result_files import load
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from pytest_qsens.models.source import ModelSource
     from pytest_qsens.ops import Op
     from pytest_qsens.results import OpResult, RunInfo
-
-FEWEST = 3
-"""Two ops are either in the same order or not: a correlation says nothing."""
 
 _NAMES_SHOWN = 3
 

@@ -14,7 +14,8 @@ LETTERS = "123456789"
 """Where a terminal has no blocks."""
 
 _ROWS = 24
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+"""The number of a block in the name of an op."""
 
 
 def strip(scores: Mapping[str, float], width: int, marks: Sequence[str], metric: str = "nmse") -> Iterator[str]:
@@ -57,7 +58,7 @@ def _rows(scores: Mapping[str, float]) -> dict[str, dict[int, float]]:
     """Put ops that differ in their first index alone into one row: name with a star → index → score."""
     found: dict[str, dict[int, float]] = {}
     for op, value in scores.items():
-        match = _INDEX.search(op)
+        match = INDEX.search(op)
         if match is not None:
             name = f"{op[: match.start()]}*{op[match.end() :]}"
             found.setdefault(name, {})[int(match[0])] = value

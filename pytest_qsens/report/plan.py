@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from pytest_qsens.inspection.found import NAMES
 from pytest_qsens.interactions import relative_error
 from pytest_qsens.wording import first_of
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from pytest_qsens.plans.command import Plan, Plans
     from pytest_qsens.plans.problem import Problem
-
-_KINDS = {"q": "queries", "k": "keys", "v": "values"}
 
 _LISTED = 20
 """Ops or groups that are listed by name."""
@@ -72,7 +71,7 @@ def _by_kind(problem: Problem, plan: Plan) -> Iterator[str]:
     """Tell keys from values: they differ in what they bear."""
     assignment = problem.assignment(plan.chosen)
     kinds = {op: kind for unit in problem.units for op, kind in zip(unit.ops, unit.types, strict=True)}
-    for kind, name in _KINDS.items():
+    for kind, name in NAMES.items():
         schemes = Counter(assignment[op] for op, its in kinds.items() if its == kind)
         if schemes:
             told = [

@@ -6,11 +6,11 @@ Vega-Lite: A. Satyanarayan et al., "Vega-Lite: A Grammar of Interactive Graphics
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qsens.report.heat import INDEX
 from pytest_qsens.report.measures import name_of, score
 from pytest_qsens.results import lost_in_noise
 from pytest_qsens.wording import count
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _TOWERS = 6
 _ROWS = 48
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 
 Spec = dict[str, Any]
@@ -49,9 +48,9 @@ def heat_maps(report: Report) -> list[Chart]:
         return []
     stacks: dict[str, dict[tuple[str, int], list[OpResult]]] = defaultdict(lambda: defaultdict(list))
     for op in report.result.ops:
-        match = _INDEX.search(op.op)
+        match = INDEX.search(op.op)
         if match is not None and score(op, measure) is not None:
-            kind = _INDEX.sub("#", op.op[match.end() :].lstrip(".:")) or op.type
+            kind = INDEX.sub("#", op.op[match.end() :].lstrip(".:")) or op.type
             stacks[op.op[: match.start()].rstrip(".")][kind, int(match[0])].append(op)
     drawn = {name: cells for name, cells in stacks.items() if len({block for _, block in cells}) > 1}
     values = [value for op in report.result.ops if (value := score(op, measure)) is not None and value > 0]
