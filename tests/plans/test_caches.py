@@ -14,7 +14,8 @@ from pytest_qsens.configs.decisions import decide, scheme_name
 from pytest_qsens.configs.read import read_config
 from pytest_qsens.ops import Op
 from pytest_qsens.plans.bits import cache_bits
-from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult, write
+from pytest_qsens.result_files import write
+from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
