@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _MISSING = {
     "keys and values": "keys and values of attention, and {} has no module that takes a cache and calls transformers' "
     "attention interface or torch's scaled_dot_product_attention. If it multiplies queries, keys and values by hand, "
-    "call torch.nn.functional.scaled_dot_product_attention instead; for its layers, choose another scheme, as w8a8",
+    "call torch.nn.functional.scaled_dot_product_attention instead; for its layers, choose another scheme, such as "
+    "w8a8",
     "products": "products of two activations, and {} has no module that attends or whose forward names "
     "matmul, bmm, mm or baddbmm, or uses @",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,14 @@ def test_nothing_heavy_is_imported(pytester: pytest.Pytester, args: Sequence[str
         assert "qsens" not in "\n".join(
             line for line in result.outlines if not line.startswith(("plugins:", "rootdir:"))
         )
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["--markers"], ["--fixtures"]])
+def test_what_only_prints_imports_nothing_heavy(pytester: pytest.Pytester, args: Sequence[str]) -> None:
+    """All options are declared, and their help is written, without torch."""
+    script = "import sys, pytest; code = pytest.main(sys.argv[1:]); sys.exit(code + 50 * ('torch' in sys.modules))"
+    result = pytester.run(sys.executable, "-c", script, *args)
+    assert result.ret == pytest.ExitCode.OK
 
 
 def test_a_run_without_us_is_as_without_the_plugin(pytester: pytest.Pytester) -> None:
