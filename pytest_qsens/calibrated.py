@@ -14,14 +14,14 @@ import torch
 from pytest_qsens import profile
 from pytest_qsens.engine_setup import Setup
 from pytest_qsens.engines.availability import KERNEL_ENGINES, check_added, check_engine, check_group, check_products
+from pytest_qsens.graph import unlisted
 from pytest_qsens.graph.narrow import mapped_bytes
-from pytest_qsens.graph.unlisted import told as told_attention
 from pytest_qsens.interactions import encode
 from pytest_qsens.memory import default_memory
 from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ready
 from pytest_qsens.noise import SEEDS, distinguishable, spread
-from pytest_qsens.op_results import NAMED, measured_result, told, without_score
+from pytest_qsens.op_results import NAMED, measured_result, why_left_out, without_score
 from pytest_qsens.ops import CACHED, TOTAL, Op
 from pytest_qsens.preparation import digest
 from pytest_qsens.quant.assignment import Assignment
@@ -118,7 +118,7 @@ class CalibratedModel:
     @property
     def unlisted_attention(self) -> list[str]:
         """Sentences about attention that ran in modules whose keys and values are no ops, if some are quantized."""
-        return told_attention(self._calibration.attending)
+        return unlisted.told(self._calibration.attending)
 
     def score(self, op: Op, modes: Sequence[Mode]) -> OpResult:
         """Measure one op, or group, in each of the modes; one that has no score says why.
@@ -154,7 +154,8 @@ class CalibratedModel:
         note = "; ".join(dict.fromkeys(filter(None, notes))) or None
         result = measured_result(op, measured, failures, note, time.perf_counter() - start)
         if without := self.reach.left_out(op):
-            result = replace(result, reason="; ".join(filter(None, (result.reason, f"{WITHOUT}{told(op, without)}"))))
+            left_out = f"{WITHOUT}{why_left_out(op, without)}"
+            result = replace(result, reason="; ".join(filter(None, (result.reason, left_out))))
         result = replace(result, sketch=self._sketches.pop(unit, None))
         size = self._reference.size.energy
         intervals = {mode: (found["sse"].low / size, found["sse"].high / size) for mode, found in estimates.items()}
@@ -196,10 +197,8 @@ class CalibratedModel:
     def _note(self) -> str | None:
         """What has to be said of every score with everything else quantized, if something has."""
         without = self._assignment.unsimulated
-        told = None
-        if without:
-            told = f"without {first_of(without, NAMED)}, whose schemes cannot be simulated"
-        return "; ".join(filter(None, (self._engine.note, told))) or None
+        left_out = f"without {first_of(without, NAMED)}, whose schemes cannot be simulated" if without else None
+        return "; ".join(filter(None, (self._engine.note, left_out))) or None
 
     @contextmanager
     def _profiled(self, phase: Phase) -> Iterator[None]:

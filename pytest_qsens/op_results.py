@@ -51,7 +51,7 @@ def measured_result(
     )
 
 
-def told(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
+def why_left_out(op: Op, without: Mapping[str, tuple[Status, str]]) -> str:
     """Say why an op was not measured, or which members of a group were not, and why."""
     if not op.members:
         _, reason = without[op.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qsens.op_results import told, without_score
+from pytest_qsens.op_results import why_left_out, without_score
 
 if TYPE_CHECKING:
     from pytest_qsens.engines import Engine, Unit
@@ -35,8 +35,9 @@ class Reach:
             return None
         without = self.left_out(op)
         statuses = {status for status, _ in without.values()}
-        gravest: tuple[Status, ...] = ("unexercised", "unquantizable", "unquantized")
-        return without_score(op, next(status for status in gravest if status in statuses), reason=told(op, without))
+        order: tuple[Status, ...] = ("unexercised", "unquantizable", "unquantized")
+        gravest = next(status for status in order if status in statuses)
+        return without_score(op, gravest, reason=why_left_out(op, without))
 
     def left_out(self, op: Op) -> dict[str, tuple[Status, str]]:
         """Members that cannot be measured → why."""
