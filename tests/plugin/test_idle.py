@@ -42,7 +42,7 @@ def test_nothing_heavy_is_imported(pytester: pytest.Pytester, args: Sequence[str
         )
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--markers"], ["--fixtures"]])
+@pytest.mark.parametrize("args", [["--help"], ["--fixtures"]])
 def test_what_only_prints_imports_nothing_heavy(pytester: pytest.Pytester, args: Sequence[str]) -> None:
     """All options are declared, and their help is written, without torch."""
     script = "import sys, pytest; code = pytest.main(sys.argv[1:]); sys.exit(code + 50 * ('torch' in sys.modules))"
