@@ -61,7 +61,7 @@ BAD: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda path: [str(path), OP], "there is no result file"),
     (lambda path: [result(path), OP.replace("qkv", "qvk")], f"(did you mean {OP}?). `qsens show"),
     (lambda path: [result(path), "total"], "'total' is the whole model"),
-    (lambda path: [result(path), "model.visual.blocks.0.attn:qk"], "has no weight (qk: w8a8 does not quantize qk"),
+    (lambda path: [result(path), "model.visual.blocks.0.attn:qk"], "is a product of two activations (qk), and"),
     (lambda path: [result(path, without("unexercised", "never reached")), OP], f"{OP} is unexercised in"),
     (
         lambda path: [result(path, without("unquantizable", "an odd shape")), OP],
