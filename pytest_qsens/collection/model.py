@@ -26,7 +26,7 @@ _MISSING = {
     "attention interface or torch's scaled_dot_product_attention. If it multiplies queries, keys and values by hand, "
     "call torch.nn.functional.scaled_dot_product_attention instead; for its layers, choose another scheme, as w8a8",
     "products": "products of two activations, and {} has no module that attends or whose forward names "
-    "matmul, bmm, mm or baddbmm, or uses @",
+    "matmul, bmm, mm or baddbmm, or uses @. For its layers, choose another scheme, as w8a8",
 }
 """What a scheme is of → what it quantizes, and that a model has none."""
 
