@@ -58,7 +58,9 @@ class SuiteTest(pytest.Function):
         """Report under the suite's name rather than under a path inside of an installed package."""
         return self.config.rootpath / SUITE, 0, self.name  # a line: pytest wants one to report a skipped test
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str | TerminalRepr:
+    def repr_failure(  # type: ignore[override]  # has no style, as that of pytest.Function
+        self, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> str | TerminalRepr:
         """Show what a failed comparison says and nothing else, unless ``--tb`` is given.
 
         Source lines and arguments of the built-in tests are the same for every op, and tell a user nothing.

@@ -112,6 +112,8 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
     if name == TOTAL:
         raise QsensError(f"{TOTAL!r} is the whole model. Give the name of an op; `qsens show {path}` lists them.")
     hint = did_you_mean(name, [*found, *members])
+    if name.endswith(tuple(f":{kind}" for kind in STATES)) and all(op.type not in STATES for op in result.ops):
+        hint = ", nor other keys, values or queries: measure them, for example with --qsens-scheme attn_int8_dynamic"
     raise QsensError(f"{path} has no op {name!r}{hint}. `qsens show {path}` lists its {len(found)} ops.")
 
 
