@@ -1,4 +1,4 @@
-"""The console script ``qsens``: result files, ops, the cache of scores, stand-ins for models, proxies, configs."""
+"""The console script ``qsens``: its commands, and how each ends."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _MISSING = {
     "call torch.nn.functional.scaled_dot_product_attention instead; for its layers, choose another scheme, such as "
     "w8a8",
     "products": "products of two activations, and {} has no module that attends or whose forward names "
-    "matmul, bmm, mm or baddbmm, or uses @",
+    "matmul, bmm, mm or baddbmm, or uses @. For its layers, choose another scheme, as w8a8",
 }
 """What a scheme is of → what it quantizes, and that a model has none."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import pluggy
+    from _pytest._code.code import TerminalRepr
 
     from pytest_qsens.collection.model import Model
     from pytest_qsens.options import Options
@@ -56,6 +57,21 @@ class SuiteTest(pytest.Function):
     def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
         """Report under the suite's name rather than under a path inside of an installed package."""
         return self.config.rootpath / SUITE, 0, self.name  # a line: pytest wants one to report a skipped test
+
+    def repr_failure(  # type: ignore[override]  # has no style, as that of pytest.Function
+        self, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> str | TerminalRepr:
+        """Show what a failed comparison says and nothing else, unless ``--tb`` is given.
+
+        Source lines and arguments of the built-in tests are the same for every op, and tell a user nothing.
+        """
+        shown = super().repr_failure(excinfo)
+        compared = isinstance(excinfo.value, AssertionError) and excinfo.traceback[-1].path == self.path
+        if compared and self.config.getoption("tbstyle") == "auto":
+            for entry in getattr(getattr(shown, "reprtraceback", None), "reprentries", ()):
+                entry.lines = [line for line in entry.lines if line.startswith("E")]  # pytest's mark of what failed
+                entry.reprfuncargs = entry.reprlocals = entry.reprfileloc = None
+        return shown
 
 
 class Suite(pytest.Module):

@@ -263,6 +263,8 @@ def _functional(nodes: list[Node], candidates: set[Node]) -> tuple[tuple[str, st
             continue
         for kind in functional_kinds(node.target):
             name = f"{node.meta.get(OWNER, '')}:{kind}"
+            if kind in ("qk", "pv") and seen[name]:
+                continue  # one of each however often a module attends, as where they are ops
             found.append((f"{name}_{seen[name]}" if seen[name] else name, kind))
             seen[name] += 1
     return tuple(found)

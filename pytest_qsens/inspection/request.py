@@ -71,13 +71,13 @@ def read_request(given: Namespace) -> Request:
     check_output(given.json, path)
     result = load(path)
     op = _find(result, given.op, path)
+    _check_status(op, given.scheme, path)
     scheme = given.scheme or _scheme_of(result.run, op, path)
     scheme_named(scheme, "scheme" if given.scheme is None else "--scheme")
     against = tuple(dict.fromkeys(given.against or usual_alternatives(scheme, op.type)))
     for name in against:
         scheme_named(name, "--against")
     mode = _mode(result.run, op, given.mode, path)
-    _check_status(op, given.scheme, path)
     by_config = result.run.config is not None and not _is_added(op)
     return Request(path, result, given.op, _recorded(result, op, mode, path), scheme, mode, against, by_config)
 
@@ -112,6 +112,8 @@ def _find(result: RunResult, name: str, path: Path) -> OpResult:
     if name == TOTAL:
         raise QsensError(f"{TOTAL!r} is the whole model. Give the name of an op; `qsens show {path}` lists them.")
     hint = did_you_mean(name, [*found, *members])
+    if name.endswith(tuple(f":{kind}" for kind in STATES)) and all(op.type not in STATES for op in result.ops):
+        hint = ", nor other keys, values or queries: measure them, for example with --qsens-scheme attn_int8_dynamic"
     raise QsensError(f"{path} has no op {name!r}{hint}. `qsens show {path}` lists its {len(found)} ops.")
 
 
@@ -159,10 +161,15 @@ def _check_status(op: OpResult, asked: str | None, path: Path) -> None:
             f"{op.op} is unexercised in {path}: {op.reason}. Nothing was measured, so there is nothing to explain. "
             "Measure it with data that reach it (--qsens-calib, --qsens-eval)."
         )
-    functional = op.type in PRODUCTS or (op.weights is None and ":" in op.op and op.type not in STATES)
-    if functional:
-        why = op.reason or "it is a product of activations"
-        raise QsensError(f"{op.op} has no weight ({op.type}: {why}). Give a linear, a convolution or an embedding.")
+    if op.type in PRODUCTS:
+        raise QsensError(
+            f"{op.op} is a product of two activations ({op.type}), and these are not inspected. Give a layer, or keys, "
+            "values or queries of attention."
+        )
+    if op.weights is None and ":" in op.op and op.type not in STATES:
+        raise QsensError(
+            f"{op.op} has no weight ({op.type}: {op.reason}). Give a linear, a convolution or an embedding."
+        )
     if op.status == "unquantizable" and asked is None:
         able = [name for name, scheme in (SCHEMES | CACHE_SCHEMES).items() if scheme.refusal(op.type) is None]
         raise QsensError(

@@ -86,7 +86,7 @@ def compare_proxies(
     parts = scheme_named(scheme, "scheme").parts
     if not parts.of_layers:
         what = "keys and values of attention" if parts.cache is not None else "products of two activations"
-        raise QsensError(f"scheme {scheme!r} quantizes {what}, and proxies are of layers")
+        raise QsensError(f"scheme {scheme!r} quantizes {what}, and proxies are of layers: choose w8a8, or another such")
     source.check()
     ops = layers(load_manifest(source, None))  # proxies are of weights
     exact = None if result is None else read_exact(result, source, scheme, ops)

@@ -217,15 +217,18 @@ def scheme_named(name: str, where: str) -> Scheme:
     if name in every:
         return every[name]
     parts = parse(name)
-    usual = ", ".join(every)
     if parts is None:
         longer = [known for known in every if known.startswith(f"{name}_")]
         near = longer or difflib.get_close_matches(name, every, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise QsensError(f"no {where} {name!r}{hint}. Known: {usual}, and others by the names of docs/configs.md")
+        raise QsensError(
+            f"no {where} {name!r}{hint}. Known: {', '.join(every)}, and others by the names of docs/configs.md"
+        )
     found = simulated(parts)
     if found is None:
-        raise QsensError(f"no {where} {name!r}, which cannot be simulated: {'; '.join(obstacles(parts))}. Try {usual}")
+        alike = SCHEMES if parts.of_layers else CACHE_SCHEMES if parts.cache is not None else PRODUCT_SCHEMES
+        why = "; ".join(obstacles(parts))
+        raise QsensError(f"no {where} {name!r}, which cannot be simulated: {why}. Try {', '.join(alike)}")
     return found
 
 

@@ -165,6 +165,17 @@ def test_graphs_have_what_a_run_in_python_has(name: str, implementation: str) ->
     assert not graph.functional
 
 
+def test_attention_has_the_same_names_where_nothing_quantizes_it() -> None:
+    """A vision tower attends once for each window; its products are one of each, and a part of them is not the rest."""
+    spec = ARCHITECTURES["qwen2_5_vl"].spec()
+    assert isinstance(spec.model, nn.Module)
+    ops = names(spec.model)
+    plain, partly = (capture(spec.model, spec.evaluation[0], spec.output, asked) for asked in ([], ops[::2]))
+    assert sum("scaled_dot_product" in str(node.target) for node in plain.nodes) > len(ops) / 2
+    assert sorted(name for name, _ in plain.functional) == sorted(ops)
+    assert {name for name, _ in partly.functional} | set(ops[::2]) == set(ops)
+
+
 class Sparse(nn.Module):
     """Mixes with a sparse matrix, before it multiplies activations."""
 

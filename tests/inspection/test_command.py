@@ -16,6 +16,7 @@ from pytest_qsens.cli import main
 from pytest_qsens.manifest import load_manifest
 from pytest_qsens.models.resolve import resolve
 from pytest_qsens.models.source import ModelRequest
+from pytest_qsens.ops import layers
 from pytest_qsens.result_files import write
 from pytest_qsens.results import Cost, OpResult, RunInfo, RunResult
 from tests.inspection.harness import printed
@@ -61,7 +62,7 @@ BAD: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda path: [str(path), OP], "there is no result file"),
     (lambda path: [result(path), OP.replace("qkv", "qvk")], f"(did you mean {OP}?). `qsens show"),
     (lambda path: [result(path), "total"], "'total' is the whole model"),
-    (lambda path: [result(path), "model.visual.blocks.0.attn:qk"], "has no weight (qk: w8a8 does not quantize qk"),
+    (lambda path: [result(path), "model.visual.blocks.0.attn:qk"], "is a product of two activations (qk), and"),
     (lambda path: [result(path, without("unexercised", "never reached")), OP], f"{OP} is unexercised in"),
     (
         lambda path: [result(path, without("unquantizable", "an odd shape")), OP],
@@ -101,6 +102,14 @@ BAD: list[tuple[Callable[[Path], list[str]], str]] = [
         "was not written by `qsens inspect`",
     ),
 ]
+
+
+def test_keys_are_in_results_of_their_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result of layers lists none, so no name of it is the one that was meant."""
+    measured = tuple(OpResult(op.name, op.type, op.block, "measured", None, {"nmse": 0.1}) for op in layers(ops()))
+    write(tmp_path / "out.json", RunResult(RunInfo(TINY, "w8a8", "delta", "isolated", {}, Cost(1.0)), measured))
+    assert main(["inspect", str(tmp_path / "out.json"), "model.language_model.layers.0.self_attn:k"]) == 4
+    assert "nor other keys, values or queries: measure them, for example" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[message[:30] for _, message in BAD])

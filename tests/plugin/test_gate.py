@@ -67,6 +67,29 @@ def test_the_life_of_a_snapshot(pytester: pytest.Pytester) -> None:
     assert snapshot_file(pytester).read_bytes() != accepted
 
 
+def test_a_failed_comparison_shows_what_it_says_alone(pytester: pytest.Pytester) -> None:
+    """Source lines of the built-in tests and their arguments are the same for every op; ``--tb`` brings them back."""
+    write_model(pytester)
+    ours = ["*assert qsens_score == snapshot", "*builtin_suite.py*"]
+    result = run(pytester, "--qsens-ops", "head", "-n", "1")
+    result.stdout.fnmatch_lines(["E *no snapshot yet for head in *", "E *isolated nmse *", "E *accept with: pytest *"])
+    for line in (*ours, "qsens_score = *"):
+        result.stdout.no_fnmatch_line(line)
+    run(pytester, "--qsens-ops", "head", "--tb=long").stdout.fnmatch_lines(ours)
+
+    pytester.makepyfile(
+        test_mine="""
+        import pytest
+
+        @pytest.mark.qsens(model="net:spec", ops="head")
+        def test_mine(qsens_score, snapshot):
+            assert qsens_score == snapshot
+        """
+    )
+    mine = pytester.runpytest_inprocess("test_mine.py")
+    mine.stdout.fnmatch_lines([">*assert qsens_score == snapshot", "E *no snapshot yet for *", "test_mine.py:*"])
+
+
 def test_improvements_pass_and_are_recorded_on_update(pytester: pytest.Pytester) -> None:
     """A better score passes, the summary says so, and updating records it."""
     write_model(pytester)

@@ -41,7 +41,10 @@ def test_a_scheme_of_products_has_their_tests(pytester: pytest.Pytester, capsys:
     for command, message in (
         (["plan", "out.json", "--budget-bits", "6", "--out", "p.yaml"], f"{SCHEME}, of products of two activations"),
         (["proxies", "out.json", "--model", "attending:spec"], "quantizes products of two activations, and proxies"),
-        (["inspect", "out.json", "blocks.0:qk", "--model", "attending:spec"], "blocks.0:qk has no weight (qk: it is a"),
+        (
+            ["inspect", "out.json", "blocks.0:qk", "--model", "attending:spec"],
+            "blocks.0:qk is a product of two activations (qk)",
+        ),
     ):
         assert main(command) == 4
         assert message in capsys.readouterr().err

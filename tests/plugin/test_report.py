@@ -120,6 +120,10 @@ def test_configs_and_estimates(pytester: pytest.Pytester) -> None:
     assert lines["blocks.0.up"]["scheme"] == "w8a8_dynamic"
     assert float(lines["head"]["added.loss"]) == next(op.added for op in result.ops if op.op == "head")["loss"]  # type: ignore[index]
     assert "quant.yaml" in (pytester.path / "out" / "report.html").read_text()
+    ranked = re.findall(
+        r"^\| \d+ \| ([\w.]+) \| \w+ \| (.+?) \| ", (pytester.path / "out" / "report.md").read_text(), re.MULTILINE
+    )
+    assert ("blocks.0.up", r"w8a8\_dynamic") in ranked
     assert run(pytester, "--qsens-engine", "probe").ret == 0
     result, headline, lines = report(pytester.path / "out")
     estimated = [op for op in result.ops if op.status == "estimated"]

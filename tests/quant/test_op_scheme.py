@@ -267,6 +267,22 @@ def test_a_scheme_is_known_by_its_name_if_it_is_simulated(scheme: OpScheme) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "tried"), [("wnf4a16", "w8a8"), ("kv_mxint8_dynamic", "kv_fp8"), ("bmm_fp8_dynamic_g32", "bmm_fp8")]
+)
+def test_what_is_tried_instead_is_of_the_same_kind(name: str, tried: str) -> None:
+    """Of layers, keys and values, or products: no scheme of one kind does what one of another does."""
+    with pytest.raises(QsensError, match=r"cannot be simulated: ") as caught:
+        scheme_named(name, "scheme")
+    offered = str(caught.value).rpartition(". Try ")[2].split(", ")
+    assert offered[0] == tried
+    parts, others = parse(name), [parse(other) for other in offered]
+    assert parts is not None
+    for other in others:
+        assert other is not None
+        assert (other.cache is None, other.products is None) == (parts.cache is None, parts.products is None)
+
+
 def test_names_that_are_none() -> None:
     """What was probably meant is told, and where other names come from."""
     with pytest.raises(

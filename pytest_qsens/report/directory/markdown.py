@@ -82,8 +82,9 @@ def _worst(report: Report) -> Iterator[str]:
     yield ""
     yield f"{measure.meaning} Higher is worse; all are in `report.csv`."
     yield ""
-    yield f"| # | op | type | {measure.name} | SQNR | status |"
-    yield "|--:|---|---|--:|--:|---|"
+    schemes = report.result.run.config is not None  # then each op has one of its own
+    yield f"| # | op | type |{' scheme |' * schemes} {measure.name} | SQNR | status |"
+    yield f"|--:|---|---|{'---|' * schemes}--:|--:|---|"
     for place, op in enumerate(ops[:_WORST], 1):
         mode = measure.of(op).mode
         scores = op.modes[mode]
@@ -93,7 +94,8 @@ def _worst(report: Report) -> Iterator[str]:
         if mode in op.intervals:
             low, high = op.intervals[mode]
             value += f" (nmse {low:.3g} to {high:.3g})"
-        yield f"| {place} | {escaped(op.op)} | {escaped(op.type)} | {value} | {decibels(scores)} | {op.status} |"
+        what = f"{escaped(op.type)} | {escaped(op.scheme or '')}" if schemes else escaped(op.type)
+        yield f"| {place} | {escaped(op.op)} | {what} | {value} | {decibels(scores)} | {op.status} |"
     yield ""
 
 
