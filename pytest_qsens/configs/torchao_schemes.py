@@ -170,7 +170,7 @@ def _symmetric(fields: ConfigFields, key: str, default: str) -> bool:
 
 
 def _algorithm(fields: ConfigFields, key: str, *usual: str) -> None:
-    name = _tagged(fields, key, "")
+    name = _choice(fields, key, "")
     if name and name not in usual:
         fields.problem(key, f"{name} changes numbers and is not simulated: scales are found in another way")
 
@@ -186,14 +186,21 @@ def _of_weight(fields: ConfigFields, key: str, default: Granularity, *size: int)
 
 
 def _int4_weight_only(fields: ConfigFields) -> OpScheme:
-    packing = _tagged(fields, "int4_packing_format", "PLAIN")
+    packing = _choice(fields, "int4_packing_format", "plain")
     group = fields.integer("group_size")
     group = 128 if group is None else group
     if group < 1:
         raise QsensError(f"{fields.at('group_size')}: {group} is not possible, at least 1 is needed.")
-    # all layouts but this one have a zero point, with TINYGEMM and with HQQ
-    _algorithm(fields, "int4_choose_qparams_algorithm", "TINYGEMM")
-    return OpScheme(WeightScheme("int4", "group", (group,), symmetric=packing == "PRESHUFFLED"))
+    _algorithm(fields, "int4_choose_qparams_algorithm", "tinygemm")
+    if packing not in ("plain", "preshuffled", "tile_packed_to_4d", "plain_int32"):
+        raise QsensError(f"{fields.at('int4_packing_format')}: {packing!r} is no packing format of torchao.")
+    if packing != "plain_int32":  # which other accelerators have, with zero points as those here
+        fields.problem(
+            "int4_packing_format",
+            f"{packing} changes numbers and is not simulated: zero points are no integers, and ranges need not hold 0. "
+            "Integer ones are taken, whose error is within 10 % of it where weights are normally distributed",
+        )
+    return OpScheme(WeightScheme("int4", "group", (group,), symmetric=False))
 
 
 def _intx_weight_only(fields: ConfigFields) -> OpScheme:
@@ -209,12 +216,14 @@ def _intx(
     if fields.peek(scale) is not None:
         fields.problem(scale, f"{_tagged(fields, scale, '')} changes numbers and is not simulated: scales are rounded")
     fields.skip(scale)
-    _algorithm(fields, "intx_choose_qparams_algorithm", "AFFINE")
+    _algorithm(fields, "intx_choose_qparams_algorithm", "affine")
     return OpScheme(WeightScheme(bits, *extent, symmetric=symmetric))
 
 
 def _int8_dynamic_intx(fields: ConfigFields) -> OpScheme:
     symmetric = _symmetric(fields, "act_mapping_type", "ASYMMETRIC")
+    if symmetric:
+        fields.problem("act_mapping_type", "torchao fails on it once it quantizes. Write ASYMMETRIC")
     scheme = _intx(
         fields, "weight_dtype", "weight_granularity", "weight_mapping_type", "weight_scale_dtype", "group", 32
     )
