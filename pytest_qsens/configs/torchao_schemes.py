@@ -22,24 +22,37 @@ _TILE = 16
 """What sizes of weights have to be multiples of, for float8 and NVFP4 kernels."""
 
 
+def depends_on_sizes(scheme: OpScheme) -> bool:
+    """Whether torchao quantizes weights of some sizes alone."""
+    weight = scheme.weight
+    return weight is not None and (
+        weight.dtype == "nvfp4" or (weight.dtype.startswith("fp8") and scheme.activation is not None)
+    )
+
+
 def sizes_in_the_way(scheme: OpScheme, op: Op) -> str | None:
     """Why torchao does not quantize a weight of these sizes; ``None`` if it does, or they are not known."""
     weight = scheme.weight
-    if op.features is None or op.elements is None or weight is None:
+    if op.features is None or op.elements is None or weight is None or not depends_on_sizes(scheme):
         return None
     sizes = (op.elements // op.features, op.features)
     whole = all(size % _TILE == 0 for size in sizes)
     found = f"sizes are no multiples of {_TILE}, as those of {sizes[0]} x {sizes[1]} are not"
     if weight.dtype == "nvfp4":
         return None if whole else f"torchao refuses NVFP4 for weights whose {found}"
-    if not weight.dtype.startswith("fp8") or scheme.activation is None:
-        return None
     if weight.granularity == "block" and any(size % part for size, part in zip(sizes, weight.size, strict=True)):
         blocks = f"{weight.size[0]} x {weight.size[1]}"
         return f"torchao refuses blocks of {blocks} for weights of {sizes[0]} x {sizes[1]}, which they do not divide"
     if weight.granularity == "tensor" and sizes == (128, 128):
         return "torchao takes the scale of a weight of 128 x 128 for that of a block, and fails once it runs"
     return None if whole else f"torchao leaves weights unquantized, without a word, whose {found}"
+
+
+UNKNOWN_SIZES = (
+    "result files do not tell the sizes of weights, and torchao leaves some sizes unquantized, or refuses them, under "
+    "float8 and NVFP4. `qsens config FILE --model MODEL` with what was written names such ops"
+)
+"""What is told where a file is written for torchao, and ops come from a result."""
 
 
 def opened(value: object, where: str, problems: list[Problem]) -> tuple[str, ConfigFields]:
