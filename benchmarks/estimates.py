@@ -85,7 +85,8 @@ WITH_STATES: dict[str, tuple[Callable[[], ModelSpec], tuple[str, ...]]] = {
 }
 """Models with keys and values, and the schemes of these that are estimated."""
 
-_STATES_PART = re.compile(r"(?<=<!-- keys and values -->\n).*?(?=\n<!-- end of keys and values -->)", re.DOTALL)
+_MARK = "<!-- benchmarks/estimates.py --states --write, {} here -->"
+_STATES_PART = re.compile(rf"(?<={_MARK.format('from')}\n).*?(?=\n{_MARK.format('to')})", re.DOTALL)
 
 SEEDS = 5
 

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qsens.configs import torchao
 from pytest_qsens.configs.decisions import decide, told
 from pytest_qsens.configs.read import read_config
-from pytest_qsens.configs.rules import CLASS_OF
+from pytest_qsens.configs.rules import CLASS_OF, Problem
+from pytest_qsens.configs.torchao_schemes import UNKNOWN_SIZES, depends_on_sizes
 from pytest_qsens.configs.write import check_out, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import write_atomically
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Sequence
 
-    from pytest_qsens.configs.rules import Config, Decision, Problem
+    from pytest_qsens.configs.rules import Config, Decision
     from pytest_qsens.module_tree import ModuleTree
 
 
@@ -52,6 +54,9 @@ def explain(given: Namespace) -> tuple[Config, list[Decision], list[Problem]]:
     else:
         ops, tree = _ops(given)
         decisions, problems = decide(config, ops, tree)
+    schemes = [decision.scheme for decision in decisions if isinstance(decision.scheme, OpScheme)]
+    if given.ops_from is not None and given.to == torchao.NAME and any(map(depends_on_sizes, schemes)):
+        problems.append(Problem(str(given.out), UNKNOWN_SIZES))
     if given.strict and problems:
         raise QsensError("\n  ".join([f"{count(len(problems), 'problem')} (--strict):", *map(str, problems)]))
     if given.to is not None:

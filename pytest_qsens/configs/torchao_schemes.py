@@ -22,24 +22,37 @@ _TILE = 16
 """What sizes of weights have to be multiples of, for float8 and NVFP4 kernels."""
 
 
+def depends_on_sizes(scheme: OpScheme) -> bool:
+    """Whether torchao quantizes weights of some sizes alone."""
+    weight = scheme.weight
+    return weight is not None and (
+        weight.dtype == "nvfp4" or (weight.dtype.startswith("fp8") and scheme.activation is not None)
+    )
+
+
 def sizes_in_the_way(scheme: OpScheme, op: Op) -> str | None:
     """Why torchao does not quantize a weight of these sizes; ``None`` if it does, or they are not known."""
     weight = scheme.weight
-    if op.features is None or op.elements is None or weight is None:
+    if op.features is None or op.elements is None or weight is None or not depends_on_sizes(scheme):
         return None
     sizes = (op.elements // op.features, op.features)
     whole = all(size % _TILE == 0 for size in sizes)
     found = f"sizes are no multiples of {_TILE}, as those of {sizes[0]} x {sizes[1]} are not"
     if weight.dtype == "nvfp4":
         return None if whole else f"torchao refuses NVFP4 for weights whose {found}"
-    if not weight.dtype.startswith("fp8") or scheme.activation is None:
-        return None
     if weight.granularity == "block" and any(size % part for size, part in zip(sizes, weight.size, strict=True)):
         blocks = f"{weight.size[0]} x {weight.size[1]}"
         return f"torchao refuses blocks of {blocks} for weights of {sizes[0]} x {sizes[1]}, which they do not divide"
     if weight.granularity == "tensor" and sizes == (128, 128):
         return "torchao takes the scale of a weight of 128 x 128 for that of a block, and fails once it runs"
     return None if whole else f"torchao leaves weights unquantized, without a word, whose {found}"
+
+
+UNKNOWN_SIZES = (
+    "result files do not tell the sizes of weights, and torchao leaves some sizes unquantized, or refuses them, under "
+    "float8 and NVFP4. `qsens config FILE --model MODEL` with what was written names such ops"
+)
+"""What is told where a file is written for torchao, and ops come from a result."""
 
 
 def opened(value: object, where: str, problems: list[Problem]) -> tuple[str, ConfigFields]:
@@ -170,7 +183,7 @@ def _symmetric(fields: ConfigFields, key: str, default: str) -> bool:
 
 
 def _algorithm(fields: ConfigFields, key: str, *usual: str) -> None:
-    name = _tagged(fields, key, "")
+    name = _choice(fields, key, "")
     if name and name not in usual:
         fields.problem(key, f"{name} changes numbers and is not simulated: scales are found in another way")
 
@@ -186,14 +199,21 @@ def _of_weight(fields: ConfigFields, key: str, default: Granularity, *size: int)
 
 
 def _int4_weight_only(fields: ConfigFields) -> OpScheme:
-    packing = _tagged(fields, "int4_packing_format", "PLAIN")
+    packing = _choice(fields, "int4_packing_format", "plain")
     group = fields.integer("group_size")
     group = 128 if group is None else group
     if group < 1:
         raise QsensError(f"{fields.at('group_size')}: {group} is not possible, at least 1 is needed.")
-    # all layouts but this one have a zero point, with TINYGEMM and with HQQ
-    _algorithm(fields, "int4_choose_qparams_algorithm", "TINYGEMM")
-    return OpScheme(WeightScheme("int4", "group", (group,), symmetric=packing == "PRESHUFFLED"))
+    _algorithm(fields, "int4_choose_qparams_algorithm", "tinygemm")
+    if packing not in ("plain", "preshuffled", "tile_packed_to_4d", "plain_int32"):
+        raise QsensError(f"{fields.at('int4_packing_format')}: {packing!r} is no packing format of torchao.")
+    if packing != "plain_int32":  # which other accelerators have, with zero points as those here
+        fields.problem(
+            "int4_packing_format",
+            f"{packing} changes numbers and is not simulated: zero points are no integers, and ranges need not hold 0. "
+            "Integer ones are taken, whose error is within 10 % of it where weights are normally distributed",
+        )
+    return OpScheme(WeightScheme("int4", "group", (group,), symmetric=False))
 
 
 def _intx_weight_only(fields: ConfigFields) -> OpScheme:
@@ -209,12 +229,14 @@ def _intx(
     if fields.peek(scale) is not None:
         fields.problem(scale, f"{_tagged(fields, scale, '')} changes numbers and is not simulated: scales are rounded")
     fields.skip(scale)
-    _algorithm(fields, "intx_choose_qparams_algorithm", "AFFINE")
+    _algorithm(fields, "intx_choose_qparams_algorithm", "affine")
     return OpScheme(WeightScheme(bits, *extent, symmetric=symmetric))
 
 
 def _int8_dynamic_intx(fields: ConfigFields) -> OpScheme:
     symmetric = _symmetric(fields, "act_mapping_type", "ASYMMETRIC")
+    if symmetric:
+        fields.problem("act_mapping_type", "torchao fails on it once it quantizes. Write ASYMMETRIC")
     scheme = _intx(
         fields, "weight_dtype", "weight_granularity", "weight_mapping_type", "weight_scale_dtype", "group", 32
     )

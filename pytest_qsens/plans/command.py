@@ -12,7 +12,7 @@ from pytest_qsens.files import write_atomically
 from pytest_qsens.groups import Fused
 from pytest_qsens.models.arguments import find_model, given_model_arguments
 from pytest_qsens.plans.candidates import Wishes, read_problem
-from pytest_qsens.plans.config import check_output, config_text
+from pytest_qsens.plans.config import check_output, config_text, notes
 from pytest_qsens.plans.solve import least_error, smallest
 from pytest_qsens.report.pareto import check_plot, plot
 
@@ -108,6 +108,7 @@ def make_plans(given: Namespace) -> Plans:
         nmse = Verifier(source, given.results[0], run, problem).nmse
         plans = [_verified(problem, plan, given.budget_nmse, nmse) for plan in plans]
         texts = _texts(problem, plans, given.to, syntaxes)
+    problem = replace(problem, notes=(*problem.notes, *notes(given.to, _chosen(problem, plans))))
     frontier: list[Plan] = []
     shown = shares is None or given.plot is not None
     if shown and problem.sized:
@@ -126,6 +127,11 @@ def _texts(problem: Problem, plans: Sequence[Plan], target: str, syntaxes: Seque
         config_text(problem, problem.assignment(plan.chosen), target, syntax)
         for plan, syntax in zip(plans, syntaxes, strict=True)
     ]
+
+
+def _chosen(problem: Problem, plans: Sequence[Plan]) -> set[str]:
+    """Names of all schemes in plans."""
+    return {name for plan in plans for name in problem.assignment(plan.chosen).values() if name is not None}
 
 
 def _verified(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pytest_qsens.configs import torchao
 from pytest_qsens.configs.documents import SUFFIXES, read_document
 from pytest_qsens.configs.ours import NAME, read
 from pytest_qsens.configs.simulated import EMBEDDING
+from pytest_qsens.configs.torchao_schemes import UNKNOWN_SIZES, depends_on_sizes
 from pytest_qsens.configs.write import TARGETS, check_out, write_config
 from pytest_qsens.errors import QsensError
 from pytest_qsens.files import check_replaceable
@@ -15,7 +17,7 @@ from pytest_qsens.ops import CACHED, Op
 from pytest_qsens.quant.schemes import scheme_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from pytest_qsens.configs.documents import Syntax
@@ -80,6 +82,12 @@ def config_text(problem: Problem, assignment: Mapping[str, str | None], target: 
             f"{', '.join(chosen)}. Plan with one result file, or write another format"
         )
     return write_config(schemes, ops, target, syntax)
+
+
+def notes(target: str, schemes: Iterable[str]) -> Iterator[str]:
+    """Tell what result files do not tell of a file that was written with these schemes."""
+    if target == torchao.NAME and any(depends_on_sizes(scheme_named(name, "scheme").parts) for name in schemes):
+        yield UNKNOWN_SIZES
 
 
 def _scheme(op: Op, name: str | None) -> OpScheme | None:

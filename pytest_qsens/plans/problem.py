@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -45,22 +45,24 @@ class Candidate:
 
     Attributes:
         unit: Its place in the list of units.
-        scheme: Name of the scheme.
+        scheme: Name of the scheme of all its ops; or, of some of them, op → name of its scheme.
         bits: Of one of its values under that scheme.
         nmse: Sum of the isolated NMSEs of its ops.
         sketch: Sum of their sketches (`pytest_qsens.interactions`), if there are any.
         own: Predicted NMSE of the unit alone: ``nmse`` with the interactions of its ops, if there are sketches.
-        left: Ops that the scheme leaves as they are: queries, where others of the schemes are of these, too.
 
     """
 
     unit: int
-    scheme: str
+    scheme: str | Mapping[str, str]
     bits: float
     nmse: float
     own: float
     sketch: Floats | None = None
-    left: frozenset[str] = frozenset()
+
+    def scheme_of(self, op: str) -> str | None:
+        """Name of the scheme of an op of its unit; ``None`` if it stays as it is."""
+        return self.scheme if isinstance(self.scheme, str) else self.scheme.get(op)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ class Problem:
     @cached_property
     def counts(self) -> Floats:
         """How many ops each candidate quantizes."""
-        return np.array([float(len(self.units[c.unit].ops) - len(c.left)) for c in self.candidates])
+        return np.array(
+            [float(len(self.units[c.unit].ops if isinstance(c.scheme, str) else c.scheme)) for c in self.candidates]
+        )
 
     @cached_property
     def values(self) -> int:
@@ -184,7 +188,7 @@ class Problem:
         """Op → scheme, ``None`` for those that stay unquantized; in the order of the model."""
         taken = {c.unit: c for c, is_taken in zip(self.candidates, chosen, strict=True) if is_taken}
         return {
-            op: None if (c := taken.get(place)) is None or op in c.left else c.scheme
+            op: None if (c := taken.get(place)) is None else c.scheme_of(op)
             for place, unit in enumerate(self.units)
             for op in unit.ops
         }

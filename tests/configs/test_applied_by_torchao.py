@@ -306,6 +306,57 @@ def test_what_changes_numbers_is_told(tmp_path: Path) -> None:
     assert "preshuffled changes numbers and is not simulated: weights are quantized by MSLK, with scales" in told[0]
 
 
+def test_packed_int4_is_told(tmp_path: Path) -> None:
+    """Its zero points are no integers; texts say the same as members of enums do."""
+    packings = tool("torchao.quantization.quantize_.workflows").Int4PackingFormat
+    for packing in [*packings, *(each.value for each in packings)]:
+        path = config_of(tmp_path, quantization.Int4WeightOnlyConfig(group_size=64, int4_packing_format=packing))
+        assert says(path, OPS)["lm_head"] == "w4a16_g64_asym"
+        told = complaints(path, OPS)
+        assert len(told) == (packing != packings.PLAIN_INT32), packing
+        assert all("zero points are no integers" in text for text in told)
+    hqq = quantization.Int4WeightOnlyConfig(
+        int4_packing_format="tile_packed_to_4d", int4_choose_qparams_algorithm="hqq"
+    )
+    assert any("hqq changes numbers" in text for text in complaints(config_of(tmp_path, hqq), OPS))
+    path = config_of(tmp_path, quantization.Int4WeightOnlyConfig(int4_packing_format="loose"))
+    with pytest.raises(QsensError, match="'loose' is no packing format of torchao"):
+        says(path, OPS)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_how_much_packed_int4_differs(size: int) -> None:
+    """What is told of it: of normally distributed weights its error is within 10 %, of others it is not."""
+    primitives, block = tool("torchao.quantization.quant_primitives"), (1, size)
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(256, 1024, generator=draw)
+    scheme = named(f"w4a16_g{size}_asym", "").weight
+    assert scheme is not None
+    ratios = []
+    for weight in (normal, normal * normal.abs(), normal.abs() + 1):
+        scale, zero = primitives._choose_qparams_affine_tinygemm(
+            weight, primitives.MappingType.ASYMMETRIC, block, torch.int32, 0, 15
+        )
+        codes = primitives._quantize_affine_tinygemm(weight, block, scale, zero, torch.int32, 0, 15)
+        found = primitives._dequantize_affine_tinygemm(codes, block, scale, zero, torch.int32, 0, 15)
+        theirs, ours = ((each - weight).square().sum() for each in (found, round_weight(weight, scheme).real()))
+        ratios.append(float(theirs / ours))
+    assert 0.9 < ratios[0] < 1
+    assert ratios[1] > 1.1
+    assert ratios[2] < 0.9
+
+
+def test_symmetric_inputs_that_torchao_refuses(tmp_path: Path) -> None:
+    """A config that torchao takes, and fails on once it quantizes, is told."""
+    symmetric = tool("torchao.quantization.quant_primitives").MappingType.SYMMETRIC
+    config = quantization.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, act_mapping_type=symmetric)
+    with pytest.raises(AssertionError):
+        quantization.quantize_(Net(), config)
+    assert complaints(config_of(tmp_path, config), OPS) == [
+        "'_data', 'act_mapping_type': torchao fails on it once it quantizes. Write ASYMMETRIC"
+    ]
+
+
 class Sizes(nn.Module):
     """Layers of sizes that some kernels do not take."""
 

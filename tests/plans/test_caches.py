@@ -135,6 +135,58 @@ def test_queries_go_with_their_module(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "queries: 3 unquantized" in capsys.readouterr().out
 
 
+def test_queries_take_nothing_from_keys_and_values(tmp_path: Path) -> None:
+    """Where queries could be quantized, too, the plan is the best of all, and has keys and values apart."""
+    caches = {name: SCHEMES[name] for name in ("kv_int8_dynamic", "kv_int4_dynamic_g32_asym")}
+    files = [result(tmp_path / f"{name}.json", name, entries(factor)) for name, factor in caches.items()]
+    files.append(result(tmp_path / "attn.json", "attn_fp8", entries(0.6, kinds="qkv")))
+    of_module: list[list[tuple[dict[str, str], float, float]]] = []
+    for module, (heads, dim) in HEADS.items():
+        key, value = f"{module}:k", f"{module}:v"
+        choices = []
+        for pair in product((*caches, "unquantized"), repeat=2):
+            schemes = dict(zip((key, value), pair, strict=True))
+            bits = sum(bits_of(scheme, op) for op, scheme in schemes.items()) * heads * dim
+            error = sum(ERRORS[op] * 1e-4 * caches.get(scheme, 0.0) for op, scheme in schemes.items())
+            choices.append((schemes | {f"{module}:q": "unquantized"}, bits, error))
+        together = {key: "kv_fp8", value: "kv_fp8", f"{module}:q": "attn_fp8"}
+        error = 0.6e-4 * (1.5 * ERRORS[key] + ERRORS[value])
+        of_module.append([*choices, (together, 8.0 * 2 * heads * dim, error)])
+    out, seen = tmp_path / "plan.yaml", set()
+    for budget in (4.625, 6.0, 8.1, 9.0, 13.0):
+        assert main(["plan", *files, "--budget-bits", str(budget), "--out", str(out)]) == 0
+        able = [c for c in product(*of_module) if sum(bits for _, bits, _ in c) <= budget * 768 + 1e-9]
+        names = planned(out)
+        (found,) = (c for c in able if {op: name for schemes, _, _ in c for op, name in schemes.items()} == names)
+        assert sum(error for *_, error in found) == pytest.approx(min(sum(e for *_, e in c) for c in able), rel=1e-6)
+        seen |= {(names[f"{module}:q"], names[f"{module}:k"] == names[f"{module}:v"]) for module in HEADS}
+    assert seen == {("attn_fp8", True), ("unquantized", True), ("unquantized", False)}
+
+
+def test_patterns_where_queries_can_be_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys and values as one leave queries with their module; what is never quantized leaves the others free."""
+    attention = result(tmp_path / "a.json", "attn_fp8", entries(kinds="qkv"))
+    cache, out = result(tmp_path / "b.json", "kv_int8_dynamic", entries(0.1)), tmp_path / "plan.yaml"
+    for share in ("30%", "60%"):
+        assert main(["plan", attention, "--keep", share, "--fused", "*:{k,v}", "--out", str(out)]) == 0
+        names = planned(out)
+        for module in HEADS:
+            assert len({names[f"{module}:{kind}"] == "unquantized" for kind in "qkv"}) == 1
+    assert main(["plan", attention, cache, "--keep", "45%", "--fused", "*:{k,v}", "--out", str(out)]) == 0
+    assert all(planned(out)[f"{module}:k"] == planned(out)[f"{module}:v"] for module in HEADS)
+    assert main(["plan", attention, cache, "--keep", "78%", "--never", "l.*:k", "--out", str(out)]) == 0
+    names = planned(out)
+    assert sum(names[f"{module}:v"] == "kv_int8_dynamic" for module in HEADS) == 2
+    assert {names[f"{module}:{kind}"] for module in HEADS for kind in "qk"} == {"unquantized"}
+    capsys.readouterr()
+    assert main(["plan", attention, cache, "--keep", "0%", "--fused", "l.{*}.attn:k", "--out", str(out)]) == 4
+    assert "--fused joins keys and values of 3 modules, l.0.attn and l.1.attn for two" in capsys.readouterr().err
+    run = replace(RUN, scheme="attn_fp8", granularity="type")
+    write(tmp_path / "type.json", RunResult(run, tuple(entries(kinds="qkv"))))
+    assert main(["plan", str(tmp_path / "type.json"), "--keep", "0%", "--out", str(out)]) == 4
+    assert "is of granularity type, which has queries apart from keys and values" in capsys.readouterr().err
+
+
 def test_layers_are_planned_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both at once are refused; as told, the rules of both plans make one config."""
     layers = [Op("l.0.attn.q_proj", "linear"), Op("l.0.mlp", "linear")]

@@ -255,6 +255,28 @@ def test_without_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "bits" not in capsys.readouterr().out
 
 
+def test_sizes_that_torchao_may_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results do not tell the sizes of weights, which matter to it under float8, and the plan says so."""
+    for scheme, told in (("fp8_dynamic", True), ("w8a8_dynamic", False)):
+        file, out = result(tmp_path / f"{scheme}.json", scheme=scheme), tmp_path / f"{scheme}-plan.json"
+        assert main(["plan", file, "--keep", "40%", "--to", "torchao", "--out", str(out)]) == 0
+        assert ("note: result files do not tell the sizes" in capsys.readouterr().out) == told
+        assert main(["plan", file, "--keep", "40%", "--out", str(tmp_path / "own.json")]) == 0
+        assert "sizes of weights" not in capsys.readouterr().out
+        arguments = [
+            "config",
+            str(out),
+            "--ops-from",
+            file,
+            "--to",
+            "torchao",
+            "--out",
+            str(tmp_path / f"{scheme}-2.json"),
+        ]
+        assert main([*arguments, "--strict"]) == (4 if told else 0)
+        assert ("sizes of weights" in capsys.readouterr().err) == told
+
+
 def test_files_that_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plan takes the place of a plan, and of nothing else."""
     file, out = result(tmp_path / "a.json"), tmp_path / "plan.yaml"

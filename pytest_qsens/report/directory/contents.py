@@ -280,7 +280,7 @@ def _share_to_keep(result: RunResult) -> int | None:
     sizes = {op.op: len(op.ops) or 1 for op in listed}
     units = [[op.op] for op in listed]
     if result.run.granularity == "op":  # plans give fused ops one scheme
-        fused = caches.fused(result.run.scheme)
+        fused = (caches.OF_ONE_MODULE,) if caches.quantizes_queries(result.run.scheme) else ()
         ops = [Op(op.op, op.type) for op in listed]
         units = [[*unit.member_names] or [unit.name] for unit in grouped(ops, "fused", fused)]
     without = sum(sizes[op] for unit in units if not usable.issuperset(unit) for op in unit)
