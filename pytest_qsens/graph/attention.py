@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pytest_qsens.graph.calls import is_vmapped
 from pytest_qsens.graph.references import names_in, refers
 from pytest_qsens.ops import STATES, Op
 
@@ -274,7 +275,7 @@ class _Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
-        if func not in SDPA:
+        if func not in SDPA or is_vmapped(*args, *(kwargs or {}).values()):
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
         states = self._change(given.pop("query"), given.pop("key"), given.pop("value"))

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pytest_qsens.graph.attention import EAGER, SDPA, attends, holds_attention, methods_of
-from pytest_qsens.graph.calls import Call, of_attention
+from pytest_qsens.graph.calls import Call, is_vmapped, of_attention
 from pytest_qsens.graph.modules import op_type
 from pytest_qsens.graph.references import names_in
 from pytest_qsens.ops import PRODUCTS, Op
@@ -169,12 +169,10 @@ class ProductHooks(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = kwargs or {}
-        if func in SDPA:
-            return self._attended(args, kwargs)
         factors = _FUNCTIONS.get(func)
-        if factors is not None and "out" not in kwargs:
-            return self._multiplied(func, factors, args, kwargs)
-        return func(*args, **kwargs)
+        if (factors is None and func not in SDPA) or "out" in kwargs or is_vmapped(*args, *kwargs.values()):
+            return func(*args, **kwargs)
+        return self._attended(args, kwargs) if factors is None else self._multiplied(func, factors, args, kwargs)
 
     def _attended(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         given = dict(zip(_ATTENTION, args, strict=False)) | dict(kwargs)

@@ -143,6 +143,38 @@ class Given(Base):
         return self.kernel(query, key, value)
 
 
+class InDtype(Base):
+    """In a dtype that is not the model's, with a mask in fp32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multiply ``(N, heads, tokens, dim)``."""
+        mask = torch.full((query.shape[-2], key.shape[-2]), -torch.inf).triu(1)
+        states = (state.to(self.dtype) for state in (query, key, value))
+        return sdpa(*states, mask).float()
+
+
+class Mapped(nn.Module):
+    """Attends sample by sample inside of ``torch.vmap``, where its layer runs, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(N, tokens, 8)``, and multiply."""
+
+        def attend(sample: Tensor) -> Tensor:
+            query, key, value = self.qkv(sample).chunk(3, -1)
+            return sdpa(query[None], key[None], value[None])[0] @ (query.mT @ key)
+
+        found: Tensor = torch.vmap(attend)(x)
+        return found
+
+
 class Flexible(Base):
     """By torch's ``flex_attention``, which nothing catches."""
 

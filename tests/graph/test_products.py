@@ -233,6 +233,24 @@ def test_taken_apart_it_is_what_torch_computes(options: dict[str, Any]) -> None:
         assert not found[:, :, 2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mask", ["none", "min", "float"])
+def test_taken_apart_it_is_as_exact_as_torch(dtype: torch.dtype, mask: str) -> None:
+    """Of whatever dtype: narrow scores would overflow, and a mask of numbers may be wider than queries."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 6, 8).mul(size).to(dtype) for size in (100, 100, 1))
+    added = {
+        "none": None,
+        "min": torch.zeros(6, 6, dtype=dtype).masked_fill(torch.arange(6)[:, None] == 2, torch.finfo(dtype).min),
+        "float": torch.randn(6, 6),
+    }[mask]
+    given = of_attention(query, key, value, added).attention
+    assert given is not None
+    expected = functional.scaled_dot_product_attention(query, key, value, added)
+    found = probabilities(given).double() @ repeated(value, given).double()
+    torch.testing.assert_close(found.to(dtype), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 def test_dropout_is_refused() -> None:
     """What is random cannot be measured."""
     given = of_attention(torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.randn(1, 2, 4), dropout_p=0.5).attention
