@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -105,9 +105,18 @@ def holds_attention(module: nn.Module) -> bool:
     known = {id(one) for one in _objects()}
     return any(
         id(value) in known
-        or refers(value if isinstance(value, FunctionType | MethodType | partial) else type(value), _NAMES, _objects())
+        or (
+            refers(value, _NAMES, _objects())
+            if isinstance(value, FunctionType | MethodType | partial)
+            else _has_methods_that_attend(type(value))  # type: ignore[arg-type] # hashable, as all types
+        )
         for value in held
     )
+
+
+@lru_cache(maxsize=1024)  # every module of a model may hold its config, whose class refers to much
+def _has_methods_that_attend(cls: type) -> bool:
+    return refers(cls, _NAMES, _objects())
 
 
 def _objects() -> list[object]:

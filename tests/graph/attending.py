@@ -131,6 +131,17 @@ class ByDecorated(Base):
         return getattr(functional, "scaled_dot_product_attention")(query, key, value)  # noqa: B009 - the subject
 
 
+KERNEL = Kernel()
+
+
+class ByObject(Base):
+    """By an object that it calls."""
+
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multiply ``(N, heads, tokens, dim)``."""
+        return KERNEL(query, key, value)
+
+
 class Given(Base):
     """By what it is given."""
 
@@ -226,10 +237,11 @@ class Gated(Base):
 
 CAUGHT: dict[str, Callable[[], nn.Module]] = {
     **{cls.__name__: cls for cls in (ByHelper, ByClosure, ByComprehension, ByOtherName, ByAlias, ByPrivateName)},
-    **{cls.__name__: cls for cls in (ByOperator, ByDecorated)},
+    **{cls.__name__: cls for cls in (ByOperator, ByDecorated, ByObject)},
     "a function": lambda: Given(attend),
     "torch's own": lambda: Given(functional.scaled_dot_product_attention),
     "a partial": lambda: Given(partial(attend_later)),
+    "a partial of torch's own": lambda: Given(partial(functional.scaled_dot_product_attention, is_causal=True)),
     "an object": lambda: Given(Kernel()),
 }
 """What is listed, and caught while it runs."""

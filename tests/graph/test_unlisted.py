@@ -35,7 +35,7 @@ def test_what_is_not_listed_is_seen() -> None:
 
 
 def test_products_that_are_ops_are_no_keys_and_values() -> None:
-    """Attention by hand is seen where keys and values of others are ops, whether its products are; not where none are."""
+    """Attention by hand whose products are ops is seen where keys and values of others are, and only there."""
     model = nn.Sequential(ByHand(), ByHelper()).eval()
     products = [op.name for op in list_products(model)]
     for states, expected in (([op.name for op in list_states(model)], {"0": BY_HAND}), ([], {})):
