@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Multiply = Callable[[str, Call | None, Callable[[], Tensor]], Tensor]
 """Gets the op's name, its call where that is caught as a whole, and what multiplies; returns the product."""
 
+aten = torch.ops.aten
+
 _NAMES = {"matmul", "bmm", "mm", "baddbmm"}
 """Of functions and methods that multiply matrices."""
 
@@ -57,6 +59,9 @@ _FUNCTIONS: dict[Any, _Factors] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _MATMUL),
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), _MATMUL),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _BADDBMM),
+    **dict.fromkeys((aten.matmul, aten.matmul.default, aten.bmm, aten.bmm.default), _MATMUL),
+    **dict.fromkeys((aten.mm, aten.mm.default), _MATMUL),
+    **dict.fromkeys((aten.baddbmm, aten.baddbmm.default), _BADDBMM),
 }
 
 
