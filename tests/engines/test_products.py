@@ -397,5 +397,6 @@ def test_kernels_of_layers_refuse_products(engine: str) -> None:
 def test_estimates_refuse_products() -> None:
     """A gradient of one input does not tell what rounding two does."""
     spec = own(Products())
-    with pytest.raises(QsensError, match="engine probe estimates what rounding one input does, and 0:matmul has two"):
+    with pytest.raises(QsensError, match="probe estimates what rounding one input does, and 0:matmul has two") as error:
         calibrate(spec, list_products(spec.model), "bmm_fp8", engine="probe")
+    assert error.match(r"engine delta, the default \(without --qsens-time-budget, --qsens-top and --qsens-repres")
