@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+DROPS = "attention drops probabilities at random, and cannot be taken apart"
+
 
 def probabilities(given: Mapping[str, Any]) -> Tensor:
     """Return what values are multiplied by, ``(*, heads, queries, keys)``, of the queries' dtype, and at least fp32.
@@ -25,7 +27,7 @@ def probabilities(given: Mapping[str, Any]) -> Tensor:
 
     """
     if given["dropout_p"]:
-        raise NotImplementedError("attention drops probabilities at random, and cannot be taken apart")
+        raise NotImplementedError(DROPS)
     query, key, mask = given["query"], repeated(given["key"], given), given["attn_mask"]
     wide = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(wide), key.to(wide)

@@ -266,6 +266,31 @@ def test_products_of_ones_own(scheme: str) -> None:
     assert str(results[4].reason).startswith("its module ran, but did not multiply two activations here: one factor is")
 
 
+class Dropping(nn.Module):
+    """Attends with dropout, the same in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(N, tokens, 8)``."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["bmm_fp8", "bmm_fp8_dynamic"])
+def test_dropout_is_told(scheme: str) -> None:
+    """Probabilities that are dropped inside of the product are out of reach; what goes into it is not."""
+    spec = own(Dropping())
+    ops = list_products(spec.model)
+    model = calibrate(spec, ops, scheme, engine="eager")
+    found = [model.score(op, ["isolated"]) for op in ops]
+    assert [result.status for result in found] == ["measured", "unquantizable"]
+    assert str(found[1].reason) == "attention drops probabilities at random, and cannot be taken apart"
+
+
 def test_one_product_is_rounded_as_said() -> None:
     """Rows of the left factor, columns of the right one."""
     spec = own(Products(0))
