@@ -19,6 +19,8 @@ KERNEL_ENGINES = ("fx", "inc")
 SCHEME = "w8a8"
 """What torch's kernels, and so Intel Neural Compressor's strategy, execute."""
 
+_WITHOUT = "without --qsens-time-budget, --qsens-top and --qsens-representatives, which begin with estimates"
+
 _PACKAGE = "neural-compressor"
 _INSTALL = "Install what it needs with: pip install 'pytest-qsens[inc]'"
 
@@ -53,7 +55,7 @@ def check_added(engine: str, added: Collection[str]) -> None:
     if added and engine == "probe":
         raise QsensError(
             f"engine {engine} estimates what quantizing an op does by itself, or restoring it, and not what it adds to "
-            f"a config, which is asked for {len(added)} ops. Measure them with engine delta, the default"
+            f"a config, which is asked for {len(added)} ops. Measure them with engine delta, the default ({_WITHOUT})"
         )
 
 
@@ -68,7 +70,7 @@ def check_products(engine: str, ops: Iterable[Op]) -> None:
     if products and engine == "probe":
         raise QsensError(
             f"engine {engine} estimates what rounding one input does, and {products[0]} has two that are rounded. "
-            "Measure products with engine delta, the default"
+            f"Measure products with engine delta, the default ({_WITHOUT})"
         )
 
 
@@ -84,9 +86,10 @@ def check_group(engine: str, op: Op) -> None:
         "inc": "drives Intel Neural Compressor's strategy, which scores single ops",
     }
     if op.members and engine in whys:
+        without = f" ({_WITHOUT})" if engine == "probe" else ""
         raise QsensError(
             f"engine {engine} {whys[engine]}: {op} is a group of {len(op.members)}. Measure groups with engine delta, "
-            "the default, or single ops with --qsens-granularity op"
+            f"the default{without}, or single ops with --qsens-granularity op"
         )
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pytest_qsens.graph.calls import is_vmapped
 from pytest_qsens.graph.references import names_in, refers
 from pytest_qsens.ops import STATES, Op
 
@@ -104,9 +105,18 @@ def holds_attention(module: nn.Module) -> bool:
     known = {id(one) for one in _objects()}
     return any(
         id(value) in known
-        or refers(value if isinstance(value, FunctionType | MethodType | partial) else type(value), _NAMES, _objects())
+        or (
+            refers(value, _NAMES, _objects())
+            if isinstance(value, FunctionType | MethodType | partial)
+            else _has_methods_that_attend(type(value))  # type: ignore[arg-type] # hashable, as all types
+        )
         for value in held
     )
+
+
+@lru_cache(maxsize=1024)  # every module of a model may hold its config, whose class refers to much
+def _has_methods_that_attend(cls: type) -> bool:
+    return refers(cls, _NAMES, _objects())
 
 
 def _objects() -> list[object]:
@@ -274,7 +284,7 @@ class _Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
-        if func not in SDPA:
+        if func not in SDPA or is_vmapped(*args, *(kwargs or {}).values()):
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
         states = self._change(given.pop("query"), given.pop("key"), given.pop("value"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from pytest_qsens.graph.marks import FACTORS, MARKS
@@ -267,6 +268,11 @@ def _for_each(value: int | Sequence[int], dims: int) -> list[int]:
     """Spread an option of a convolution over its dimensions."""
     found = [value] if isinstance(value, int) else list(value)
     return found * dims if len(found) == 1 else found
+
+
+def is_vmapped(*values: object) -> bool:
+    """Whether some of these are tensors inside of ``torch.vmap``, whose values nobody can read."""
+    return any(isinstance(value, Tensor) and is_functorch_wrapped_tensor(value) for value in values)
 
 
 def is_op_call(target: object) -> bool:

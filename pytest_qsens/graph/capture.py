@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pytest_qsens.graph.attention import StateHooks
-from pytest_qsens.graph.calls import Call, is_op_call, weight_argument
+from pytest_qsens.graph.calls import Call, is_op_call, is_vmapped, weight_argument
 from pytest_qsens.graph.closure import downstream
 from pytest_qsens.graph.functional import functional_kinds
 from pytest_qsens.graph.marks import FACTORS, MARKS
@@ -123,6 +123,7 @@ def capture(model: nn.Module, batch: Batch, output: Output, states: Collection[s
         raise CaptureRefused("the scored output is not a tensor")
     placeholders = [node for node in nodes if node.op == "placeholder"]
     constants = {node: _attribute(module, str(node.target)) for node in nodes if node.op == "get_attr"}
+    _refuse_wrapped(constants)
     index = OpIndex(model)
     calls = _op_calls(index, nodes, constants)
     op_nodes = {node for call in calls.values() for node in call}
@@ -231,6 +232,14 @@ def _refuse_data_dependence(nodes: list[Node], dependent: set[Node]) -> None:
         if mask or tagged or node.target is torch.ops.aten.item.default:
             where = node.meta.get(OWNER) or "the model"
             raise CaptureRefused(f"{node.target} in {where} makes shapes or control flow depend on activations")
+
+
+def _refuse_wrapped(constants: dict[Node, Any]) -> None:
+    """Refuse a graph with values from inside of ``torch.vmap``, as flex_attention's are where it is not compiled."""
+    for node, value in constants.items():
+        if is_vmapped(value):
+            where = next((user.meta[OWNER] for user in node.users if user.meta.get(OWNER)), "the model")
+            raise CaptureRefused(f"torch.vmap runs in {where}, as in flex_attention, and its values are no tensors")
 
 
 def _refuse_autocast(nodes: list[Node]) -> None:

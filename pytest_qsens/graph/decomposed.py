@@ -11,11 +11,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+DROPS = "attention drops probabilities at random, and cannot be taken apart"
+
 
 def probabilities(given: Mapping[str, Any]) -> Tensor:
-    """Return what values are multiplied by, ``(*, heads, queries, keys)``, of the queries' dtype.
+    """Return what values are multiplied by, ``(*, heads, queries, keys)``, of the queries' dtype, and at least fp32.
 
-    A row in which every key is masked is zero, as torch's kernels have it.
+    A row in which every key is masked is zero, as torch's kernels have it. They add up scores in fp32, too.
 
     Args:
         given: Arguments of torch's ``scaled_dot_product_attention`` by name.
@@ -25,11 +27,12 @@ def probabilities(given: Mapping[str, Any]) -> Tensor:
 
     """
     if given["dropout_p"]:
-        raise NotImplementedError("attention drops probabilities at random, and cannot be taken apart")
-    query, key = given["query"], repeated(given["key"], given)
+        raise NotImplementedError(DROPS)
+    query, key, mask = given["query"], repeated(given["key"], given), given["attn_mask"]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(wide), key.to(wide)
     scale = given.get("scale")
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    mask = given["attn_mask"]
     if given["is_causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:

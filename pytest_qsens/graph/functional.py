@@ -16,6 +16,8 @@ _KINDS: dict[object, tuple[str, ...]] = {
     aten.bmm.default: ("matmul",),
     aten.baddbmm.default: ("matmul",),
     aten.addmm.default: ("matmul",),
+    aten.mv.default: ("mv",),
+    aten.addbmm.default: ("addbmm",),
     aten.einsum.default: ("einsum",),
     aten.linear.default: ("linear",),
     LINEAR: ("linear",),

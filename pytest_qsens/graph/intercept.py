@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pytest_qsens.graph.attention import StateHooks
-from pytest_qsens.graph.calls import Call, bind, is_op_call, of_state, weight_argument
+from pytest_qsens.graph.calls import Call, bind, is_op_call, is_vmapped, of_state, weight_argument
 from pytest_qsens.graph.names import name_of
 from pytest_qsens.graph.products import ProductHooks
 from pytest_qsens.graph.scopes import ModuleScopes, OpIndex
@@ -60,6 +60,8 @@ class OpInterceptor(TorchFunctionMode):
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = kwargs or {}
         if is_op_call(func):
+            if is_vmapped(*args, *kwargs.values()):
+                return func(*args, **kwargs)
             weight = weight_argument(func, args, kwargs)
             op = self._index.called(self._scopes.current, weight, getattr(weight, "shape", None))
             if op is not None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pytest_qsens.graph.attention import EAGER, SDPA, attends, holds_attention, methods_of
-from pytest_qsens.graph.calls import Call, of_attention
+from pytest_qsens.graph.calls import Call, is_vmapped, of_attention
 from pytest_qsens.graph.modules import op_type
 from pytest_qsens.graph.references import names_in
 from pytest_qsens.ops import PRODUCTS, Op
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Multiply = Callable[[str, Call | None, Callable[[], Tensor]], Tensor]
 """Gets the op's name, its call where that is caught as a whole, and what multiplies; returns the product."""
+
+aten = torch.ops.aten
 
 _NAMES = {"matmul", "bmm", "mm", "baddbmm"}
 """Of functions and methods that multiply matrices."""
@@ -57,6 +59,9 @@ _FUNCTIONS: dict[Any, _Factors] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _MATMUL),
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), _MATMUL),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _BADDBMM),
+    **dict.fromkeys((aten.matmul, aten.matmul.default, aten.bmm, aten.bmm.default), _MATMUL),
+    **dict.fromkeys((aten.mm, aten.mm.default), _MATMUL),
+    **dict.fromkeys((aten.baddbmm, aten.baddbmm.default), _BADDBMM),
 }
 
 
@@ -169,12 +174,10 @@ class ProductHooks(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever func returns
         """Route one torch function call; the protocol of ``torch.overrides``."""
         kwargs = kwargs or {}
-        if func in SDPA:
-            return self._attended(args, kwargs)
         factors = _FUNCTIONS.get(func)
-        if factors is not None and "out" not in kwargs:
-            return self._multiplied(func, factors, args, kwargs)
-        return func(*args, **kwargs)
+        if (factors is None and func not in SDPA) or "out" in kwargs or is_vmapped(*args, *kwargs.values()):
+            return func(*args, **kwargs)
+        return self._attended(args, kwargs) if factors is None else self._multiplied(func, factors, args, kwargs)
 
     def _attended(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         given = dict(zip(_ATTENTION, args, strict=False)) | dict(kwargs)

@@ -26,8 +26,8 @@ def refers(value: object, names: Iterable[str], objects: Iterable[object]) -> bo
     """Whether a function, or one that it calls, refers to one of these names or objects, under whatever name.
 
     Followed are globals, attributes of imported modules, closures, defaults, decorated and partial functions, and the
-    methods of plain classes; not what torch and other libraries define, and no modules that are called, which have
-    methods of their own.
+    methods of plain classes and of callable objects; not what torch and other libraries define, and no modules that are
+    called, which have methods of their own.
 
     Args:
         value: A function, a method, or what wraps one; nothing else refers to anything.
@@ -44,6 +44,8 @@ def refers(value: object, names: Iterable[str], objects: Iterable[object]) -> bo
         if id(found) in seen:
             continue
         seen.add(id(found))
+        if isinstance(found, partial):
+            pending.append(found.func)
         for function in _functions(found):
             if not wanted.isdisjoint(_said(function.__code__)):
                 return True
@@ -57,8 +59,6 @@ def _functions(value: object) -> Iterator[FunctionType]:
         own = not issubclass(value, nn.Module) and _is_followed(value.__module__)
         members = vars(value).values() if own else ()
         yield from (part for member in members if not isinstance(member, type) for part in _functions(member))
-    elif isinstance(value, partial):
-        yield from _functions(value.func)
     elif isinstance(value, staticmethod | classmethod | MethodType):
         yield from _functions(value.__func__)
     elif isinstance(value, property):
@@ -69,6 +69,8 @@ def _functions(value: object) -> Iterator[FunctionType]:
             yield from _functions(whole)
         if _is_followed(value.__module__):
             yield value
+    elif callable(value) and not isinstance(value, nn.Module | partial):
+        yield from _functions(type(value))
 
 
 def _is_followed(module: str | None) -> bool:

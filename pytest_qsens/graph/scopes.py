@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 _NOT_GIVEN = (
     "its module ran, but gave them neither to transformers' attention interface nor to torch's "
-    "scaled_dot_product_attention"
+    "scaled_dot_product_attention, outside of torch.vmap"
 )
 _NOT_ATTENDED = (
     "its module ran, but neither called torch's scaled_dot_product_attention, nor an attention function of "
-    "transformers that multiplies with torch's matmul, bmm or baddbmm"
+    "transformers that multiplies with torch's matmul, bmm or baddbmm, outside of torch.vmap"
 )
 _NO_PRODUCT = (
-    "its module ran, but did not multiply two activations here: one factor is a weight or a buffer, or nothing was "
-    "multiplied"
+    "its module ran, but did not multiply two activations here: one factor is a weight or a buffer, nothing was "
+    "multiplied, or only inside of torch.vmap"
 )
 _NOT_CAUGHT = {**dict.fromkeys(STATES, _NOT_GIVEN), **dict.fromkeys(("qk", "pv"), _NOT_ATTENDED)}
 """Type of op → why it was not seen."""

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytest_qsens.graph.attention import SDPA, origin
 from pytest_qsens.graph.scopes import ModuleScopes
+from pytest_qsens.ops import STATES
 from pytest_qsens.wording import first_of
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class AttentionWatch(TorchFunctionMode):
 
     Args:
         model: The model.
-        states: Names of the queries, keys and values that are ops.
+        states: Names of the queries, keys and values that are ops, or of products where none are.
 
     Attributes:
         found: Module that attends, and is not the owner of one of these → `BY_PRODUCT` or `BY_HAND`.
@@ -54,7 +55,9 @@ class AttentionWatch(TorchFunctionMode):
     def __init__(self, model: nn.Module, states: Collection[str]) -> None:
         super().__init__()
         self._scopes = ModuleScopes(model)
-        self._known = {name.rpartition(":")[0] for name in states}
+        # a product by hand that is an op says nothing of keys and values, where these are ops of others
+        own = [name for name in states if name.rpartition(":")[2] in STATES] or states
+        self._known = {name.rpartition(":")[0] for name in own}
         self._known |= {name for name, module in model.named_modules() if _stores_nothing(type(module))}
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._scores: Any = WeakTensorKeyDictionary()

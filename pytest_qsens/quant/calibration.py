@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qsens.errors import QsensError
 from pytest_qsens.graph.calls import finite_rows
-from pytest_qsens.graph.decomposed import probabilities
+from pytest_qsens.graph.decomposed import DROPS, probabilities
 from pytest_qsens.graph.marks import FACTORS
 from pytest_qsens.ops import CACHED, STATES
 from pytest_qsens.quant.factors import finite_only, inner_dim, side_of
@@ -251,6 +251,8 @@ def _per_token(shape: Sequence[int]) -> tuple[int, int]:
 def _refusal(scheme: Scheme, call: Call) -> str | None:
     """Why a call cannot be quantized, of what its shapes tell."""
     if call.kind in FACTORS or call.attention is not None:
+        if call.attention is not None and call.attention["dropout_p"]:
+            return DROPS
         return None if scheme.parts.products is not None else scheme.refusal("qk")
     if not scheme.means(call.kind):
         return scheme.refusal(call.kind)

@@ -73,15 +73,17 @@ class Simulator:
 
     @profile.phase("local quantization")
     def output(self, op: str, call: Call) -> Tensor:
-        """Return what ``op`` gives for this call when it is quantized: fp32, of the unquantized output's shape.
+        """Return what ``op`` gives for this call when it is quantized, of the unquantized output's shape.
+
+        In fp32; states, factors and attention, of which a model may have narrower or wider ones, in their own dtype.
 
         A row (or sample) of the input with NaN or infinite values gives NaN, where a kernel would turn them into some
         integer.
         """
         if call.kind in STATES:
-            return self._state(op, call)
+            return self._state(op, call).to(call.x.dtype)
         if call.kind in FACTORS:
-            return self._factor(op, call.kind, call.x)
+            return self._factor(op, call.kind, call.x).to(call.x.dtype)
         if call.attention is not None:
             return self._attended(op, call)
         if call.kind == "embedding":
@@ -102,7 +104,7 @@ class Simulator:
         cache = self._scheme_of(op).parts.cache
         assert cache is not None  # noqa: S101 - no other is given to keys and values
         finite = finite_rows(call.x, call.kind)
-        x = filled(call.x, finite, 0)  # the scale of a tensor is that of the rows that are finite
+        x = filled(call.x.float(), finite, 0)  # the scale of a tensor is that of the rows that are finite
         if cache.kind == "static":
             low, high = (seen.to(x.device) for seen in self._calibration.extremes(op, x.shape[-1]))
             found = round_between(x, cache, low, high)
@@ -117,9 +119,9 @@ class Simulator:
         factors = self._scheme_of(op).parts.products
         assert factors is not None  # noqa: S101 - no other is given to products
         if factors.kind != "static":
-            return round_factor(x, kind, factors)
+            return round_factor(x.float(), kind, factors)
         low, high = self._calibration.extremes_of_factor(op, side_of(kind))
-        return round_factor(x, kind, factors, (low.to(x.device), high.to(x.device)))
+        return round_factor(x.float(), kind, factors, (low.to(x.device), high.to(x.device)))
 
     def _attended(self, op: str, call: Call) -> Tensor:
         """Round probabilities and values before they are multiplied."""

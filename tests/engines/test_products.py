@@ -19,9 +19,11 @@ from pytest_qsens.graph.modules import list_ops
 from pytest_qsens.graph.products import list_products
 from pytest_qsens.metrics import Score
 from pytest_qsens.models.spec import ModelSpec
+from pytest_qsens.ops import STATES
 from pytest_qsens.quant.assignment import Assignment
 from pytest_qsens.quant.schemes import scheme_named
 from tests.architectures import ARCHITECTURES
+from tests.graph.attending import Flexible, InDtype, Mapped
 from tests.graph.test_products import Never, Products
 from tests.test_artifact import artifact, refuse
 
@@ -264,6 +266,31 @@ def test_products_of_ones_own(scheme: str) -> None:
     assert str(results[4].reason).startswith("its module ran, but did not multiply two activations here: one factor is")
 
 
+class Dropping(nn.Module):
+    """Attends with dropout, the same in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(N, tokens, 8)``."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["bmm_fp8", "bmm_fp8_dynamic"])
+def test_dropout_is_told(scheme: str) -> None:
+    """Probabilities that are dropped inside of the product are out of reach; what goes into it is not."""
+    spec = own(Dropping())
+    ops = list_products(spec.model)
+    model = calibrate(spec, ops, scheme, engine="eager")
+    found = [model.score(op, ["isolated"]) for op in ops]
+    assert [result.status for result in found] == ["measured", "unquantizable"]
+    assert str(found[1].reason) == "attention drops probabilities at random, and cannot be taken apart"
+
+
 def test_one_product_is_rounded_as_said() -> None:
     """Rows of the left factor, columns of the right one."""
     spec = own(Products(0))
@@ -342,6 +369,49 @@ def test_they_are_listed_once() -> None:
     assert "grouped_mm" in others.values()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_attention_in_another_dtype(dtype: torch.dtype) -> None:
+    """Factors, queries, keys and values keep the dtype that a module gives them, as torch demands one of all."""
+    torch.manual_seed(8)
+    module = InDtype(dtype)
+    exact = InDtype(torch.float32)
+    exact.load_state_dict(module.state_dict())
+    for scheme in ("bmm_fp8", "bmm_int8_dynamic", "kv_fp8", "attn_int8_dynamic"):
+        spec = own(module)
+        ops = [op for op in (*list_states(spec.model), *list_products(spec.model)) if means(scheme, op)]
+        results = agree(spec, ops, scheme)
+        wide = calibrate(own(exact), ops, scheme, engine="replay")
+        assert len(results) == (3 if scheme.startswith("attn") else 2)
+        for op, result in zip(ops, results, strict=True):
+            expected = nmse(wide.score(op, MODES), "isolated")
+            far = 1.001 if dtype == torch.float64 else 3
+            noise = torch.finfo(dtype).eps ** 2  # other outputs of attention are rounded to that dtype in another way
+            assert expected / far < nmse(result, "isolated") < expected * far + noise
+
+
+def means(scheme: str, op: Op) -> bool:
+    """Whether a scheme is of an op."""
+    return scheme_named(scheme, "scheme").means(op.type)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("module", [Flexible, Mapped])
+def test_inside_of_vmap_nothing_is_seen(module: type[nn.Module]) -> None:
+    """Its values are no tensors that could be read: the eager engine runs it, and says that ops are out of reach."""
+    spec = own(module())
+    ops = [*list_ops(spec.model), *list_states(spec.model), *list_products(spec.model)]
+    by_kind = {op.name: "attn_fp8" if op.type in STATES else "w8a8" if op.type == "linear" else "bmm_fp8" for op in ops}
+    schemes = {op: scheme_named(name, "scheme") for op, name in by_kind.items()}
+    model = calibrate(spec, ops, Assignment("the config", schemes, {op: one.name for op, one in schemes.items()}))
+    assert model.engine == "eager"
+    assert "capture refused: torch.vmap runs in 0" in str(model.engine_reason)
+    results = {op.name: model.score(op, ["isolated"]) for op in ops}
+    measured = {op for op, result in results.items() if result.status == "measured"}
+    assert measured == ({"0.qkv"} if module is Flexible else set())
+    assert {result.status for result in results.values()} <= {"measured", "unquantizable"}
+    assert all("ran, but" in str(result.reason) for op, result in results.items() if op not in measured)
+
+
 @pytest.mark.parametrize("engine", ["fx", "inc"])
 def test_kernels_of_layers_refuse_products(engine: str) -> None:
     """Torch's int8 kernels are of layers."""
@@ -352,5 +422,6 @@ def test_kernels_of_layers_refuse_products(engine: str) -> None:
 def test_estimates_refuse_products() -> None:
     """A gradient of one input does not tell what rounding two does."""
     spec = own(Products())
-    with pytest.raises(QsensError, match="engine probe estimates what rounding one input does, and 0:matmul has two"):
+    with pytest.raises(QsensError, match="probe estimates what rounding one input does, and 0:matmul has two") as error:
         calibrate(spec, list_products(spec.model), "bmm_fp8", engine="probe")
+    assert error.match(r"engine delta, the default \(without --qsens-time-budget, --qsens-top and --qsens-repres")

@@ -131,6 +131,17 @@ class ByDecorated(Base):
         return getattr(functional, "scaled_dot_product_attention")(query, key, value)  # noqa: B009 - the subject
 
 
+KERNEL = Kernel()
+
+
+class ByObject(Base):
+    """By an object that it calls."""
+
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multiply ``(N, heads, tokens, dim)``."""
+        return KERNEL(query, key, value)
+
+
 class Given(Base):
     """By what it is given."""
 
@@ -141,6 +152,38 @@ class Given(Base):
     def product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Multiply ``(N, heads, tokens, dim)``."""
         return self.kernel(query, key, value)
+
+
+class InDtype(Base):
+    """In a dtype that is not the model's, with a mask in fp32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multiply ``(N, heads, tokens, dim)``."""
+        mask = torch.full((query.shape[-2], key.shape[-2]), -torch.inf).triu(1)
+        states = (state.to(self.dtype) for state in (query, key, value))
+        return sdpa(*states, mask).float()
+
+
+class Mapped(nn.Module):
+    """Attends sample by sample inside of ``torch.vmap``, where its layer runs, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``(N, tokens, 8)``, and multiply."""
+
+        def attend(sample: Tensor) -> Tensor:
+            query, key, value = self.qkv(sample).chunk(3, -1)
+            return sdpa(query[None], key[None], value[None])[0] @ (query.mT @ key)
+
+        found: Tensor = torch.vmap(attend)(x)
+        return found
 
 
 class Flexible(Base):
@@ -194,10 +237,11 @@ class Gated(Base):
 
 CAUGHT: dict[str, Callable[[], nn.Module]] = {
     **{cls.__name__: cls for cls in (ByHelper, ByClosure, ByComprehension, ByOtherName, ByAlias, ByPrivateName)},
-    **{cls.__name__: cls for cls in (ByOperator, ByDecorated)},
+    **{cls.__name__: cls for cls in (ByOperator, ByDecorated, ByObject)},
     "a function": lambda: Given(attend),
     "torch's own": lambda: Given(functional.scaled_dot_product_attention),
     "a partial": lambda: Given(partial(attend_later)),
+    "a partial of torch's own": lambda: Given(partial(functional.scaled_dot_product_attention, is_causal=True)),
     "an object": lambda: Given(Kernel()),
 }
 """What is listed, and caught while it runs."""

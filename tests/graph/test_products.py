@@ -244,6 +244,62 @@ def test_taken_apart_it_is_what_torch_computes(options: dict[str, Any]) -> None:
         assert not found[:, :, 2].any()
 
 
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "@": lambda x, y: x @ y,
+    "matmul": lambda x, y: torch.matmul(input=x, other=y),
+    "method": lambda x, y: x.matmul(y),
+    "bmm": lambda x, y: torch.bmm(x, mat2=y),
+    "mm": lambda x, y: torch.mm(x[0], y[0]),
+    "baddbmm": lambda x, y: torch.baddbmm(torch.zeros(5, 5), batch1=x, batch2=y, beta=0),
+    "operator": torch.ops.aten.bmm,
+    "overload": lambda x, y: torch.ops.aten.baddbmm.default(torch.zeros(5, 5), x, y),
+    "attention": lambda x, y: torch.ops.aten.scaled_dot_product_attention.default(x, y.mT, x, None, 0.0, True, scale=2),
+}
+
+
+class Form(nn.Module):
+    """Multiplies in one way; its name is among those that listing reads."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take ``(N, 5, 8)``."""
+        return self.multiply(x, x.mT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_product_is_caught(form: str) -> None:
+    """By function, method, operator or overload, with arguments by position or name; the product stays what it was."""
+    model, batch = nn.Sequential(nn.Identity(), Form(FORMS[form])), {"input": torch.randn(2, 5, 8)}
+    ops = ["1:qk", "1:pv"] if form == "attention" else ["1:matmul"]
+    seen, missing = watched(model, batch, ops)
+    assert [op for op, _ in seen] == (["1:qk", "1:qk", "1:pv"] if form == "attention" else ["1:matmul"] * 2)
+    assert missing == {}
+    graph = capture(model, batch, lambda out, _: out, ops)
+    assert graph.calls.keys() == set(ops)
+    torch.testing.assert_close(Run(graph).output, model(batch["input"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mask", ["none", "min", "float"])
+def test_taken_apart_it_is_as_exact_as_torch(dtype: torch.dtype, mask: str) -> None:
+    """Of whatever dtype: narrow scores would overflow, and a mask of numbers may be wider than queries."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 6, 8).mul(size).to(dtype) for size in (100, 100, 1))
+    added = {
+        "none": None,
+        "min": torch.zeros(6, 6, dtype=dtype).masked_fill(torch.arange(6)[:, None] == 2, torch.finfo(dtype).min),
+        "float": torch.randn(6, 6),
+    }[mask]
+    given = of_attention(query, key, value, added).attention
+    assert given is not None
+    expected = functional.scaled_dot_product_attention(query, key, value, added)
+    found = probabilities(given).double() @ repeated(value, given).double()
+    torch.testing.assert_close(found.to(dtype), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 def test_dropout_is_refused() -> None:
     """What is random cannot be measured."""
     given = of_attention(torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.randn(1, 2, 4), dropout_p=0.5).attention

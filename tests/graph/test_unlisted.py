@@ -10,6 +10,7 @@ from torch import nn
 
 from pytest_qsens.calibrated import calibrate
 from pytest_qsens.graph.attention import list_states
+from pytest_qsens.graph.products import list_products
 from pytest_qsens.graph.unlisted import BY_HAND, BY_PRODUCT, AttentionWatch, told
 from pytest_qsens.models.spec import ModelSpec
 from tests.architectures import ARCHITECTURES
@@ -31,6 +32,16 @@ def test_what_is_not_listed_is_seen() -> None:
     """Attention by hand, in two notations, or by a name that no code tells; neither what is listed, nor softmaxes."""
     model = nn.Sequential(ByHand(), ByEinsum(), Hidden(), ByHelper(), Gated()).eval()
     assert seen(model, input=torch.randn(2, 5, 8)) == {"0": BY_HAND, "1": BY_HAND, "2": BY_PRODUCT}
+
+
+def test_products_that_are_ops_are_no_keys_and_values() -> None:
+    """Attention by hand whose products are ops is seen where keys and values of others are, and only there."""
+    model = nn.Sequential(ByHand(), ByHelper()).eval()
+    products = [op.name for op in list_products(model)]
+    for states, expected in (([op.name for op in list_states(model)], {"0": BY_HAND}), ([], {})):
+        with torch.no_grad(), AttentionWatch(model, [*products, *states]) as watch:
+            model(torch.randn(2, 5, 8))
+        assert watch.found == expected
 
 
 @pytest.mark.parametrize("name", CAUGHT)
