@@ -67,7 +67,7 @@ class SuiteTest(pytest.Function):
         """
         shown = super().repr_failure(excinfo)
         compared = isinstance(excinfo.value, AssertionError) and excinfo.traceback[-1].path == self.path
-        if compared and self.config.getoption("tbstyle") == "auto":
+        if compared and self.config.getoption("tbstyle", "auto") == "auto":
             for entry in getattr(getattr(shown, "reprtraceback", None), "reprentries", ()):
                 entry.lines = [line for line in entry.lines if line.startswith("E")]  # pytest's mark of what failed
                 entry.reprfuncargs = entry.reprlocals = entry.reprfileloc = None
