@@ -310,7 +310,9 @@ def test_more_problems_than_annotations(tmp_path: Path, request: pytest.FixtureR
     for op in run.ops:
         run.results[op.name] = OpResult(op.name, "linear", "", "failed", "no")
     problems = [f"problem {number}" for number in range(12)]
-    seen = SimpleNamespace(stopped=None, problems=SimpleNamespace(messages=problems), runs={0: run}, config=request.config)
+    seen = SimpleNamespace(
+        stopped=None, problems=SimpleNamespace(messages=problems), runs={0: run}, config=request.config
+    )
     errors = [found for line in workflow_commands(seen) if (found := parsed(line))[0] == "error"]  # type: ignore[arg-type]  # what is read of one
     assert [message for *_, message in errors] == [*problems[:9], "6 more: op0, op1, op2"]
 
