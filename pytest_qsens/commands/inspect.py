@@ -36,7 +36,7 @@ def register(commands: Subparsers) -> None:
         action="append",
         default=[],
         metavar="SCHEME",
-        help="measure only this scheme beside the op's own; repeatable (default: all that have a short name)",
+        help="measure only this scheme beside the op's own; repeatable (default: all usual ones for an op of its kind)",
     )
     command.add_argument("--all", action="store_true", help="shorten no list")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
