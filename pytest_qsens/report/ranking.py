@@ -69,9 +69,7 @@ def heat_of(run: Run, width: int, marks: str) -> Iterator[str]:
     known = {result.op: result.modes for result in (*run.measured, *run.estimated)}
     for mode, metric in RANKED_BY.items():
         modes = {op.name: known[op.name] for op in run.ops if op.name in known}
-        lines = list(
-            strip({op: _number(m[mode][metric]) for op, m in modes.items() if mode in m}, width, marks, metric)
-        )
+        lines = list(strip({op: m[mode][metric] or 0.0 for op, m in modes.items() if mode in m}, width, marks, metric))
         if lines:
             return iter(lines)
     return iter(())
@@ -87,7 +85,7 @@ def top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
     from pytest_qsens.refinement import certainty, estimated, measured
 
     exact = [result for result in known if mode in result.modes and mode not in result.intervals]
-    nmse = {result.op: _number(result.modes[mode]["nmse"]) for result in exact}
+    nmse = {result.op: result.modes[mode]["nmse"] or 0.0 for result in exact}
     beliefs = {op: measured(mode, value) for op, value in nmse.items()}
     beliefs |= {result.op: estimated(mode, result.intervals[mode]) for result in known if mode in result.intervals}
     ranked = sorted(nmse, key=lambda op: (-beliefs[op].middle, op))[: options.top]
@@ -111,10 +109,6 @@ def top(run: Run, config: pytest.Config, width: int) -> Iterator[str]:
 def _chance(value: float) -> str:
     """Write a probability; one that is not certain never reads as certain."""
     return "1 (all were)" if value == 1 else f"{min(value, 0.9999):.4f}"
-
-
-def _number(value: float | None) -> float:
-    return 0.0 if value is None else value
 
 
 def _table(

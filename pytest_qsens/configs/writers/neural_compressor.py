@@ -10,7 +10,7 @@ from pytest_qsens.configs.rules import CLASS_OF
 from pytest_qsens.configs.simulated import EMBEDDING
 from pytest_qsens.configs.writers.assigned import Assigned, Inexpressible, most_common
 from pytest_qsens.configs.writers.dump import Row
-from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
+from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, OpScheme, WeightScheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ _USUAL = ("asym", "kl")
 
 _DYNAMIC = OpScheme(WeightScheme("int8"), ActivationScheme("int8", "dynamic", "tensor", symmetric=False))
 _GROUPS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
+_INTEGERS = INTEGERS[:8]
 _FLOATS = {"nf4": "nf4", "fp4_e2m1": "fp4_e2m1"}
 _FLOATS_OF_RTN = {**_FLOATS, "fp8_e4m3": "fp8_e4m3fn", "fp8_e5m2": "fp8_e5m2"}
 

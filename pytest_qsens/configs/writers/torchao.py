@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_qsens.configs.torchao_schemes import sizes_in_the_way
 from pytest_qsens.configs.writers.assigned import Inexpressible
 from pytest_qsens.configs.writers.dump import Row
-from pytest_qsens.quant.op_scheme import ActivationScheme, OpScheme, WeightScheme
+from pytest_qsens.quant.op_scheme import INTEGERS, ActivationScheme, OpScheme, WeightScheme
 from pytest_qsens.quant.scaling_modes import SCALING_MODES
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_qsens.configs.writers.assigned import Assigned
 
-_INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
+_INTEGERS = INTEGERS[:8]
 _DTYPES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _MX = {"mxfp8": "float8_e4m3fn", "mxfp4": "float4_e2m1fn_x2"}
 _NVFP4 = WeightScheme("nvfp4", "group", (16,))
